@@ -1,0 +1,21 @@
+"""What can go wrong with a checkpoint, said in one line: the value, its place, and the mend."""
+
+
+class RestKVError(ValueError):
+    """Base of every error a user can cause. `str()` of it is one line, fit for stderr."""
+
+
+class ConfigError(RestKVError):
+    """config.json says something this library does not know or cannot compute."""
+
+
+class CheckpointError(RestKVError):
+    """The weights of a folder are missing, broken, or do not fit its config.json."""
+
+
+class TokenizerError(RestKVError):
+    """The tokenizer files of a folder are missing or broken, or a chat template fails."""
+
+
+class RestKVWarning(UserWarning):
+    """A remark that stops nothing: the run goes on, and the reader should know why it may differ from hopes."""

@@ -1,0 +1,71 @@
+"""From a folder's config.json to a ModelConfig: the one place where families are looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modeling import gemma, llama, mistral, qwen2
+from modeling.config import Fields, ModelConfig
+from modeling.errors import CheckpointError, ConfigError
+
+# model_type -> (architecture, translation)
+FAMILIES: dict[str, tuple[str, Callable[[Fields], ModelConfig]]] = {
+    model_type: entry for module in (llama, mistral, gemma, qwen2) for model_type, entry in module.MODEL_TYPES.items()
+}
+
+
+def config_from_dict(raw: Mapping[str, Any], place: str = "config.json") -> ModelConfig:
+    """Translate a parsed config.json. The family is its `model_type`, or its `architectures` where that is absent.
+
+    Raises ConfigError, naming `place`, for an unknown family, an architecture that is no causal language model, an
+    unknown rope type, activation or layer type, and for missing or contradictory values.
+    """
+    fields = Fields(raw, place)
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise fields.refuse(f"'architectures' is {architectures!r}; it must be a list")
+    model_type = fields.text("model_type")
+    if model_type is None:
+        model_type = next((name for name, (arch, _) in FAMILIES.items() if arch in architectures), None)
+    if model_type not in FAMILIES:
+        what = f"model_type {model_type!r}" if model_type else f"no model_type, and architectures {architectures}"
+        raise fields.refuse(f"{what} is not a known family; known are {', '.join(FAMILIES)}")
+    architecture, translate = FAMILIES[model_type]
+    if architectures and architecture not in architectures:
+        raise fields.refuse(
+            f"architecture {architectures[0]!r} is not supported for {model_type!r}; need {architecture}"
+        )
+    return translate(fields)
+
+
+def read_json(path: Path, error: type[ConfigError] | type[CheckpointError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file; raises `error` with one line when it cannot be read, is no JSON, or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    except ValueError as problem:
+        raise error(f"{path}: not valid JSON ({problem}); copy or download the file again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, must be a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """ModelConfig of a checkpoint folder. EOS ids of generation_config.json, where given, override config.json's.
+
+    Raises ConfigError as config_from_dict does, and when there is no readable config.json.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint")
+    config = config_from_dict(read_json(path), str(path))
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        fields = Fields(read_json(generation), str(generation))
+        config = dataclasses.replace(config, eos_token_ids=fields.token_ids("eos_token_id", config.eos_token_ids))
+    return config

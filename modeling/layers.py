@@ -1,0 +1,176 @@
+"""The decoder that every supported family is an instance of, attention left out.
+
+A forward pass is: embed, then per block project -> (someone's attention) -> finish, then head. Caches, masks and
+kernels live elsewhere; what differs between families is said by ModelConfig's fields.
+
+Letters: B batch rows, T tokens, E hidden width, H query heads, K KV heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.config import ModelConfig
+from modeling.rope import Rotary, rotate
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in], plus bias: every projection of the model goes through here."""
+    return F.linear(x, weight, bias)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The gate's nonlinearity, one of config.ACTIVATIONS."""
+    if name == "silu":
+        return F.silu(x)
+    assert name in ("gelu", "gelu_pytorch_tanh"), name
+    return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap), which is x for small x and never beyond the cap; None leaves x alone."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as `dtype` would hold it (round half to even), computed without a tensor so that it traces."""
+    mantissa, exponent = math.frexp(value)
+    bits = 1 - int(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in float32 (Zhang & Sennrich 2019).
+
+    Without `offset` the result is rounded to x's dtype before the weight is applied (Llama); with it the factor is
+    1 + weight and is applied in float32 (Gemma). In bfloat16 the difference is visible.
+    """
+
+    def __init__(self, width: int, eps: float, offset: bool):
+        super().__init__()
+        self.eps = eps
+        self.offset = offset
+        self.weight = nn.Parameter(torch.zeros(width) if offset else torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (wide * (1.0 + self.weight.float())).to(x.dtype)
+        return self.weight * wide.to(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer of weights: what happens before attention (project) and after it (finish)."""
+
+    def __init__(self, config: ModelConfig, index: int, fused: bool = True):
+        super().__init__()
+        c = self.config = config
+        self.index = index
+        self.window = c.windows[index]
+        self.rope = c.layer_rope[index]
+        self.fused = fused
+        q_out, kv_out = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if fused:
+            self.qkv_proj = nn.Linear(c.hidden_size, q_out + 2 * kv_out, bias=c.qkv_bias)
+            self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
+        else:
+            self.q_proj = nn.Linear(c.hidden_size, q_out, bias=c.qkv_bias)
+            self.k_proj = nn.Linear(c.hidden_size, kv_out, bias=c.qkv_bias)
+            self.v_proj = nn.Linear(c.hidden_size, kv_out, bias=c.qkv_bias)
+            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+            self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.o_proj = nn.Linear(q_out, c.hidden_size, bias=c.o_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm(width, c.norm_eps, c.norm_offset)
+
+        self.input_layernorm = norm(c.hidden_size)
+        # Hugging Face's name means "before the MLP" in two-norm blocks and "after attention" in four-norm ones.
+        self.post_attention_layernorm = norm(c.hidden_size)
+        if c.post_norms:
+            self.pre_feedforward_layernorm = norm(c.hidden_size)
+            self.post_feedforward_layernorm = norm(c.hidden_size)
+        if c.qk_norm:
+            self.q_norm = norm(c.head_dim)
+            self.k_norm = norm(c.head_dim)
+
+    def project(self, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens: q [B,T,H,D], k [B,T,K,D], v [B,T,K,D], q and k after RoPE.
+
+        q is not multiplied with attn_scale. With fused weights v is a view into the joint product: inside a compiled
+        graph copy it before FlexAttention reads it (FLEX §1, bug 1).
+        """
+        c = self.config
+        x_BTE = self.input_layernorm(x_BTE)
+        if self.fused:
+            qkv = linear(x_BTE, self.qkv_proj.weight, self.qkv_proj.bias)
+            kv_out = c.num_kv_heads * c.head_dim
+            q, k, v = qkv.split((c.num_heads * c.head_dim, kv_out, kv_out), dim=-1)
+        else:
+            q, k, v = (linear(x_BTE, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q_BTHD = q.unflatten(-1, (c.num_heads, c.head_dim))
+        k_BTKD = k.unflatten(-1, (c.num_kv_heads, c.head_dim))
+        v_BTKD = v.unflatten(-1, (c.num_kv_heads, c.head_dim))
+        if c.qk_norm:
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        return rotate(q_BTHD, cos_BTD, sin_BTD), rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
+
+    def finish(self, x_BTE: Tensor, o_BTHD: Tensor) -> Tensor:
+        """The block's output [B,T,E] from its input x and the attention output of every query head."""
+        y_BTE = linear(o_BTHD.flatten(-2), self.o_proj.weight, self.o_proj.bias)
+        if self.config.post_norms:
+            x_BTE = x_BTE + self.post_attention_layernorm(y_BTE)
+            return x_BTE + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(x_BTE)))
+        x_BTE = x_BTE + y_BTE
+        return x_BTE + self._mlp(self.post_attention_layernorm(x_BTE))
+
+    def _mlp(self, x_BTE: Tensor) -> Tensor:
+        if self.fused:
+            gate, up = linear(x_BTE, self.gate_up_proj.weight, self.gate_up_proj.bias).chunk(2, dim=-1)
+        else:
+            gate, up = (linear(x_BTE, p.weight, p.bias) for p in (self.gate_proj, self.up_proj))
+        return linear(activate(gate, self.config.activation) * up, self.down_proj.weight, self.down_proj.bias)
+
+    def output_weight(self) -> Tensor:
+        """W_O as [E, H, D], a view: query head h adds W_O[:, h] @ o_h to the layer's output (before any post norm)."""
+        return self.o_proj.weight.unflatten(1, (self.config.num_heads, self.config.head_dim))
+
+
+class Decoder(nn.Module):
+    """All weights of a model. `fused` joins q, k, v and gate, up into one matrix each; the function is the same."""
+
+    def __init__(self, config: ModelConfig, fused: bool = True):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index, fused) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        self.rotaries = nn.ModuleList(Rotary(rope) for rope in config.ropes)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Residual stream [B,T,E] of token ids [B,T], in the weights' dtype."""
+        x_BTE = self.embed_tokens(ids_BT)
+        if self.config.embed_scale == 1.0:
+            return x_BTE
+        # Gemma was trained with the factor itself rounded to the dtype (sqrt(3072) = 55.5 in bfloat16).
+        return x_BTE * rounded(self.config.embed_scale, x_BTE.dtype)
+
+    def rotary(self, pos_BT: Tensor, length_B: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(cos, sin), each [B,T,D] in the weights' dtype, one pair per config.ropes; block.rope indexes them.
+
+        pos_BT: original positions, padding below 0 counts as 0. length_B: tokens known so far in each row, this step's
+        included (prompt length in prefill, position + 1 in decoding); only "dynamic" ropes depend on it.
+        """
+        return [rotary(pos_BT, length_B, self.embed_tokens.weight.dtype) for rotary in self.rotaries]
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., V] float32 of the residual stream [..., E]: final norm, output matrix, softcap."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return softcap(linear(self.norm(x), weight).float(), self.config.final_softcap)

@@ -1,0 +1,22 @@
+"""Llama 2, 3, 3.1, 3.2 and the many checkpoints that share their config: no windows, biases only when asked for."""
+
+from __future__ import annotations
+
+from modeling.config import Fields, ModelConfig, decoder_config
+
+
+def llama(fields: Fields) -> ModelConfig:
+    """config.json of model_type "llama"."""
+    bias = fields.flag("attention_bias", False)
+    return decoder_config(
+        fields,
+        family="llama",
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+    )
+
+
+MODEL_TYPES = {"llama": ("LlamaForCausalLM", llama)}
