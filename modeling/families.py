@@ -10,7 +10,7 @@ from typing import Any
 
 from modeling import gemma, llama, mistral, qwen2
 from modeling.config import Fields, ModelConfig
-from modeling.errors import CheckpointError, ConfigError
+from modeling.errors import ConfigError, RestKVError
 
 # model_type -> (architecture, translation)
 FAMILIES: dict[str, tuple[str, Callable[[Fields], ModelConfig]]] = {
@@ -42,7 +42,7 @@ def config_from_dict(raw: Mapping[str, Any], place: str = "config.json") -> Mode
     return translate(fields)
 
 
-def read_json(path: Path, error: type[ConfigError] | type[CheckpointError] = ConfigError) -> dict[str, Any]:
+def read_json(path: Path, error: type[RestKVError] = ConfigError) -> dict[str, Any]:
     """The object in a JSON file; raises `error` with one line when it cannot be read, is no JSON, or no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -194,7 +194,7 @@ def _check_fit(
     ]
     both = [(stored[name], tuple(shape)) for name, shape in expected.items() if name in stored]
     misshapen = [f"{t.name} {list(t.shape)} for {list(shape)}" for t, shape in both if t.shape != shape]
-    alien = [f"{t.name} {t.dtype}" for t, _ in both if t.dtype not in STORED_DTYPES]
+    alien = [f"{t.name} {t.dtype}" for t in stored.values() if t.dtype not in STORED_DTYPES]
     kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen, "not floating point": alien}
     problems = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
     if problems:

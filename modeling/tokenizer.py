@@ -1,0 +1,253 @@
+"""Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2.
+
+Ids equal those of transformers' fast tokenizers, with three deliberate differences: no EOS is ever appended to a
+prompt, a BOS that the text itself begins with is not doubled, and decoding never "cleans up" spaces (that would change
+text already streamed).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from modeling.errors import TokenizerError
+from modeling.families import read_json
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
+
+
+class Tokenizer:
+    """A folder's tokenizer. Make it with from_folder()."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], template: str | None, place: str):
+        """`settings`: tokenizer_config.json. `template`: the chat template's source. `place`: named in errors."""
+        self._tokenizer = tokenizer
+        self._template = template
+        self._place = place
+        # Some files ask for truncation or padding as their training did; a prompt must arrive whole.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._special_ids = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        self.special_tokens = {name: text for name in SPECIAL_TOKENS if (text := _token_text(settings.get(name)))}
+        self.bos_id = self._id_of("bos_token")
+        eos = self._id_of("eos_token")
+        self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
+        self._prefix = self._prompt_prefix(settings)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a checkpoint folder: tokenizer.json, and tokenizer_config.json and a chat template if any.
+
+        Raises TokenizerError when tokenizer.json is absent or unreadable, or another file is broken.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{folder}: no tokenizer.json; make it from the folder's other tokenizer files with "
+                "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path}: unreadable ({_one_line(error)}); copy or download the file again") from None
+        config = folder / "tokenizer_config.json"
+        settings = read_json(config, TokenizerError) if config.is_file() else {}
+        return cls(tokenizer, settings, _template_source(folder, settings), str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this; added tokens count."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.
+
+        Spellings of special tokens in the text become those tokens.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not bos or ids[: len(self._prefix)] == self._prefix:
+            return ids
+        return self._prefix + ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def spelling(self, token: int, skip_special: bool = True) -> str | None:
+        """The vocabulary's entry for an id, None for one that decode() leaves out."""
+        if skip_special and token in self._special_ids:
+            return None
+        return self._tokenizer.id_to_token(token)
+
+    def stream(self, skip_special: bool = True) -> Stream:
+        """A decoder that is given one id at a time."""
+        return Stream(self, skip_special)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation: render() it and encode the result; the template itself writes any BOS."""
+        return self.encode(self.render(messages, add_generation_prompt), bos=False)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The chat template's text for messages, each with a "role" and usually a "content".
+
+        `variables` are handed to the template (such as tools, or enable_thinking). Raises TokenizerError when there is
+        no template, or when the template is broken or refuses the messages.
+        """
+        if self._template is None:
+            raise TokenizerError(f"{self._place}: has no chat template; pass plain text instead of a chat")
+        for number, message in enumerate(messages):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise TokenizerError(f"chat message {number} is {message!r}; it must have a 'role' and a 'content'")
+        context = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        try:
+            return self._compiled_template.render(
+                messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **context
+            )
+        except Exception as error:  # a template is a stranger's program: anything can go wrong in it
+            raise TokenizerError(f"{self._place}: the chat template failed: {_one_line(error)}") from None
+
+    @cached_property
+    def _compiled_template(self) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        assert self._template is not None
+        return environment.from_string(self._template)
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+    def _prompt_prefix(self, settings: Mapping[str, Any]) -> list[int]:
+        """The ids before every prompt: as `add_bos_token` says if it is there, else what the post-processor adds."""
+        flag = settings.get("add_bos_token")
+        if flag is not None:
+            return [self.bos_id] if flag and self.bos_id is not None else []
+        probe = self._tokenizer.encode("a", add_special_tokens=True)
+        count = next((i for i, added in enumerate(probe.special_tokens_mask) if not added), 0)
+        return probe.ids[:count]
+
+
+class Stream:
+    """Token ids in, text out, as early as it is certain: the pieces joined are exactly decode() of all ids.
+
+    A piece is held back while its text may still change, which is in two cases: it ends in the middle of a UTF-8
+    character (it then decodes to U+FFFD at its end), or it ends in a run of SentencePiece byte tokens, which decode
+    together or, if one of them does not fit, not at all.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        # Ids of the last piece given out, then those not given out yet. A decoder may treat the first of all tokens
+        # in its own way (SentencePiece drops its space), so new ids are always decoded behind some old ones.
+        self._ids: list[int] = []
+        self._given = 0
+
+    def push(self, token: int) -> str:
+        """The text that `token` makes certain; "" if there is none yet."""
+        spelling = self._tokenizer.spelling(token, self._skip_special)
+        if spelling is None:
+            return ""
+        self._ids.append(token)
+        if BYTE_TOKEN.fullmatch(spelling):
+            return ""
+        piece = self._pending()
+        return "" if piece.endswith("\ufffd") else self._give(piece)
+
+    def flush(self) -> str:
+        """All text held back; the stream can go on after it as if new."""
+        piece = self._pending()
+        self._ids, self._given = [], 0
+        return piece
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._given], self._skip_special)
+        return self._tokenizer.decode(self._ids, self._skip_special)[len(before) :]
+
+    def _give(self, piece: str) -> str:
+        if piece:  # ids without text stay: they are no context for what follows
+            self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+        return piece
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, a mark for training that renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 asks for this attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes HTML, which a model has not seen in training.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _token_text(entry: Any) -> str | None:
+    """A special token is spelled as a string or as an object with its `content`."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: chat_template.jinja, or tokenizer_config.json's, or chat_template.json's.
+
+    A list of named templates means the one called "default", or its only one.
+    """
+    file, legacy = folder / "chat_template.jinja", folder / "chat_template.json"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file}: unreadable ({_one_line(error)})") from None
+    source = settings.get("chat_template")
+    if source is None and legacy.is_file():
+        source = read_json(legacy, TokenizerError).get("chat_template")
+    if isinstance(source, list):
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default", next(iter(named.values())) if len(named) == 1 else source)
+    if source is not None and not isinstance(source, str):
+        raise TokenizerError(
+            f"{folder}: 'chat_template' is neither a string nor a list with a template named 'default'"
+        )
+    return source
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
