@@ -1,0 +1,1 @@
+"""Measurements, and the training of the checkpoint that ships. Run one as `python -m bench.NAME`."""
