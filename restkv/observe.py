@@ -1,0 +1,163 @@
+"""What a policy sees: the last queries of one layer, its entries, and the attention between them.
+
+Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head (columns), D head dim, W observed
+queries, E hidden width, X = K or H. Query head h reads KV head h // G.
+
+Attention over long contexts is computed in chunks of columns (a pass for the log-sum-exp, a pass for whatever is made
+of the weights), so that nothing of size [H, W, C] or [H, C, D] has to exist beyond one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24  # of the largest temporary: 64 MiB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """One layer at the moment of eviction.
+
+    Only q, q_pos, k, v, pos, gram and scale are needed to build one by hand. Half-precision tensors are computed with
+    in float32, float64 ones in float64. What lies in rows with q_pos = -1 or in columns with pos = -1 has no influence
+    as long as it is finite. Columns may be in any order.
+    """
+
+    q: Tensor  # [B, H, W, D] the last W queries after RoPE, oldest first
+    q_pos: Tensor  # [B, W] int, their positions; -1 = no such query (a row shorter than W): those come first
+    k: Tensor  # [B, K, C, D] the layer's entries after RoPE: a whole prompt, or what earlier evictions left
+    v: Tensor  # [B, K, C, D]
+    pos: Tensor  # [B, K, C] int, original position of each entry; -1 = padding
+    gram: Tensor | None  # [H, D, D] W_O^h^T W_O^h; [K, G, D, G, D] for a policy that needs "cross_gram" (Policy.needs)
+    scale: float  # what q.k is multiplied with
+    softcap: float | None = None  # attention logits x become softcap * tanh(x / softcap)
+    window: int | None = None  # sliding-window layer: a query at p sees positions in (p - window, p]
+    layer: int = 0
+    num_layers: int = 1
+    keep: Tensor | None = None  # [B, H, C] bool, granularity "query": the entries each query head still has; None = all
+    mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
+    protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
+    budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What scores are computed in: float64 for float64 queries, else float32."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def group(self) -> int:
+        """G, query heads per KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def held(self) -> Tensor:
+        """[B, H, C] int: position of each entry a query head holds, -1 for padding and for entries it has evicted."""
+        pos_BHC = self.pos.repeat_interleave(self.group, 1)
+        return pos_BHC if self.keep is None else pos_BHC.masked_fill(~self.keep, -1)
+
+    @property
+    def past(self) -> Tensor:
+        """[B, H, C] bool: entries older than the oldest observed query, which are the ones a policy chooses among."""
+        seen_BW = self.q_pos >= 0
+        oldest_B = self.q_pos.masked_fill(~seen_BW, torch.iinfo(self.q_pos.dtype).max).amin(-1)
+        oldest_B = oldest_B.masked_fill(~seen_BW.any(-1), 0)
+        held_BHC = self.held
+        return (held_BHC >= 0) & (held_BHC < oldest_B[:, None, None])
+
+    @property
+    def order(self) -> Tensor:
+        """[B, H, C] long: the columns of each query head's entries, oldest first; those it does not hold come last."""
+        if self.keep is None:
+            return _oldest_first(self.pos).repeat_interleave(self.group, 1)
+        return _oldest_first(self.held)
+
+    @property
+    def hidden(self) -> Tensor:
+        """[B, K, C] bool: entries of a sliding-window layer that no query after the newest one can see."""
+        if self.window is None:
+            return torch.zeros_like(self.pos, dtype=torch.bool)
+        return self.pos <= self.q_pos[:, -1, None, None] + 1 - self.window
+
+    def chunks(self, per_column: int) -> Iterator[slice]:
+        """Slices of the columns, each so long that a temporary of `per_column` elements a column stays affordable."""
+        columns = self.k.shape[2]
+        step = max(1, CHUNK_ELEMENTS // per_column)
+        for start in range(0, columns, step):
+            yield slice(start, min(start + step, columns))
+
+    def attention_chunks(self) -> Iterator[slice]:
+        """Slices for which [B, H, W, C] is affordable."""
+        B, H, W, _ = self.q.shape
+        return self.chunks(B * H * W)
+
+    def logits(self, columns: slice = slice(None)) -> Tensor:
+        """Attention logits [B, H, W, C] of some columns; -inf for what a query may not see.
+
+        That is: the future, what has left a sliding window, padding, and entries its head does not hold.
+        """
+        B, _, W, D = self.q.shape
+        K, G = self.k.shape[1], self.group
+        q_BKQD = self.q.to(self.dtype).reshape(B, K, G * W, D)
+        logits_BKGWC = (q_BKQD @ self.k[:, :, columns].to(self.dtype).mT).view(B, K, G, W, -1) * self.scale
+        if self.softcap is not None:
+            logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
+        pos_BK11C = self.pos[:, :, None, None, columns]
+        q_pos_B11W1 = self.q_pos[:, None, None, :, None]
+        visible = (pos_BK11C >= 0) & (pos_BK11C <= q_pos_B11W1)
+        if self.window is not None:
+            visible = visible & (pos_BK11C > q_pos_B11W1 - self.window)
+        if self.keep is not None:
+            visible = visible & self.keep[:, :, columns].view(B, K, G, 1, -1)
+        return logits_BKGWC.masked_fill(~visible, -torch.inf).flatten(1, 2)
+
+    def log_normalizer(self) -> Tensor:
+        """[B, H, W] log-sum-exp of each query's logits; 0 for a query that sees nothing, so that its weights are 0."""
+        lse_BHW = self.q.new_full(self.q.shape[:3], -torch.inf, dtype=self.dtype)
+        for columns in self.attention_chunks():
+            lse_BHW = torch.logaddexp(lse_BHW, self.logits(columns).logsumexp(-1))
+        return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0)
+
+    def attention(self, lse_BHW: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns."""
+        return torch.exp(self.logits(columns) - lse_BHW[..., None])
+
+
+def attention_BHWC(obs: Observation) -> Tensor:
+    """The observed queries' softmax weights over all columns at once, [B, H, W, C] in obs.dtype."""
+    return obs.attention(obs.log_normalizer())
+
+
+def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
+    """Sum over the observed queries of weight * softmax weights, [B, H, C] in obs.dtype."""
+    lse_BHW = obs.log_normalizer()
+    parts = [torch.einsum("bhwc,bw->bhc", obs.attention(lse_BHW, c), weight_BW) for c in obs.attention_chunks()]
+    return torch.cat(parts, -1)
+
+
+def gram_of(w_o_EHD: Tensor) -> Tensor:
+    """[H, D, D] in float32 (float64 for float64 weights): W_O^h^T W_O^h, so that ||W_O^h u||^2 = u^T gram[h] u.
+
+    It stands in for the projection at 1/(E/D) of the work and without an [H, C, E] tensor (SPEC §1.6 g).
+    """
+    w_HED = _full_precision(w_o_EHD).transpose(0, 1)
+    return w_HED.mT @ w_HED
+
+
+def cross_gram_of(w_o_EHD: Tensor, num_kv_heads: int) -> Tensor:
+    """[K, G, D, G, D]: W_O^g^T W_O^g' of the query heads g, g' that share a KV head; dtype as gram_of."""
+    E, H, D = w_o_EHD.shape
+    G = H // num_kv_heads
+    w_KEQ = _full_precision(w_o_EHD).reshape(E, num_kv_heads, G * D).transpose(0, 1)
+    return (w_KEQ.mT @ w_KEQ).view(num_kv_heads, G, D, G, D)
+
+
+def _oldest_first(pos_BXC: Tensor) -> Tensor:
+    return pos_BXC.masked_fill(pos_BXC < 0, torch.iinfo(pos_BXC.dtype).max).argsort(dim=-1, stable=True)
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

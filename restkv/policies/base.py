@@ -1,0 +1,119 @@
+"""The seam every eviction policy plugs into: options, and a score per entry. It neither selects nor evicts.
+
+Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head (columns).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from restkv.errors import PolicyError
+from restkv.observe import Observation
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Options that every policy has. A new policy is a frozen dataclass with a `name` and an `importance(obs)`.
+
+    Raises:
+        PolicyError: an option is out of range, or window and sinks do not fit into the budget.
+    """
+
+    name: ClassVar[str]
+    reductions: ClassVar[tuple[str, ...]] = ("mean", "max")  # the values `gqa` may take
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset name -> option values
+
+    # Entries kept per KV head (per query head with granularity="query"), window and sinks included, as in the papers.
+    # An int counts entries, a float in (0, 1] is the fraction of the prompt kept, None keeps everything.
+    budget: int | float | None
+    window: int = 32  # the newest entries are always kept; their queries are the ones observed
+    sinks: int = 0  # the first positions of the text are always kept
+    protect: tuple[tuple[int, int], ...] = ()  # [start, end) spans of positions that are always kept
+    granularity: str = "kv"  # one kept set per "kv" head, or one per "query" head
+    gqa: str = "mean"  # how the scores of a group's query heads become its KV head's (granularity="kv")
+    interval: int | None = 128  # tokens generated between two evictions; None evicts after the prompt only
+
+    def __post_init__(self) -> None:
+        self._require(_is_int(self.window) and self.window >= 1, "window", "give a whole number of at least 1")
+        self._require(_is_int(self.sinks) and self.sinks >= 0, "sinks", "give a whole number of at least 0")
+        self._require(
+            self.interval is None or (_is_int(self.interval) and self.interval >= 1),
+            "interval",
+            "give the number of tokens between evictions, or None to evict after the prompt only",
+        )
+        self._one_of("granularity", ("kv", "query"))
+        self._one_of("gqa", self.reductions)
+        spans = self.protect if isinstance(self.protect, (tuple, list)) else ()
+        fine = spans is self.protect and all(
+            isinstance(s, (tuple, list)) and len(s) == 2 and all(map(_is_int, s)) and 0 <= s[0] < s[1] for s in spans
+        )
+        self._require(fine, "protect", "give (start, end) pairs of positions with 0 <= start < end")
+        object.__setattr__(self, "protect", tuple((start, end) for start, end in spans))
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            return
+        if isinstance(self.budget, float):
+            mend = "a float is the fraction of the prompt to keep, in (0, 1]; give entries as a whole number"
+            self._require(0 < self.budget <= 1, "budget", mend)
+            return
+        self._require(_is_int(self.budget) and self.budget > 0, "budget", "give at least 1, or a fraction in (0, 1]")
+        least = self.window + self.sinks
+        mend = f"window ({self.window}) + sinks ({self.sinks}) are always kept; give at least {least} or lower them"
+        self._require(self.budget >= least, "budget", mend)
+
+    def budget_for(self, length: int) -> int:
+        """Entries per head for a prompt of `length` tokens: a fraction is rounded, to no less than
+        window + sinks + 1."""
+        assert self.budget is not None, "a policy without a budget evicts nothing"
+        if isinstance(self.budget, float):
+            return max(round(self.budget * length), self.window + self.sinks + 1)
+        return self.budget
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an observation must carry besides queries and entries: any of "gram", "cross_gram", "mass"."""
+        return frozenset()
+
+    def score(self, obs: Observation) -> Tensor:
+        """How much each entry matters: higher stays.
+
+        Only entries older than the observation window are compared; the window's own values mean nothing (it is kept).
+        Padding and entries that a sliding-window layer will never see again score -inf.
+
+        Returns:
+            [B, K, C] for granularity "kv", [B, H, C] for "query"; float32 (float64 for a float64 observation).
+        """
+        score_BXC = self.importance(obs)
+        G = obs.group
+        if self.granularity == "query":
+            score_BXC = score_BXC.repeat_interleave(obs.q.shape[1] // score_BXC.shape[1], 1)
+            pos_BXC, hidden_BXC = obs.held, obs.hidden.repeat_interleave(G, 1)
+        else:
+            if score_BXC.shape[1] != obs.k.shape[1]:
+                score_BKGC = score_BXC.unflatten(1, (-1, G))
+                score_BXC = score_BKGC.mean(2) if self.gqa == "mean" else score_BKGC.amax(2)
+            pos_BXC, hidden_BXC = obs.pos, obs.hidden
+        return score_BXC.masked_fill((pos_BXC < 0) | hidden_BXC, -torch.inf)
+
+    @abstractmethod
+    def importance(self, obs: Observation) -> Tensor:
+        """What a subclass computes: [B, H, C] per query head, or [B, K, C] where all heads of a group agree."""
+
+    def _require(self, condition: bool, option: str, mend: str) -> None:
+        if not condition:
+            raise PolicyError(f"{self.name}: {option} {getattr(self, option)!r}: {mend}")
+
+    def _one_of(self, option: str, values: tuple[str, ...]) -> None:
+        self._require(getattr(self, option) in values, option, f"choose from {', '.join(values)}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,254 @@
+"""ReST-KV (ICLR 2026, arXiv 2605.08840): keep the entries whose removal would change the layer's output most.
+
+Deleting entry n and renormalising the softmax moves one head's output o by a_n / (1 - a_n) * (o - v_n), exactly. The
+score is the length of that move after W_O, smoothed over the last queries (EMA) and over neighbouring entries (a window
+that widens and shifts with the drift of attention).
+
+Letters: B batch rows, H query heads, K KV heads, G = H/K (g and j run over a group), C entries of one head (columns),
+D head dim, W observed queries, Q queries scored one by one (W, or 1 once attention has been averaged), X = H or K,
+T entries ranked highest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from restkv import pooling
+from restkv.errors import PolicyError
+from restkv.observe import Observation, weighted_attention
+from restkv.policies.base import Policy
+
+_PAPER = {"granularity": "query", "interval": None}
+
+
+@dataclass(frozen=True)
+class ReSTKV(Policy):
+    """Output-change scores with temporal and spatial smoothing (SPEC §1; paper and code compared in docs/methods.md).
+
+    With A_w the softmax of observed query w over all columns and weights m_w of the EMA (or the mean):
+        aggregate="attention" (released code):  a = sum_w m_w A_w,  o = sum_n a_n v_n over the past,
+                                                I_n = a_n / (1 - a_n) * ||(o - v_n) W_O||^tau
+        aggregate="indicator" (paper, Eq. 7):   I_n = sum_w m_w A_wn / (1 - A_wn) * ||(o_w - v_n) W_O||,
+                                                o_w = sum_n A_wn v_n over all columns
+    The second is the measured change of the output, the first is biased by the window's missing mass (docs/methods.md).
+
+    gqa="joint" scores the removal of an entry that G query heads share by the change of their summed outputs,
+    ||sum_g a_g / (1 - a_g) (o_g - v) W_O^g||: exact for one removal, where a mean or a maximum over the group is not.
+    It is smoothed as one head, with the mean drift of its group.
+
+    Presets fix what the paper's scripts ran, with one set per query head (as released: G times the bytes of a KV-head
+    cache of that budget) and one eviction, after the prompt: "paper-longbench" (floor 5; also needle), "paper-ruler"
+    (floor 21; also InfiniteBench), "eq7" (floor 5, the paper's own indicator). Options override a preset:
+    get_policy("restkv", preset="paper-ruler", budget=1024, granularity="kv").
+
+    tau, `normalize` and gqa="joint" are refused where they would have no effect or no meaning.
+    """
+
+    name: ClassVar[str] = "restkv"
+    reductions: ClassVar[tuple[str, ...]] = ("mean", "max", "joint")
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper-longbench": {**_PAPER, "kernel_size": 5},
+        "paper-ruler": {**_PAPER, "kernel_size": 21},
+        "eq7": {**_PAPER, "kernel_size": 5, "aggregate": "indicator"},
+    }
+
+    alpha: float = 0.3  # EMA weight of the newest query
+    scale: float = 2000  # beta: entries of drift that widen the kernel by 2 and shift it by 1
+    kernel_size: int = 5  # odd; the narrowest adaptive kernel (1 = the paper's), or the fixed one of "avg" and "max"
+    tau: float = 1.0  # exponent of the output change, aggregate="attention" only
+    aggregate: str = "attention"  # what the EMA averages: "attention" or the finished "indicator"
+    drift: str = "released"  # "symmetric" leaves out the observation window's columns and the shift of +1 at zero drift
+    pooling: str = "adaptive"  # or "avg", "max" (fixed kernel, zeros beyond the ends), "none"
+    ema: bool = True  # False: mean over the observed queries
+    output_weight: bool = True  # False: ||o - v|| instead of ||(o - v) W_O||
+    normalize: bool = False  # divide each query's indicator by the length of its output, aggregate="indicator" only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(_is_number(self.alpha) and 0 < self.alpha <= 1, "alpha", "give a number above 0, at most 1")
+        self._require(_is_number(self.scale) and self.scale > 0, "scale", "give a number above 0")
+        self._require(_is_number(self.tau) and self.tau > 0, "tau", "give a number above 0")
+        self._require(self.kernel_size in range(1, 1 << 20, 2), "kernel_size", "give an odd number of at least 1")
+        self._one_of("aggregate", ("attention", "indicator"))
+        self._one_of("drift", ("released", "symmetric"))
+        self._one_of("pooling", ("adaptive", "avg", "max", "none"))
+        attention, joint = self.aggregate == "attention", self.gqa == "joint"
+        self._require(
+            self.tau == 1 or (attention and self.output_weight and not joint),
+            "tau",
+            'only aggregate="attention" with output_weight=True and gqa="mean" or "max" has an exponent; leave it at 1',
+        )
+        self._require(
+            not (self.normalize and attention), "normalize", 'only aggregate="indicator" has per-query outputs'
+        )
+        self._require(not joint or self.output_weight, "gqa", "joint adds up projected outputs; set output_weight=True")
+        self._require(not joint or self.granularity == "kv", "gqa", "query heads with sets of their own share no entry")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Gram matrices of W_O: per query head, or crossed within each group for gqa="joint"."""
+        if not self.output_weight:
+            return frozenset()
+        return frozenset({"cross_gram" if self.gqa == "joint" else "gram"})
+
+    def importance(self, obs: Observation) -> Tensor:
+        """Smoothed output change: [B, H, C], or [B, K, C] for gqa="joint"."""
+        score_BXC = self._output_change(obs)
+        if self.pooling == "none":
+            return score_BXC
+        step = obs.q.shape[1] // score_BXC.shape[1]  # one line of entries per scored head
+        pool: Callable[[Tensor, Tensor], Tensor]
+        if self.pooling == "adaptive":
+            kernel_BX, shift_BX = self._adapt(self._drift(obs).unflatten(1, (-1, step)).mean(2))
+            widest = max(self.kernel_size, 2 * math.floor(obs.pos.shape[-1] / self.scale) + 1)
+            pool = partial(pooling.shifted_average, kernel_BX=kernel_BX, shift_BX=shift_BX, widest=widest)
+        else:
+            fixed = pooling.average if self.pooling == "avg" else pooling.maximum
+            pool = lambda line_BXC, _: fixed(line_BXC, self.kernel_size)  # noqa: E731
+        return pooling.over_past(pool, score_BXC, obs.past[:, ::step], obs.order[:, ::step])
+
+    def _output_change(self, obs: Observation) -> Tensor:
+        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C]."""
+        weight_BW = _query_weights(obs.q_pos, self.alpha if self.ema else None).to(obs.dtype)
+        weights_BHQC: Callable[[slice], Tensor]
+        if self.aggregate == "attention":
+            a_BHC = weighted_attention(obs, weight_BW).masked_fill(~obs.past, 0)
+            weights_BHQC, weight_BQ = (lambda c: a_BHC[:, :, None, c]), torch.ones_like(weight_BW[:, :1])
+        else:
+            weights_BHQC, weight_BQ = partial(obs.attention, obs.log_normalizer()), weight_BW
+        B, H, _, D = obs.q.shape
+        K, G, Q = obs.k.shape[1], obs.group, weight_BQ.shape[1]
+        o_BKGQD = torch.zeros(B, K, G, Q, D, dtype=obs.dtype, device=obs.q.device)
+        for columns in obs.attention_chunks():
+            a_BKQC = weights_BHQC(columns).reshape(B, K, G * Q, -1)
+            o_BKGQD = o_BKGQD + (a_BKQC @ obs.v[:, :, columns].to(obs.dtype)).view_as(o_BKGQD)
+        change = self._joint_change if self.gqa == "joint" else self._change
+        parts = []
+        for columns in obs.chunks(B * H * Q * D * (G if self.gqa == "joint" else 1)):
+            a_BKGQC = weights_BHQC(columns).unflatten(1, (K, G))
+            change_BXQC = change(obs, a_BKGQC, o_BKGQD, obs.v[:, :, columns].to(obs.dtype))
+            parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
+        return torch.cat(parts, -1)
+
+    def _change(self, obs: Observation, a_BKGQC: Tensor, o_BKGQD: Tensor, v_BKCD: Tensor) -> Tensor:
+        """a / (1 - a) * ||(o - v) W_O^h||^tau per query head, [B, H, Q, C]."""
+        v_BKGCD = v_BKCD[:, :, None]
+        u_BKGQCD = o_BKGQD[..., None, :] - v_BKGCD[:, :, :, None]
+        if self.output_weight:
+            assert obs.gram is not None, "this policy needs the Gram matrices of W_O (Policy.needs)"
+            gram_KGDD = obs.gram.to(obs.dtype).unflatten(0, (-1, a_BKGQC.shape[2]))
+            go_BKGQD, gv_BKGCD = o_BKGQD @ gram_KGDD, v_BKGCD @ gram_KGDD
+            # u^T (G o - G v), not u^T (G u): both subtract before multiplying, this one without Q * C products with G.
+            square_BKGQC = (u_BKGQCD * (go_BKGQD[..., None, :] - gv_BKGCD[:, :, :, None])).sum(-1)
+        else:
+            go_BKGQD, square_BKGQC = o_BKGQD, u_BKGQCD.square().sum(-1)
+        change_BKGQC = _odds(a_BKGQC) * _root(square_BKGQC) ** self.tau
+        if self.normalize:
+            change_BKGQC = change_BKGQC / _length(o_BKGQD, go_BKGQD, (-1,))[..., None]
+        return change_BKGQC.flatten(1, 2)
+
+    def _joint_change(self, obs: Observation, a_BKGQC: Tensor, o_BKGQD: Tensor, v_BKCD: Tensor) -> Tensor:
+        """||sum_g a_g / (1 - a_g) (o_g - v) W_O^g|| per KV head, [B, K, Q, C]."""
+        assert obs.gram is not None and obs.gram.ndim == 5, "this policy needs the cross Gram matrices (Policy.needs)"
+        # x_j @ cross[k, g, j] = W_O^g^T W_O^j x_j: query head j's output as query head g's projection meets it.
+        cross_KGJDD = obs.gram.to(obs.dtype).permute(0, 1, 3, 4, 2)
+        go_BKGJQD = o_BKGQD[:, :, None] @ cross_KGJDD
+        gv_BKGJCD = v_BKCD[:, :, None, None] @ cross_KGJDD
+        u_BKGQCD = o_BKGQD[..., None, :] - v_BKCD[:, :, None, None]
+        product_BKGJQC = (u_BKGQCD[:, :, :, None] * (go_BKGJQD[..., None, :] - gv_BKGJCD[:, :, :, :, None])).sum(-1)
+        odds_BKGQC = _odds(a_BKGQC)
+        change_BKQC = _root(torch.einsum("bkgjqc,bkgqc,bkjqc->bkqc", product_BKGJQC, odds_BKGQC, odds_BKGQC))
+        if self.normalize:
+            # Summed over g and j, then over D: the length of the group's summed output.
+            change_BKQC = change_BKQC / _length(o_BKGQD[:, :, :, None], go_BKGJQD, (2, 3, -1))[..., None]
+        return change_BKQC
+
+    def _drift(self, obs: Observation) -> Tensor:
+        """Mean place of the entries the older half of the queries attends to most, minus the newer half's: [B, H].
+
+        Places are counted in entries, like the kernel and the shift made from them. The released code counts cache
+        columns, which at prefill are positions. In a cache thinned out by earlier evictions a shift of one entry spans
+        many positions: a drift in positions would carry scores hundreds of tokens too far.
+
+        Each query ranks all columns, its own window's included ("released"), or past entries only ("symmetric").
+        Float64; NaN where a half has no query or sees no entry.
+        """
+        C = obs.pos.shape[-1]
+        kept = self._past_budget(obs)
+        most = min(kept, C) if isinstance(kept, int) else C
+        past_BHC = obs.past
+        best_BHWT = obs.q.new_empty((*obs.q.shape[:3], 0), dtype=obs.dtype)  # T: the most attended so far
+        column_BHWT = best_BHWT.long()
+        for columns in obs.attention_chunks():
+            logits_BHWC = obs.logits(columns)  # ranks like the softmax, and does not underflow into ties
+            if self.drift == "symmetric":
+                logits_BHWC = logits_BHWC.masked_fill(~past_BHC[:, :, None, columns], -torch.inf)
+            index_C = torch.arange(columns.start, columns.stop, device=obs.pos.device)
+            pool_BHWT = torch.cat([best_BHWT, logits_BHWC], -1)
+            best_BHWT, at_BHWT = pool_BHWT.topk(min(most, pool_BHWT.shape[-1]))
+            column_BHWT = torch.cat([column_BHWT, index_C.expand_as(logits_BHWC)], -1).gather(-1, at_BHWT)
+        counts_BHWT = best_BHWT > -torch.inf
+        if not isinstance(kept, int):
+            rank_T = torch.arange(best_BHWT.shape[-1], device=kept.device)
+            counts_BHWT = counts_BHWT & (rank_T < kept[:, None, None, None])
+        place_BHWT = obs.order.argsort(-1).gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
+        total_BHW, count_BHW = (place_BHWT * counts_BHWT).sum(-1), counts_BHWT.sum(-1)  # integers: exact in any order
+        seen_BW = obs.q_pos >= 0
+        front_BW = seen_BW & (seen_BW.cumsum(-1) <= seen_BW.sum(-1, keepdim=True) // 2)
+        front_BH, rear_BH = (
+            (total_BHW * half_BW[:, None]).sum(-1) / (count_BHW * half_BW[:, None]).sum(-1).double()
+            for half_BW in (front_BW, seen_BW & ~front_BW)
+        )
+        return front_BH - rear_BH
+
+    def _past_budget(self, obs: Observation) -> int | Tensor:
+        """Entries the budget leaves for the past, at least 1: an int, or [B]."""
+        budget = obs.budget_B if obs.budget_B is not None else self.budget
+        if isinstance(budget, Tensor):
+            return (budget - self.window).clamp_min(1)
+        if not isinstance(budget, int):
+            raise PolicyError(f'restkv: budget {budget!r}: pooling="adaptive" needs a number of entries (obs.budget_B)')
+        return max(1, budget - self.window)
+
+    def _adapt(self, drift_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernel and shift of the adaptive window from the drift (SPEC §1.2 item 7), each [B, X] int."""
+        unknown_BX = drift_BX.isnan()
+        steps_BX = drift_BX.nan_to_num() / self.scale
+        kernel_BX = (2 * steps_BX.abs().floor().long() + 1).clamp_min(self.kernel_size)
+        shift_BX = steps_BX.trunc() if self.drift == "symmetric" else steps_BX.floor() + (steps_BX <= 0)
+        return kernel_BX, shift_BX.long().masked_fill(unknown_BX, 0)
+
+
+def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
+    """[B, W] float64, sum 1 over the queries a row has: EMA with the newest last (SPEC §1.2 item 5), or their mean."""
+    seen_BW = q_pos_BW >= 0
+    count_B1 = seen_BW.sum(-1, keepdim=True)
+    if alpha is None:
+        return seen_BW / count_B1.clamp_min(1).double()
+    W = q_pos_BW.shape[1]
+    age_W = torch.arange(W - 1, -1, -1, device=q_pos_BW.device)
+    decay_W = torch.pow(torch.full((), 1 - alpha, dtype=torch.float64, device=q_pos_BW.device), age_W)
+    return decay_W.where(age_W == count_B1 - 1, alpha * decay_W) * seen_BW
+
+
+def _odds(a: Tensor) -> Tensor:
+    return a / (1 - a).clamp_min(torch.finfo(a.dtype).eps)
+
+
+def _root(square: Tensor) -> Tensor:
+    return square.clamp_min(0).sqrt()
+
+
+def _length(o: Tensor, go: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return _root((o * go).sum(dims)).clamp_min(torch.finfo(o.dtype).tiny)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

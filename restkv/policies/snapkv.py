@@ -1,0 +1,50 @@
+"""SnapKV (Li et al., 2024, arXiv 2404.14469): attention of the prompt's last queries, pooled over neighbours.
+
+Letters: B batch rows, H query heads, C entries of one head (columns), W observed queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from restkv import pooling
+from restkv.observe import Observation, weighted_attention
+from restkv.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Score = sum over the last W queries of their softmax weight on the entry, then pooled (SPEC §2.5).
+
+    Presets: "official" (the LongBench configs of SnapKV's repository: W = 32, kernel 7, max), "paper" (the variant that
+    the ReST-KV paper's code compares with: W = 32, kernel 5, average), both with one set per query head and a single
+    eviction after the prompt, as released. Without a preset: kernel 5, average, one set per KV head (mean over the
+    group after pooling), evicting again every `interval` tokens.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "official": {"window": 32, "kernel_size": 7, "pooling": "max", "granularity": "query", "interval": None},
+        "paper": {"window": 32, "kernel_size": 5, "pooling": "avg", "granularity": "query", "interval": None},
+    }
+
+    kernel_size: int = 5  # entries pooled over, odd
+    pooling: str = "avg"  # "avg" (zeros beyond the ends count), "max" or "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.kernel_size in range(1, 1 << 20, 2), "kernel_size", "give an odd number of at least 1")
+        self._one_of("pooling", ("avg", "max", "none"))
+
+    def importance(self, obs: Observation) -> Tensor:
+        """Pooled attention [B, H, C]."""
+        score_BHC = weighted_attention(obs, (obs.q_pos >= 0).to(obs.dtype))
+        if self.pooling == "none":
+            return score_BHC
+        pool = partial(pooling.average if self.pooling == "avg" else pooling.maximum, kernel=self.kernel_size)
+        return pooling.over_past(lambda line_BHC, _: pool(line_BHC), score_BHC, obs.past, obs.order)
