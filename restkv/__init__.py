@@ -1,27 +1,28 @@
 """restkv: long prompts in small KV caches.
 
 >>> import restkv
->>> restkv.get_policy("restkv", budget=256).name
-'restkv'
+>>> restkv.get_policy("restkv", budget=256).window
+32
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from restkv.errors import RestKVError
-from restkv.policies import POLICIES, FullCache, Policy, ReSTKV, SnapKV, get_policy
 
 if TYPE_CHECKING:
     from restkv.lm import LM, load
+    from restkv.policies import POLICIES, FullCache, Policy, ReSTKV, SnapKV, get_policy
 
 __all__ = ["LM", "POLICIES", "FullCache", "Policy", "ReSTKV", "RestKVError", "SnapKV", "get_policy", "load"]
 
+_HOME = {"LM": "restkv.lm", "load": "restkv.lm"}  # the rest of __all__ is in restkv.policies
+
 
 def __getattr__(name: str) -> Any:
-    """Import the parts that load models only when they are asked for, so that `import restkv` stays quick."""
-    if name in ("LM", "load"):
-        from restkv import lm
-
-        return getattr(lm, name)
-    raise AttributeError(f"module 'restkv' has no attribute {name!r}")
+    """Import what is asked for when it is asked for: `import restkv` alone does not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'restkv' has no attribute {name!r}")
+    return getattr(import_module(_HOME.get(name, "restkv.policies")), name)
