@@ -9,6 +9,7 @@ Letters: B batch rows, T tokens, E hidden width, H query heads, K KV heads, D he
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.rotaries = nn.ModuleList(Rotary(rope) for rope in config.ropes)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, with their type."""
+        return cast(list[Block], list(self.layers))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Residual stream [B,T,E] of token ids [B,T], in the weights' dtype."""

@@ -1,0 +1,158 @@
+"""Attention: of a few new tokens over pages (flex compiled, or SDPA eager), and of a whole prompt over its own keys.
+
+Letters: B batch rows, H query heads, K KV heads, G = H / K, T new tokens, D head dim, R = B*K page lists, S slots of the pool,
+C columns (entries of one head).
+
+The query group is folded into query rows (q [1, R, G*T, D]), so a KV head is read once for its whole group and no kernel needs
+to know about grouped-query attention. Both backends answer the same question; sdpa is the slow, eager twin of flex.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from modeling.masks import page_block_mask, paged_mask_mod, visible
+from modeling.pages import LayerView
+
+
+def paged_attention(
+    q_BTHD: Tensor,
+    view: LayerView,
+    q_pos_BT: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    """Attention of new tokens (already written to the pages) over everything their rows' lists hold.
+
+    Args:
+        q_BTHD: queries after RoPE.
+        view: the layer's pool and page lists, `used` counting the new tokens.
+        q_pos_BT: int32 positions; -1 marks padding, whose output is arbitrary but finite.
+        backend: "flex" (only under torch.compile: eager flex ignores block lists) or "sdpa".
+    Returns:
+        [B, T, H, D]
+    """
+    B, T, H, D = q_BTHD.shape
+    lists = len(view.used)
+    K = lists // B
+    G = H // K
+    folded_1RqD = q_BTHD.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(1, lists, G * T, D)
+    attend = _flex if backend == "flex" else _gathered
+    out_1RqD = attend(folded_1RqD, view, q_pos_BT, K, scale, softcap)
+    return out_1RqD.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _flex(q_1RqD: Tensor, view: LayerView, q_pos_BT: Tensor, heads: int, scale: float, softcap: float | None) -> Tensor:
+    _, lists, query_rows, head_dim = q_1RqD.shape
+    slots = view.pos.shape[0]
+    page = slots // view.table.shape[1]
+    # Zeroing padding gives the folded queries a 4-D buffer of their own: the CPU lowering looks at the buffer behind a view,
+    # and fails on, or misreads, one of another shape (FLEX bugs 1 and 2).
+    B, T = q_pos_BT.shape
+    padding_1Rq1 = (q_pos_BT < 0)[:, None, None].expand(B, heads, query_rows // T, T).reshape(1, lists, query_rows, 1)
+    q_1RqD = q_1RqD.masked_fill(padding_1Rq1, 0)
+    pages_R = (view.used + (page - 1)) // page
+    mask = page_block_mask(view, pages_R, paged_mask_mod(view, q_pos_BT, heads), query_rows)
+
+    score_mod = None
+    if softcap is not None:
+        cap = softcap
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return cap * torch.tanh(score / cap)
+
+    # A partition that is no multiple of the page keeps CPU lowering off its decode template, which reads wrong buffers for
+    # folded queries, fails without full blocks and overflows for logits below -88 (FLEX bugs 2-4).
+    options: Any = {"PARTITION_SIZE": page - 1} if q_1RqD.device.type == "cpu" else {}
+    return flex_attention(
+        q_1RqD,
+        view.k.expand(1, lists, slots, head_dim),  # stride 0: every list reads the same pool
+        view.v.expand(1, lists, slots, head_dim),
+        score_mod=score_mod,
+        block_mask=mask,
+        scale=scale,
+        kernel_options=options,
+    )
+
+
+def _gathered(
+    q_1RqD: Tensor, view: LayerView, q_pos_BT: Tensor, heads: int, scale: float, softcap: float | None
+) -> Tensor:
+    lists, num_pages = view.table.shape
+    page = view.pos.shape[0] // num_pages
+    T = q_pos_BT.shape[1]
+    longest = int(view.used.max())  # sync: the eager twin pads to the longest list
+    column_C = torch.arange(longest, device=view.pos.device)
+    slot_RC = view.table[:, column_C // page].long() * page + column_C % page
+    slot_RC = slot_RC.masked_fill(column_C >= view.used[:, None], 0)  # slot 0 is on the page nobody may read
+    q_pos_R1T1 = q_pos_BT.repeat_interleave(heads, 0)[:, None, :, None]
+    seen_RGTC = visible(view.pos[slot_RC][:, None, None, :], q_pos_R1T1, view.reach)
+    group = q_1RqD.shape[2] // T
+    if view.keep is None:
+        seen_RGTC = seen_RGTC.expand(lists, group, T, longest)
+    else:
+        seen_RGTC = seen_RGTC & view.keep[slot_RC].transpose(1, 2)[:, :, None, :]
+    seen_RqC = seen_RGTC.reshape(lists, group * T, longest)
+    return masked_attention(q_1RqD[0], view.k[0, 0, slot_RC], view.v[0, 0, slot_RC], seen_RqC, scale, softcap)[None]
+
+
+def masked_attention(
+    q_XTD: Tensor, k_XCD: Tensor, v_XCD: Tensor, seen_XTC: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Plain attention with a bool mask (broadcast over X); a query that sees nothing returns zeros.
+
+    Without a soft cap this is SDPA; with one the logits are formed in float32, as no fused CPU kernel caps them.
+    """
+    if softcap is None:
+        blind = ~seen_XTC.any(-1, keepdim=True)  # a softmax over nothing is NaN; let such rows see all, then zero them
+        out_XTD = F.scaled_dot_product_attention(q_XTD, k_XCD, v_XCD, attn_mask=seen_XTC | blind, scale=scale)
+        return out_XTD.masked_fill(blind, 0)
+    logits_XTC = torch.matmul(q_XTD, k_XCD.transpose(-1, -2)).float() * scale
+    logits_XTC = softcap * torch.tanh(logits_XTC / softcap)
+    weights_XTC = torch.softmax(logits_XTC.masked_fill(~seen_XTC, float("-inf")), dim=-1).nan_to_num(0.0)
+    return torch.matmul(weights_XTC.to(v_XCD.dtype), v_XCD)
+
+
+def causal_attention(
+    q_THD: Tensor,
+    k_KCD: Tensor,
+    v_KCD: Tensor,
+    start: int,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Dense attention of the prompt's tokens start ... start + T - 1 over its keys 0 ... start + T - 1.
+
+    Args:
+        q_THD: queries after RoPE.
+        k_KCD, v_KCD: keys and values of at least start + T tokens; column c is position c.
+    Returns:
+        [T, H, D]
+    """
+    T, H, _ = q_THD.shape
+    K = k_KCD.shape[0]
+    end = start + T
+    first = 0 if window is None else max(0, start - window + 1)
+    k_KCD, v_KCD = k_KCD[:, first:end], v_KCD[:, first:end]
+    q_HTD = q_THD.transpose(0, 1)
+    if softcap is None and first == start == 0 and (window is None or window >= T):
+        out = F.scaled_dot_product_attention(
+            q_HTD[None], k_KCD[None], v_KCD[None], is_causal=True, scale=scale, enable_gqa=H != K
+        )
+        return out[0].transpose(0, 1)
+    device = q_THD.device
+    seen_TC = visible(
+        torch.arange(first, end, device=device)[None], torch.arange(start, end, device=device)[:, None], window
+    )
+    folded_KqD = q_HTD.reshape(K, H // K * T, -1)
+    out_KqD = masked_attention(folded_KqD, k_KCD, v_KCD, seen_TC.repeat(H // K, 1), scale, softcap)
+    return out_KqD.view(H, T, -1).transpose(0, 1)

@@ -1,0 +1,157 @@
+"""The two ways through a decoder: one layer over a whole prompt, and all layers over a few new tokens.
+
+Letters: B batch rows, T new tokens, L prompt length, H query heads, K KV heads, D head dim, E hidden width, W remembered queries,
+R = B*K page lists, S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modeling.attention import causal_attention, paged_attention
+from modeling.layers import Block, Decoder
+from modeling.pages import EMPTY, SINK_PAGE, KVCache, LayerView
+
+CHUNK = 1024  # prompt rows at a time: bounds the projections' and the MLP's temporary memory
+
+
+def dense_layer(
+    model: Decoder, block: Block, x_LE: Tensor, rotary: list[tuple[Tensor, Tensor]], last: int, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one layer over a whole prompt with causal attention; x_LE is updated in place.
+
+    Args:
+        rotary: model.rotary of positions 0 ... L-1, entries [1, L, D].
+        last: W, how many of the last queries to return.
+    Returns:
+        q [H, W, D] (min(W, L) of them), k and v [K, L, D], all after RoPE.
+    """
+    config = model.config
+    length = len(x_LE)
+    cos_1LD, sin_1LD = rotary[block.rope]
+    k_KLD = x_LE.new_empty(config.num_kv_heads, length, config.head_dim)
+    v_KLD = torch.empty_like(k_KLD)
+    q_WHD = x_LE.new_empty(min(last, length), config.num_heads, config.head_dim)
+    first_kept = length - len(q_WHD)
+    for start in range(0, length, chunk):
+        rows = slice(start, min(start + chunk, length))
+        x_1TE = x_LE[None, rows]
+        q_1THD, k_1TKD, v_1TKD = block.project(x_1TE, cos_1LD[:, rows], sin_1LD[:, rows])
+        k_KLD[:, rows], v_KLD[:, rows] = k_1TKD[0].transpose(0, 1), v_1TKD[0].transpose(0, 1)
+        if rows.stop > first_kept:
+            fresh = max(start, first_kept)
+            q_WHD[fresh - first_kept : rows.stop - first_kept] = q_1THD[0, fresh - start :]
+        o_THD = causal_attention(
+            q_1THD[0],
+            k_KLD,
+            v_KLD,
+            start,
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            window=block.window,
+        )
+        x_LE[rows] = block.finish(x_1TE, o_THD[None])[0]
+    return q_WHD.transpose(0, 1), k_KLD, v_KLD
+
+
+def step(
+    model: Decoder,
+    ids_BT: Tensor,
+    pos_BT: Tensor,
+    views: list[LayerView],
+    queries: list[Tensor],
+    window: int,
+    backend: str,
+) -> Tensor:
+    """Run T new tokens per row through all layers over the paged cache, writing their keys and values into it.
+
+    Args:
+        ids_BT, pos_BT: int64 token ids and int32 positions; pos -1 marks padding (trailing) and finished rows.
+        views: one per layer; their lists must have room for the new tokens (KVCache.reserve).
+        queries: one ring buffer [B*W + 1, H, D] per layer, or none (window 0).
+    Returns:
+        hidden states [B, T, E] after the last layer (model.head makes logits of them).
+    """
+    x_BTE = model.embed(ids_BT)
+    rotary = model.rotary(pos_BT, pos_BT.amax(-1) + 1)
+    run = _compiled_layer_step if backend == "flex" else layer_step
+    rings: list[Tensor | None] = [*queries] or [None] * len(views)
+    for block, view, ring in zip(model.blocks, views, rings, strict=True):
+        cos_BTD, sin_BTD = rotary[block.rope]
+        x_BTE = run(model, block, x_BTE, cos_BTD, sin_BTD, pos_BT, view, ring, window, backend)
+    return x_BTE
+
+
+def layer_step(
+    model: Decoder,
+    block: Block,
+    x_BTE: Tensor,
+    cos_BTD: Tensor,
+    sin_BTD: Tensor,
+    pos_BT: Tensor,
+    view: LayerView,
+    ring: Tensor | None,
+    window: int,
+    backend: str,
+) -> Tensor:
+    """One layer of `step`: project, write to the pages, attend through them, finish."""
+    q_BTHD, k_BTKD, v_BTKD = block.project(x_BTE, cos_BTD, sin_BTD)
+    _write(view, k_BTKD, v_BTKD, pos_BT)
+    if ring is not None:
+        _remember(ring, q_BTHD, pos_BT, window)
+    config = model.config
+    o_BTHD = paged_attention(
+        q_BTHD,
+        view,
+        pos_BT,
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        backend=backend,
+    )
+    return block.finish(x_BTE, o_BTHD)
+
+
+# One traced region for all layers of a kind: compile time grows with the kinds, not with the depth (FLEX §4).
+_compiled_layer_step = torch.compiler.nested_compile_region(layer_step)
+
+
+def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, pos_BT: Tensor) -> None:
+    """Append the new tokens to their rows' lists; padding goes to the page nobody reads.
+
+    Only index_copy_ on the 4-D pool stays in place in a compiled graph: an indexed assignment copies the pool (FLEX §9).
+    """
+    B, T, K, D = k_BTKD.shape
+    lists, num_pages = view.table.shape
+    page = view.pos.shape[0] // num_pages
+    real_RT = (pos_BT >= 0)[:, None, :].expand(B, K, T).reshape(lists, T)
+    entry_RT = view.used[:, None] + torch.arange(T, device=pos_BT.device, dtype=torch.int32)
+    number_RT = view.table.gather(1, (entry_RT // page).long())
+    slot_RT = torch.where(real_RT, number_RT * page + entry_RT % page, SINK_PAGE).long()
+    pos_RT = pos_BT[:, None, :].expand(B, K, T).reshape(lists, T)
+    slot_n = slot_RT.reshape(-1)
+    view.k.index_copy_(2, slot_n, k_BTKD.transpose(1, 2).reshape(1, 1, lists * T, D))
+    view.v.index_copy_(2, slot_n, v_BTKD.transpose(1, 2).reshape(1, 1, lists * T, D))
+    view.pos.index_copy_(0, slot_n, torch.where(real_RT, pos_RT, EMPTY).reshape(-1))
+    if view.keep is not None:
+        view.keep.index_copy_(
+            0, slot_n, torch.ones_like(slot_n, dtype=torch.bool)[:, None].expand(-1, view.keep.shape[1])
+        )
+    view.used.add_(real_RT.sum(-1, dtype=torch.int32))
+
+
+def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, window: int) -> None:
+    """Write the last W of the new queries to the ring; older ones would fight over the same slots."""
+    B, T, H, D = q_BTHD.shape
+    row_B1 = torch.arange(B, device=pos_BT.device)[:, None]
+    recent_BT = (pos_BT >= 0) & (pos_BT > pos_BT.amax(-1, keepdim=True) - window)
+    slot_BT = torch.where(recent_BT, row_B1 * window + pos_BT % window, B * window)
+    ring.index_copy_(0, slot_BT.reshape(-1).long(), q_BTHD.reshape(B * T, H, D))
+
+
+def extend(model: Decoder, cache: KVCache, ids_BT: Tensor, pos_BT: Tensor, backend: str = "sdpa") -> Tensor:
+    """`step` on a KVCache, eagerly: reserve, run, advance. Returns hidden states [B, T, E]."""
+    cache.reserve(ids_BT.shape[1])
+    x_BTE = step(model, ids_BT, pos_BT, cache.views(), cache.queries, cache.window, backend)
+    cache.next_pos = torch.maximum(cache.next_pos, pos_BT.amax(-1) + 1)
+    return x_BTE

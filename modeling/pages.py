@@ -1,0 +1,451 @@
+"""Pages: where the entries of the KV cache live.
+
+Letters: B batch rows, K KV heads, R = B*K lists of one layer (list r belongs to row r // K, head r % K), G query heads per KV
+head, D head dim, P pages of a pool, S = P * page slots, M pages a list may hold, C entries of the longest list.
+
+A pool is one pair of tensors k, v [1, 1, S, D] and `pos` [S]: the original position of the token in each slot, -1 if the slot is
+empty or its entry was evicted. A list of page numbers says which slots belong to one head of one row: entry n of list r lies in
+slot `pages[r][n // page] * page + n % page`. With page = 4 and pages[r] = [7, 2], entry 5 is in slot 2*4 + 1 = 9.
+Attention reads the pool through these lists (masks.py), so heads, rows and layers may keep different numbers of entries, and
+moving or dropping entries never changes a shape.
+
+Page 0 belongs to nobody: finished rows and padding tokens write there, with pos = -1. A page held by several lists (after a
+fork) is read-only; whoever wants to write or mark in it copies it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EMPTY = -1  # pos of a slot without a live entry
+SINK_PAGE = 0  # the page that swallows writes nobody may read
+
+
+class LayerView(NamedTuple):
+    """What one layer's forward pass reads and writes: only tensors, so that a compiled graph takes them as inputs.
+
+    k, v [1,1,S,D]; pos [S] int32; table [R,P] int32, whose first `M` columns of each row are that list's pages (row stride M:
+    rows overlap, and the columns past a list's end are never read); used [R] int32: entries written, dead ones included;
+    keep [S,G] bool or None: which query heads of the group may see the entry. reach [1] int32 or None: the layer's sliding
+    window (a large number where it has none); None when no layer of the model has one. It is a tensor because
+    nested_compile_region takes two layers for the same when only their mask functions differ (measured on torch 2.13: a model
+    with alternating windows then decodes with the first layer's window throughout).
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    table: Tensor
+    used: Tensor
+    keep: Tensor | None
+    reach: Tensor | None
+
+
+UNBOUNDED = 2**31 - 1  # reach of a layer without a window, in a model where others have one
+
+
+class PagePool:
+    """A slab of `num_pages` pages of `page` slots with a reference-counted free list.
+
+    Args:
+        num_pages: usable pages; one more (page 0) is added for discarded writes.
+        page: slots per page.
+        head_dim, dtype, device: of k and v, which start at zero (a masked NaN would still poison a flex block).
+        group: when given, a `keep` [S, group] bool companion is kept per slot (granularity "query").
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: int | None = None,
+    ) -> None:
+        self.page = page
+        slots = (num_pages + 1) * page
+        self.k = torch.zeros(1, 1, slots, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.pos = torch.full((slots,), EMPTY, dtype=torch.int32, device=device)
+        self.companions: dict[str, Tensor] = {}
+        if group is not None:
+            self.add_companion("keep", (group,), torch.bool)
+        self._free = list(range(num_pages, SINK_PAGE, -1))
+        self._refs = [0] * (num_pages + 1)
+
+    def add_companion(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Attach per-slot data [S, *shape], zero at first, that moves with its entry."""
+        self.companions[name] = torch.zeros(len(self.pos), *shape, dtype=dtype, device=self.pos.device)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in all, page 0 included."""
+        return len(self._refs)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys, values, positions and companions."""
+        return self.page * self.slot_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        per_slot = [self.k[0, 0], self.v[0, 0], self.pos, *self.companions.values()]
+        return sum(t[0].numel() * t.element_size() for t in per_slot)
+
+    def _slabs(self) -> list[Tensor]:
+        """Every per-slot tensor with the slot as its first dimension."""
+        return [self.k[0, 0], self.v[0, 0], self.pos, *self.companions.values()]
+
+    def take(self, count: int) -> list[int]:
+        """`count` empty pages (pos = -1 throughout); the pool grows when it has too few."""
+        if count > len(self._free):
+            self.grow(max(count - len(self._free), self.num_pages // 2))
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._refs[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            assert self._refs[page] > 0, f"page {page} is free and cannot be shared"
+            self._refs[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Give pages back; those nobody else holds are wiped (pos = -1) and return to the free list."""
+        emptied = []
+        for page in pages:
+            assert self._refs[page] > 0, f"page {page} released twice"
+            self._refs[page] -= 1
+            if self._refs[page] == 0:
+                emptied.append(page)
+        if emptied:
+            self.pos.view(-1, self.page)[emptied] = EMPTY
+            self._free.extend(reversed(emptied))
+
+    def is_shared(self, page: int) -> bool:
+        return self._refs[page] > 1
+
+    def duplicate(self, page: int) -> int:
+        """A private copy of a shared page; the caller's hold on the original is given up."""
+        (copy,) = self.take(1)
+        for slab in self._slabs():
+            paged = slab.view(-1, self.page, *slab.shape[1:])
+            paged[copy] = paged[page]
+        self.release([page])
+        return copy
+
+    def grow(self, count: int) -> None:
+        """Add `count` pages. Shapes change, so compiled graphs that read this pool are compiled anew."""
+        more = count * self.page
+        first = self.num_pages
+        self.k = torch.cat([self.k, self.k.new_zeros(1, 1, more, self.k.shape[-1])], dim=2)
+        self.v = torch.cat([self.v, self.v.new_zeros(1, 1, more, self.v.shape[-1])], dim=2)
+        self.pos = torch.cat([self.pos, self.pos.new_full((more,), EMPTY)])
+        for name, data in self.companions.items():
+            self.companions[name] = torch.cat([data, data.new_zeros(more, *data.shape[1:])])
+        self._refs.extend([0] * count)
+        self._free[:0] = range(first + count - 1, first - 1, -1)
+
+
+class LayerCache:
+    """The page lists of one layer over a pool that may be its own or shared with other layers.
+
+    Args:
+        pool: where the pages come from.
+        rows, heads: B and K; the cache has R = B*K lists.
+        max_pages: M, pages a list may hold before the table must grow (which recompiles).
+        reach: see LayerView.
+    """
+
+    def __init__(self, pool: PagePool, rows: int, heads: int, max_pages: int, reach: Tensor | None = None) -> None:
+        self.pool = pool
+        self.reach = reach
+        self.rows, self.heads = rows, heads
+        self.max_pages = max_pages
+        self.lists: list[list[int]] = [[] for _ in range(rows * heads)]
+        self.used = torch.zeros(rows * heads, dtype=torch.int32, device=pool.pos.device)
+        self._table = torch.zeros(0, dtype=torch.int32, device=pool.pos.device)
+        self._publish()
+
+    # -- what the forward pass sees
+
+    def view(self) -> LayerView:
+        pool = self.pool
+        if len(self._table) < len(self.lists) * self.max_pages + pool.num_pages:
+            self._publish()
+        # The CPU lowering of flex wants one column per page of the pool; rows M apart cost R*M + P integers instead of R*P.
+        table = self._table.as_strided((len(self.lists), pool.num_pages), (self.max_pages, 1))
+        return LayerView(pool.k, pool.v, pool.pos, table, self.used, pool.companions.get("keep"), self.reach)
+
+    def _publish(self) -> None:
+        """Copy the lists to the device table, making it larger when a list or the pool has outgrown it."""
+        longest = max(len(pages) for pages in self.lists)
+        if longest > self.max_pages:
+            self.max_pages = max(longest, 2 * self.max_pages)
+        size = len(self.lists) * self.max_pages + self.pool.num_pages
+        flat = [page for pages in self.lists for page in pages + [SINK_PAGE] * (self.max_pages - len(pages))]
+        if len(self._table) < size:
+            self._table = torch.zeros(size, dtype=torch.int32, device=self.pool.pos.device)
+        self._table[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+
+    def lengths(self) -> list[int]:
+        """Entries written to each list, dead ones included. Reads the device: once per interval, never per token."""
+        return self.used.tolist()  # sync: pages are handed out on the host
+
+    # -- writing
+
+    def reserve(self, extra: int | Sequence[int]) -> None:
+        """Give every list room for `extra` more entries, so that the next steps need no help from the host."""
+        page = self.pool.page
+        extras = [extra] * len(self.lists) if isinstance(extra, int) else extra
+        for pages, used, more in zip(self.lists, self.lengths(), extras, strict=True):
+            if more and used % page and self.pool.is_shared(pages[used // page]):
+                pages[used // page] = self.pool.duplicate(pages[used // page])
+            missing = -(-(used + more) // page) - len(pages)
+            if missing > 0:
+                pages.extend(self.pool.take(missing))
+        self._publish()
+
+    def append(
+        self,
+        row: int,
+        k_KCD: Tensor,
+        v_KCD: Tensor,
+        pos_KC: Tensor,
+        keep_KC: Tensor | None = None,
+        companions: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Append entries to the K lists of one row, in column order.
+
+        Args:
+            k_KCD, v_KCD: keys (after RoPE) and values [K, C, D].
+            pos_KC: original positions [K, C] (or [C], the same for all heads); columns with pos < 0 are skipped.
+            keep_KC: bool [K, C]; False columns are skipped.
+            companions: name -> [K, C, ...] values for the pool's companions; those not given become zero (True for `keep`).
+        """
+        lists = slice(row * self.heads, (row + 1) * self.heads)
+        pos_KC = pos_KC.expand(self.heads, -1)
+        keep_KC = pos_KC >= 0 if keep_KC is None else keep_KC & (pos_KC >= 0)
+        flat = {name: data[keep_KC] for name, data in (companions or {}).items()}
+        self._scatter(lists, keep_KC, k_KCD[keep_KC], v_KCD[keep_KC], pos_KC[keep_KC], flat)
+
+    def _scatter(
+        self, lists: slice, keep_XC: Tensor, k_nD: Tensor, v_nD: Tensor, pos_n: Tensor, companions: dict[str, Tensor]
+    ) -> None:
+        """Append the n entries marked in keep_XC (row-major order) to the X lists of the slice."""
+        counts = keep_XC.sum(-1)
+        extras = [0] * len(self.lists)
+        extras[lists] = counts.tolist()  # sync: pages are handed out on the host, once per layer and eviction
+        self.reserve(extras)
+        pool, page = self.pool, self.pool.page
+        entry_XC = self.used[lists, None] + keep_XC.cumsum(-1) - 1
+        list_X1 = torch.arange(len(self.lists), device=keep_XC.device)[lists, None]
+        entry_n, list_n = entry_XC[keep_XC], list_X1.expand_as(keep_XC)[keep_XC]
+        slot_n = self._table[list_n * self.max_pages + entry_n // page].long() * page + entry_n % page
+        pool.k.index_copy_(2, slot_n, k_nD[None, None])
+        pool.v.index_copy_(2, slot_n, v_nD[None, None])
+        pool.pos.index_copy_(0, slot_n, pos_n.to(pool.pos.dtype))
+        for name, slab in pool.companions.items():
+            slab[slot_n] = companions.get(name, name == "keep")
+        self.used[lists] += counts.to(self.used.dtype)
+
+    # -- reading
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Slot of every entry of every list and its position: [R, C] int64 and [R, C] int32; padding has slot 0, pos -1."""
+        page = self.pool.page
+        column_C = torch.arange(max(self.lengths()), device=self.used.device)
+        table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
+        slot_RC = table_RM[:, column_C // page].long() * page + column_C % page
+        slot_RC = slot_RC.masked_fill(column_C >= self.used[:, None], SINK_PAGE)
+        return slot_RC, self.pool.pos[slot_RC]
+
+    # -- evicting
+
+    def mark(self, drop_RC: Tensor) -> None:
+        """Evict = mask: entries of `slots()` with drop = True lose their position; nothing moves."""
+        page, copied = self.pool.page, False
+        touched = drop_RC.any(-1).tolist()  # sync: only lists that lose something need pages of their own
+        for pages, touch in zip(self.lists, touched, strict=True):
+            for i, number in enumerate(pages if touch else ()):
+                if self.pool.is_shared(number) and drop_RC.shape[1] > i * page:
+                    pages[i] = self.pool.duplicate(number)
+                    copied = True
+        if copied:
+            self._publish()
+        slot_RC, _ = self.slots()
+        self.pool.pos[slot_RC[drop_RC]] = EMPTY
+
+    def compact(self, keep_RC: Tensor | None = None, companions: dict[str, Tensor] | None = None) -> None:
+        """Compact = reclaim: live entries (those with keep = True, if given) move to the front of fresh pages, in order.
+
+        The old pages go back to the pool, or stay with whoever shares them. `companions` replaces companion values: name ->
+        [R, C, ...] over the columns of `slots()`.
+        """
+        slot_RC, pos_RC = self.slots()
+        keep_RC = pos_RC >= 0 if keep_RC is None else keep_RC & (pos_RC >= 0)
+        slot_n = slot_RC[keep_RC]
+        k_nD, v_nD = self.pool.k[0, 0, slot_n], self.pool.v[0, 0, slot_n]
+        carried = {name: slab[slot_n] for name, slab in self.pool.companions.items()}
+        carried.update({name: data[keep_RC] for name, data in (companions or {}).items()})
+        self.clear()
+        self._scatter(slice(None), keep_RC, k_nD, v_nD, pos_RC[keep_RC], carried)
+
+    def clear(self) -> None:
+        """Drop every entry and give the pages back."""
+        for pages in self.lists:
+            self.pool.release(pages)
+            pages.clear()
+        self.used.zero_()
+
+    # -- sharing
+
+    def fork(self, rows: Sequence[int]) -> LayerCache:
+        """A cache whose row i continues row rows[i] of this one; both share the pages until one of them writes."""
+        twin = LayerCache(self.pool, len(rows), self.heads, self.max_pages, self.reach)
+        sources = [row * self.heads + head for row in rows for head in range(self.heads)]
+        twin.used = self.used[sources].clone()
+        used = self.lengths()
+        for mine, source in zip(twin.lists, sources, strict=True):
+            mine.extend(self.lists[source][: -(-used[source] // self.pool.page)])
+            self.pool.share(mine)
+        twin._publish()
+        return twin
+
+    # -- accounting
+
+    @property
+    def pages_held(self) -> int:
+        return sum(len(pages) for pages in self.lists)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the pages on this layer's lists."""
+        return self.pages_held * self.pool.page_bytes
+
+    def live_counts(self) -> Tensor:
+        """Live entries per list [B, K] int64."""
+        _, pos_RC = self.slots()
+        return (pos_RC >= 0).sum(-1).view(self.rows, self.heads)
+
+
+class KVCache:
+    """The caches of all layers, the next position of every row, and the last W queries of every layer.
+
+    Args:
+        layers: one LayerCache per layer.
+        window: W, queries to remember per layer (0: none).
+        num_heads: H, query heads.
+    """
+
+    def __init__(self, layers: list[LayerCache], window: int, num_heads: int) -> None:
+        first = layers[0]
+        self.layers = layers
+        self.rows = first.rows
+        self.window = window
+        device, dtype, head_dim = first.used.device, first.pool.k.dtype, first.pool.k.shape[-1]
+        self.next_pos = torch.zeros(self.rows, dtype=torch.int32, device=device)
+        # Ring buffers: the query of position p of row b is at b*W + p % W; the extra last row swallows padding.
+        self.queries = [
+            torch.zeros(self.rows * window + 1, num_heads, head_dim, dtype=dtype, device=device)
+            for _ in layers
+            if window
+        ]
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        windows: Sequence[int | None],
+        rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        entries: int,
+        page: int,
+        window: int = 0,
+        query_sets: bool = False,
+        shared: bool = False,
+    ) -> KVCache:
+        """A cache with room for `entries` entries per layer, row and KV head on average, one layer per entry of `windows`.
+
+        With `shared`, all layers draw on one pool, so that layers too may keep different numbers of entries. `query_sets` adds
+        the per-query-head keep bits.
+        """
+        max_pages = -(-entries // page)
+        group = num_heads // num_kv_heads if query_sets else None
+        per_layer = rows * num_kv_heads * max_pages
+        pools = [
+            PagePool(per_layer * (len(windows) if shared else 1), page, head_dim, dtype, device, group)
+            for _ in range(1 if shared else len(windows))
+        ]
+        layers = []
+        for index, width in enumerate(windows):
+            reach = None
+            if any(windows):
+                reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
+            layers.append(LayerCache(pools[0 if shared else index], rows, num_kv_heads, max_pages, reach))
+        return cls(layers, window, num_heads)
+
+    def reserve(self, extra: int) -> None:
+        for layer in self.layers:
+            layer.reserve(extra)
+
+    def views(self) -> list[LayerView]:
+        return [layer.view() for layer in self.layers]
+
+    def recent(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The last W queries of a layer, oldest first: q [B, H, W, D] after RoPE and q_pos [B, W] int64, -1 where none was."""
+        position_BW = self.next_pos[:, None] + torch.arange(-self.window, 0, device=self.next_pos.device)
+        row_B1 = torch.arange(self.rows, device=self.next_pos.device)[:, None]
+        q_BWHD = self.queries[layer][row_B1 * self.window + position_BW % self.window]
+        return q_BWHD.transpose(1, 2), position_BW.clamp(min=EMPTY).long()
+
+    def remember(self, layer: int, row: int, q_HWD: Tensor, last_pos: int) -> None:
+        """Store the queries of positions last_pos - n + 1 ... last_pos of one row."""
+        count = q_HWD.shape[1]
+        positions = torch.arange(last_pos - count + 1, last_pos + 1, device=q_HWD.device)
+        self.queries[layer][row * self.window + positions % self.window] = q_HWD.transpose(0, 1)
+
+    def fork(self, rows: Sequence[int] | None = None) -> KVCache:
+        """A cache whose row i continues row rows[i] (all rows by default); pages are shared until written."""
+        rows = list(range(self.rows)) if rows is None else list(rows)
+        twin = KVCache.__new__(KVCache)
+        twin.layers = [layer.fork(rows) for layer in self.layers]
+        twin.rows, twin.window = len(rows), self.window
+        twin.next_pos = self.next_pos[rows].clone()
+        slots = [row * self.window + i for row in rows for i in range(self.window)]
+        twin.queries = [torch.cat([ring[slots], ring[-1:]]) for ring in self.queries]
+        return twin
+
+    def free(self) -> None:
+        """Give every page back."""
+        for layer in self.layers:
+            layer.clear()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of live keys and values (and their positions and companions)."""
+        return sum(int(layer.live_counts().sum()) * layer.pool.slot_bytes for layer in self.layers)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all pages on the lists."""
+        return sum(layer.allocated_bytes for layer in self.layers)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the pools' tensors, free pages included."""
+        pools = {id(layer.pool): layer.pool for layer in self.layers}
+        return sum(pool.num_pages * pool.page_bytes for pool in pools.values())

@@ -1,0 +1,63 @@
+"""Prefill: a prompt goes through the layers one by one, and only the entries its policy keeps stay.
+
+Letters: L prompt length, E hidden width, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from modeling.forward import dense_layer
+from modeling.layers import Decoder
+from modeling.pages import KVCache
+from restkv.evict import Grams, evict_prompt
+from restkv.policies.base import Policy
+
+Progress = Callable[[int, int], None]  # (layers or tokens done, of how many)
+
+
+def prefill(
+    model: Decoder,
+    cache: KVCache,
+    row: int,
+    ids: Sequence[int],
+    policy: Policy,
+    grams: Grams,
+    budget: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Dense prefill of one row, layer by layer: the full keys and values of ONE layer are alive at a time.
+
+    Args:
+        ids: the prompt's token ids.
+        budget: entries per head to keep; at least the prompt's length keeps everything.
+    Returns:
+        hidden state [1, E] of the last token after the last layer.
+    """
+    length = len(ids)
+    device = cache.next_pos.device
+    x_LE, rotary = _embed(model, ids, device)
+    for index, block in enumerate(model.blocks):
+        q_HWD, k_KLD, v_KLD = dense_layer(model, block, x_LE, rotary, last=max(policy.window, cache.window))
+        evict_prompt(model, cache, row, index, policy, grams, budget, q_HWD, k_KLD, v_KLD)
+        if progress is not None:
+            progress(index + 1, len(model.layers))
+    cache.next_pos[row] = length
+    return x_LE[-1:]
+
+
+def dense_hidden(model: Decoder, ids: Sequence[int], device: torch.device) -> Tensor:
+    """Hidden states [L, E] after the last layer with the full cache; nothing is stored."""
+    x_LE, rotary = _embed(model, ids, device)
+    for block in model.blocks:
+        dense_layer(model, block, x_LE, rotary, last=0)
+    return x_LE
+
+
+def _embed(model: Decoder, ids: Sequence[int], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    ids_1L = torch.tensor([list(ids)], device=device)
+    pos_1L = torch.arange(len(ids), dtype=torch.int32, device=device)[None]
+    return model.embed(ids_1L)[0].clone(), model.rotary(pos_1L, pos_1L.amax(-1) + 1)

@@ -1,0 +1,82 @@
+"""Choosing the next token. Letters: B batch rows, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from restkv.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the logits.
+
+    Filters apply in this order, each on what the one before left: temperature, top_k, top_p, min_p.
+
+    Args:
+        temperature: divides the logits; 0 is greedy (the lowest id wins a tie).
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches p (the one that crosses p included); 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        seed: of the first row; row i of a batch draws from its own generator seeded with seed + i, so that its tokens do not
+            depend on its neighbours. None seeds from the operating system.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (self.temperature >= 0, "0 (greedy) or larger"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or larger"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+        }
+        for name, (ok, wanted) in bounds.items():
+            if not ok:
+                raise PromptError(f"sampling: {name}={getattr(self, name)} is not possible; give a value {wanted}")
+
+    def generators(self, rows: int) -> list[torch.Generator]:
+        """One seeded CPU generator per row."""
+        seeds = [None if self.seed is None else self.seed + row for row in range(rows)]
+        generators = [torch.Generator() for _ in seeds]
+        for generator, seed in zip(generators, seeds, strict=True):
+            generator.seed() if seed is None else generator.manual_seed(seed)
+        return generators
+
+
+def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits after temperature, top_k, top_p and min_p: [B, V] float32, -inf where a token is excluded."""
+    logits_BV = logits_BV.float() / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+        mass_BV = sorted_BV.softmax(-1)
+        beyond_BV = mass_BV.cumsum(-1) - mass_BV >= sampling.top_p  # mass before the token: the first is never dropped
+        logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), float("-inf"))
+    if sampling.min_p > 0:
+        floor_B1 = logits_BV.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, float("-inf"))
+    return logits_BV
+
+
+def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Next token ids [B] int64.
+
+    Draws by an exponential race, argmax(p / e) with e ~ Exp(1): the same distribution as multinomial without its host sync.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    probs_BV = filter_logits(logits_BV, sampling).softmax(-1)
+    vocab = probs_BV.shape[-1]
+    noise_BV = torch.stack([torch.empty(vocab).exponential_(generator=generator) for generator in generators])
+    return (probs_BV / noise_BV.to(probs_BV.device)).argmax(-1)
