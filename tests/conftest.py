@@ -1,0 +1,52 @@
+"""Fixtures: tiny random checkpoints (tests/families.py) and the real stories260k of the shared folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+from families import save_case
+
+
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """A saved random checkpoint and the transformers model it was saved from."""
+
+    folder: Path
+    reference: transformers.PreTrainedModel
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyCheckpoint]:
+    """tiny(name): the checkpoint of families.CASES[name], made once per session. Do not write to its folder."""
+    made: dict[str, TinyCheckpoint] = {}
+
+    def get(name: str) -> TinyCheckpoint:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = TinyCheckpoint(folder, save_case(name, folder))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared data folder: $RESTKV_SHARED, or ../shared beside the repository."""
+    folder = Path(os.environ.get("RESTKV_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}; set RESTKV_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Path:
+    """A real, tiny, pretrained Llama."""
+    folder = shared / "checkpoints" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no checkpoint at {folder}")
+    return folder
