@@ -115,9 +115,20 @@ def load(
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
     """
     folder = resolve(path_or_name)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = _device(device)
     model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights)
     return LM(model, Tokenizer.from_folder(folder), backend=_backend(backend, compile, where))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError):  # unknown to this build of torch, or not in this machine
+        raise PromptError(f"device {str(device)!r} is not available here; give auto, cpu, or a cuda device") from None
+    return where
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -294,18 +305,19 @@ class LM:
             )
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; ids given as such are checked against the vocabulary."""
+        """Token ids of a prompt, all of them in the vocabulary (a tokenizer may know more words than the model)."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer; give token ids instead of text")
             ids = self.tokenizer.encode(prompt)
         else:
             ids = list(prompt)
-            for index, token in enumerate(ids):
-                if not 0 <= token < self.config.vocab_size:
-                    raise PromptError(
-                        f"token id {token} at place {index} of the prompt is outside the vocabulary of {self.config.vocab_size}"
-                    )
+        for index, token in enumerate(ids):
+            if not 0 <= token < self.config.vocab_size:
+                raise PromptError(
+                    f"token id {token} at place {index} of the prompt is outside the vocabulary of "
+                    f"{self.config.vocab_size}"
+                )
         if not ids or (isinstance(prompt, str) and not prompt):
             raise PromptError("the prompt is empty; give at least one token")
         return ids
