@@ -58,6 +58,26 @@ def load_model(
     or do not fit config.json: all missing, unexpected and misshapen tensors come in one message.
     """
     folder = Path(folder)
+    model, stored = _outline(folder, dtype, fused)
+    model.to_empty(device=device)
+    slots = tensor_slots(model)
+    broken = [name for name, slot in slots.items() if not _fill(slot, stored[name], check_weights)]
+    if broken:
+        as_dtype = f"as {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{folder}: NaN or Inf {as_dtype} in {_some(broken)}; damaged file or too narrow a dtype")
+    _check_tied_head(model, stored.get("lm_head.weight"))
+    return model
+
+
+def load_outline(folder: str | Path, dtype: str | torch.dtype = "auto", fused: bool = True) -> Decoder:
+    """The model that load_model would give, on the meta device: shapes and dtype without weights.
+
+    Only config.json and the headers of the weights are read. Raises what load_model raises about them.
+    """
+    return _outline(Path(folder), dtype, fused)[0]
+
+
+def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decoder, dict[str, StoredTensor]]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
     config = read_config(folder)
@@ -66,14 +86,7 @@ def load_model(
         model = Decoder(config, fused)
     _check_fit(folder, config, {name: slot.shape for name, slot in tensor_slots(model).items()}, stored)
     model.requires_grad_(False).eval()
-    model.to(_wanted_dtype(dtype, config, stored)).to_empty(device=device)
-    slots = tensor_slots(model)
-    broken = [name for name, slot in slots.items() if not _fill(slot, stored[name], check_weights)]
-    if broken:
-        as_dtype = f"as {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}"
-        raise CheckpointError(f"{folder}: NaN or Inf {as_dtype} in {_some(broken)}; damaged file or too narrow a dtype")
-    _check_tied_head(model, stored.get("lm_head.weight"))
-    return model
+    return model.to(_wanted_dtype(dtype, config, stored)), stored
 
 
 def tensor_slots(model: Decoder) -> dict[str, Tensor]:

@@ -1,0 +1,402 @@
+"""The `restkv` command: text in, text out as it is made, a summary on stderr.
+
+torch is imported inside the commands, so that --help answers at once. A user's error is one line on stderr, exit 2.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, fields
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from modeling.errors import RestKVError, RestKVWarning
+from restkv.errors import OutputError, PolicyError, PromptError
+
+if TYPE_CHECKING:
+    from restkv.lm import LM
+    from restkv.policies import Policy
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
+
+app = typer.Typer(
+    name="restkv",
+    help="Long prompts, small KV caches: generate text while keeping only the entries that matter.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (sys.argv when None) and return its exit code.
+
+    0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
+    """
+    command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RestKVWarning)
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        try:
+            with command.make_context("restkv", arguments) as context:
+                command.invoke(context)
+            sys.stdout.flush()
+        except typer.Exit as exit:
+            return exit.exit_code
+        except (RestKVError, typer.TyperException) as error:
+            text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+            print("restkv: error:", " ".join(text.split()), file=sys.stderr)
+            if isinstance(error, OutputError):
+                _silence_stdout()
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            _silence_stdout()
+            return 141
+    return 0
+
+
+def _silence_stdout() -> None:
+    """Give the interpreter somewhere to flush stdout to on its way out, when it has failed once."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    if issubclass(category, RestKVWarning):
+        print("restkv: note:", " ".join(str(message).split()), file=sys.stderr)
+    else:
+        otherwise(message, category, *place)
+
+
+# -- options that several commands share
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return float(text) if any(sign in text for sign in ".e") else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of entries nor a fraction of the prompt") from None
+
+
+def _span(text: str) -> tuple[int, int]:
+    try:
+        start, end = map(int, text.split(":"))
+    except ValueError:
+        raise PolicyError(f"--protect {text!r} is not START:END, two positions such as 0:20") from None
+    return start, end
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is read as JSON, or as a word where it is none ("none" and "null" mean None)."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise PolicyError(f"--set {text!r} is not NAME=VALUE, such as kernel_size=7")
+    try:
+        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except ValueError:
+        return name, None if value.lower() == "none" else value
+
+
+KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt and output"
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A Hugging Face checkpoint folder, or org/name to download it (extra: hub).",
+        show_default="the tiny model that comes with restkv",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=_budget,
+        metavar="N|FRACTION",
+        rich_help_panel=KEEP,
+        help="Entries kept per layer and KV head, or a fraction of the prompt such as 0.1.",
+        show_default=str(DEFAULT_BUDGET),
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print("restkv", version("restkv"))
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        context.get_help()  # typer prints it itself
+        raise typer.Exit
+
+
+# -- restkv generate
+
+
+@app.command()
+def generate(
+    model: ModelArgument = str(TINY),
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", rich_help_panel=OUTPUT, help="The prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=OUTPUT, help="Read the prompt from a file, less its last line break."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=OUTPUT,
+            help="Wrap the prompt in the checkpoint's chat template.",
+            show_default="if there is one",
+        ),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print text, tokens and stats as one JSON object.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="Write to a file, not to stdout.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(rich_help_panel=KEEP, help="What decides which entries stay; see `restkv methods`.")
+    ] = "restkv",
+    preset: Annotated[
+        str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
+    ] = None,
+    budget: BudgetOption = None,
+    window: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=KEEP, help="Newest entries always kept; their queries are the ones observed."),
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(rich_help_panel=KEEP, help="First entries always kept.")] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="START:END",
+            rich_help_panel=KEEP,
+            help="Positions START to END - 1 are always kept. May be repeated.",
+        ),
+    ] = None,
+    interval: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", rich_help_panel=KEEP, help="New tokens between evictions; none: never again."),
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(rich_help_panel=KEEP, help="One kept set per kv head, or per query head.")
+    ] = None,
+    gqa: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=KEEP, help="How query heads that share a KV head agree: mean, max or joint."),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(rich_help_panel=KEEP, help="restkv: weight of the newest query in its average.")
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            rich_help_panel=KEEP,
+            help="Any other option of the method. May be repeated.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE)] = 128,
+    temperature: Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(rich_help_panel=SAMPLE, help="Sample from the k likeliest; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="Sample from this much of the mass.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(rich_help_panel=SAMPLE, help="Drop tokens less likely than this fraction of the likeliest.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=SAMPLE, help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(rich_help_panel=SAMPLE, help="End before this text. May be repeated.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: Annotated[
+        str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    ] = "auto",
+    backend: Annotated[
+        str, typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention), sdpa, or auto: flex where it is compiled.")
+    ] = "auto",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=MODEL, help="Compile the decode step, for long answers.", show_default="on CUDA only"
+        ),
+    ] = None,
+    check_weights: Annotated[
+        bool, typer.Option("--check-weights", rich_help_panel=MODEL, help="Refuse weights that hold NaN or infinity.")
+    ] = False,
+) -> None:
+    """Continue a prompt while keeping only part of its KV cache."""
+    text = _read_prompt(prompt, prompt_file)
+    given = {"budget": budget, "window": window, "sinks": sinks, "granularity": granularity, "gqa": gqa, "alpha": alpha}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if protect:
+        options["protect"] = tuple(map(_span, protect))
+    if interval is not None:
+        options["interval"] = _interval(interval)
+    policy = _policy(method, preset, options | dict(map(_field, field or ())))
+    sink = _Sink(output)
+
+    from restkv.display import prefill_bar, summary
+    from restkv.lm import load
+
+    lm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        compile="auto" if compile is None else compile,
+        check_weights=check_weights,
+    )
+    with prefill_bar() as progress:
+        stream = lm.stream(
+            _encode(lm, text, chat),
+            policy,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop or (),
+            progress=progress,
+        )
+        for piece in stream:
+            if not json_output:
+                sink.write(piece)
+    generation = stream.generation
+    if json_output:
+        shown = {"model": model, "policy": {"method": policy.name, **asdict(policy)}, **asdict(generation)}
+        sink.write(json.dumps(shown, ensure_ascii=False))
+    sink.write("\n")
+    print(summary(generation), file=sys.stderr)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise PromptError("two prompts: give --prompt or --prompt-file, not both")
+    if prompt is not None:
+        return prompt
+    if file is None and sys.stdin.isatty():
+        raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
+    place = "stdin" if file is None else str(file)
+    try:
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _interval(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise PolicyError(f"interval {text!r} is neither a number of tokens nor none") from None
+
+
+def _policy(method: str, preset: str | None, options: dict[str, Any]) -> Policy:
+    from restkv.policies import POLICIES, get_policy
+
+    if method in POLICIES and "budget" not in options:
+        by_name = {field.name: field for field in fields(POLICIES[method])}
+        if by_name["budget"].default is MISSING:
+            options = {"budget": DEFAULT_BUDGET, **options}
+    return get_policy(method, preset, **options)
+
+
+def _encode(lm: LM, text: str, chat: bool | None) -> str | list[int]:
+    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+    if not text:
+        raise PromptError("the prompt is empty; give at least one character")
+    if chat is None:
+        chat = lm.tokenizer.has_chat_template
+    return lm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
+
+
+class _Sink:
+    """Where the answer goes: stdout, or a file that is opened for a test at once and replaced when the text comes."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = sys.stdout if path is None else None
+        if path is None and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+        if path is not None:
+            try:
+                path.open("a").close()
+            except OSError as error:
+                raise self._refuse(error) from None
+
+    def write(self, text: str) -> None:
+        try:
+            if self._file is None:
+                assert self._path is not None
+                self._file = self._path.open("w", encoding="utf-8")
+            self._file.write(text)
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise self._refuse(error) from None
+
+    def _refuse(self, error: OSError) -> OutputError:
+        place = "stdout" if self._path is None else self._path
+        return OutputError(f"{place}: cannot be written ({error.strerror}); choose another place")
+
+
+# -- restkv methods, restkv inspect
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with their options, defaults and presets."""
+    from restkv.display import methods_table, table_console
+
+    table, common = methods_table()
+    table_console().print(table, common)
+
+
+@app.command()
+def inspect(
+    model: ModelArgument = str(TINY),
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
+    ] = None,
+    budget: BudgetOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
+    from modeling.loading import load_outline, resolve
+    from restkv.display import checkpoint_table, table_console
+
+    outline = load_outline(resolve(model), dtype)
+    context = context or outline.config.max_positions
+    policy = _policy("restkv", None, {} if budget is None else {"budget": budget})
+    table_console().print(checkpoint_table(model, outline, context, min(context, policy.budget_for(context))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What the command line shows besides the answer: summary, progress bar, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from inspect import getdoc, getmodule
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from modeling.layers import Decoder
+    from restkv.lm import Generation
+
+
+def table_console() -> Console:
+    """stdout, at the terminal's width or wide enough for a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def byte_text(count: float) -> str:
+    """A number of bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def summary(generation: Generation) -> str:
+    """What was kept, what it saved and how fast it was, in two lines."""
+    stats = generation.stats
+    per_layer = [sum(rows) / len(rows) for rows in stats.kept]
+    kept, saved = sum(per_layer) / len(per_layer), 1 - stats.allocated_bytes / stats.full_bytes
+    held, full = byte_text(stats.allocated_bytes), byte_text(stats.full_bytes)
+    return (
+        f"{stats.method}: kept {kept:.0f} of {stats.seen[0]} entries per KV head; "
+        f"cache {held}, full cache {full}" + (f" ({saved:.0%} saved)\n" if saved > 0 else "\n") + f"first token after "
+        f"{stats.ttft_s:.2f} s of {stats.prompt_tokens[0]} prompt tokens; "
+        f"{stats.new_tokens[0]} new tokens, {stats.tokens_per_s:.0f}/s, ended by {generation.finish_reason}"
+    )
+
+
+@contextmanager
+def prefill_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A callback that draws how much of the prompt is done on stderr; None where no terminal shows it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task("reading the prompt")
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:
+                bar.stop()  # gone before the first piece of text
+
+        yield progress
+
+
+def methods_table() -> tuple[Table, str]:
+    """Every method with its idea (first paragraph of its module), own options and presets; and the common options."""
+    from restkv.policies import POLICIES, Policy
+
+    common = fields(Policy)
+    shared = {field.name for field in common}
+    table = Table("method", "what stays", "options of its own", "presets", show_lines=True)
+    for name, cls in POLICIES.items():
+        idea = (getdoc(getmodule(cls)) or "").split("\n\n")[0]
+        own = [_option(field) for field in fields(cls) if field.name not in shared]
+        table.add_row(name, " ".join(idea.split()), "\n".join(own), "\n".join(cls.PRESETS))
+    return table, f"Every method takes {', '.join(map(_option, common))}."
+
+
+def _option(field: Field[Any]) -> str:
+    return field.name if field.default is MISSING else f"{field.name}={field.default}"
+
+
+def checkpoint_table(name: str, outline: Decoder, context: int, kept: int) -> Table:
+    """Shapes and sizes of a model; `kept` entries per KV head against a full cache of `context` tokens."""
+    config = outline.config
+    parameters = sum(parameter.numel() for parameter in outline.parameters())
+    per_token = config.kv_bytes_per_token(outline.dtype)
+    windows = [window for window in config.windows if window is not None]
+    rows = {
+        "family": config.family,
+        "dtype": str(outline.dtype).removeprefix("torch."),
+        "parameters": f"{parameters:,} ({byte_text(parameters * outline.dtype.itemsize)})",
+        "layers": str(config.num_layers),
+        "width, MLP width": f"{config.hidden_size:,}, {config.intermediate_size:,}",
+        "query heads, KV heads": f"{config.num_heads}, {config.num_kv_heads} (groups of {config.group})",
+        "head dim": str(config.head_dim),
+        "vocabulary": f"{config.vocab_size:,}" + (" (tied output)" if config.tie_embeddings else ""),
+        "positions": f"{config.max_positions:,}",
+        "rope": ", ".join(f"{rope.kind} (theta {rope.theta:g})" for rope in config.ropes),
+        "sliding window": f"{windows[0]:,} in {len(windows)} layers" if windows else "none",
+        "cache per token": byte_text(per_token),
+        f"full cache at {context:,} tokens": byte_text(per_token * context),
+        f"cache at {kept:,} entries per KV head": f"{byte_text(per_token * kept)} ({kept / context:.1%})",
+    }
+    table = Table(title=Text(name), show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
