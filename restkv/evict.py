@@ -16,7 +16,6 @@ from modeling.pages import KVCache
 from restkv.errors import PolicyError
 from restkv.observe import Observation, cross_gram_of, gram_of
 from restkv.policies.base import Policy
-from restkv.select import select
 
 
 class Grams:
@@ -59,16 +58,11 @@ def check_protected(policy: Policy, length: int, budget: int) -> None:
         )
 
 
-def choose(policy: Policy, obs: Observation, budgets_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def choose(policy: Policy, obs: Observation) -> tuple[Tensor, dict[str, Tensor]]:
     """Which entries stay: keep [B, K, C] bool and the companions to store with them (name -> [B, K, C, ...])."""
-    assert obs.protected is not None
-    score_BXC = policy.score(obs)
     B, K, C = obs.pos.shape
-    X = score_BXC.shape[1]
-    pos_BXC, protected_BXC = (t.repeat_interleave(X // K, 1) for t in (obs.pos, obs.protected))
-    if obs.keep is not None:  # what a query head has lost before is no entry of its
-        pos_BXC = pos_BXC.masked_fill(~obs.keep, -1)
-    keep_BXC = select(score_BXC, pos_BXC, protected_BXC, budgets_B)
+    keep_BXC = policy.keep(obs)
+    X = keep_BXC.shape[1]
     if policy.granularity == "kv":
         return keep_BXC, {}
     keep_BKGC = keep_BXC.view(B, K, X // K, C)
@@ -108,7 +102,7 @@ def evict_prompt(
             budgets_B=budget_1,
             next_pos_B=torch.tensor([length], device=k_KLD.device),
         )
-        keep_1KL, companions = choose(policy, obs, budget_1)
+        keep_1KL, companions = choose(policy, obs)
         keep_KL = keep_1KL[0]
         companions = {name: data[0] for name, data in companions.items()}
     cache.layers[layer].append(row, k_KLD, v_KLD, pos_KL, keep_KL, companions)
@@ -149,7 +143,7 @@ def evict(model: Decoder, cache: KVCache, policy: Policy, grams: Grams, budgets:
             budgets_B=budgets_B,
             next_pos_B=cache.next_pos,
         )
-        keep_BKC, companions = choose(policy, obs, budgets_B)
+        keep_BKC, companions = choose(policy, obs)
         layer.compact(keep_BKC.flatten(0, 1), {name: data.flatten(0, 1) for name, data in companions.items()})
         evicted = True
     return evicted

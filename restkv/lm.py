@@ -46,7 +46,7 @@ class Stats:
     """
 
     method: str
-    budget: int | float | None
+    budget: int | float | tuple[int, ...] | None
     prompt_tokens: list[int]
     new_tokens: list[int] = field(default_factory=list)
     ttft_s: float = 0.0

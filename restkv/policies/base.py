@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
 
@@ -31,22 +32,28 @@ class Policy(ABC):
 
     # Entries kept per KV head (per query head with granularity="query"), window and sinks included, as in the papers.
     # An int counts entries, a float in (0, 1] is the fraction of the prompt kept, None keeps everything.
-    budget: int | float | None
-    window: int = 32  # the newest entries are always kept; their queries are the ones observed
+    # A tuple gives one whole number per layer.
+    budget: int | float | tuple[int, ...] | None
+    window: int = 32  # the newest entries are always kept; their queries are the ones observed (see `observed`)
     sinks: int = 0  # the first positions of the text are always kept
     protect: tuple[tuple[int, int], ...] = ()  # [start, end) spans of positions that are always kept
     granularity: str = "kv"  # one kept set per "kv" head, or one per "query" head
     gqa: str = "mean"  # how the scores of a group's query heads become its KV head's (granularity="kv")
-    interval: int | None = 128  # tokens generated between two evictions; None evicts after the prompt only
+    interval: int | None = 128  # tokens between two evictions while decoding; None evicts after the prompt only
+    high_water: int | None = None  # let a row's heads grow to this many entries before an eviction is worth it
+    budget_by: str | Allocation = "uniform"  # how the budget is shared out: a name of ALLOCATIONS, or an Allocation
 
     def __post_init__(self) -> None:
-        self._require(_is_int(self.window) and self.window >= 1, "window", "give a whole number of at least 1")
+        self._require(_is_int(self.window) and self.window >= 0, "window", "give a whole number of at least 0")
         self._require(_is_int(self.sinks) and self.sinks >= 0, "sinks", "give a whole number of at least 0")
         self._require(
             self.interval is None or (_is_int(self.interval) and self.interval >= 1),
             "interval",
             "give the number of tokens between evictions, or None to evict after the prompt only",
         )
+        if isinstance(self.budget_by, str):
+            self._one_of("budget_by", tuple(ALLOCATIONS))
+            object.__setattr__(self, "budget_by", ALLOCATIONS[self.budget_by]())
         self._one_of("granularity", ("kv", "query"))
         self._one_of("gqa", self.reductions)
         spans = self.protect if isinstance(self.protect, (tuple, list)) else ()
@@ -64,23 +71,77 @@ class Policy(ABC):
             mend = "a float is the fraction of the prompt to keep, in (0, 1]; give entries as a whole number"
             self._require(0 < self.budget <= 1, "budget", mend)
             return
-        self._require(_is_int(self.budget) and self.budget > 0, "budget", "give at least 1, or a fraction in (0, 1]")
+        budgets: tuple[Any, ...] = self.budget if isinstance(self.budget, tuple) and self.budget else (self.budget,)
+        fine = all(_is_int(budget) and budget > 0 for budget in budgets)
+        self._require(
+            fine, "budget", "give at least 1 entry (one number, or a tuple of one per layer), or a fraction in (0, 1]"
+        )
         least = self.window + self.sinks
         mend = f"window ({self.window}) + sinks ({self.sinks}) are always kept; give at least {least} or lower them"
-        self._require(self.budget >= least, "budget", mend)
+        self._require(min(budgets) >= least, "budget", mend)
 
     def budget_for(self, length: int) -> int:
-        """Entries per head for a prompt of `length` tokens: a fraction is rounded, to no less than
-        window + sinks + 1."""
+        """Entries per head (the mean over layers) for a prompt of `length` tokens.
+
+        A fraction is rounded, to no less than window + sinks + 1.
+        """
         assert self.budget is not None, "a policy without a budget evicts nothing"
         if isinstance(self.budget, float):
             return max(round(self.budget * length), self.window + self.sinks + 1)
+        if isinstance(self.budget, tuple):
+            return round(sum(self.budget) / len(self.budget))
         return self.budget
+
+    def layer_budgets(self, length: int, num_layers: int) -> list[int]:
+        """Entries per head of every layer for a prompt of `length` tokens.
+
+        Raises:
+            PolicyError: a tuple of budgets is not one per layer.
+        """
+        if isinstance(self.budget, tuple):
+            mend = f"the model has {num_layers} layers; give one budget per layer"
+            self._require(len(self.budget) == num_layers, "budget", mend)
+            return list(self.budget)
+        return self.allocation.layers(self.budget_for(length), self.window, num_layers, length)
+
+    @property
+    def allocation(self) -> Allocation:
+        """How the budget is shared out among layers and heads."""
+        assert not isinstance(self.budget_by, str)
+        return self.budget_by
+
+    @property
+    def observed(self) -> int:
+        """How many of the last queries an eviction looks at while decoding."""
+        return self.window
+
+    @property
+    def observed_prompt(self) -> int:
+        """How many of a prompt's last queries the eviction after it looks at; more than there are means all."""
+        return self.observed
 
     @property
     def needs(self) -> frozenset[str]:
-        """What an observation must carry besides queries and entries: any of "gram", "cross_gram", "mass"."""
+        """What an observation must carry besides queries and entries: "gram", "cross_gram", "mass", "rotary"."""
         return frozenset()
+
+    def keep(self, obs: Observation, state: Any = None) -> Tensor:
+        """The entries that stay: bool [B, K, C] for granularity "kv", [B, H, C] for "query".
+
+        A policy whose choice is not "the highest scores" overrides this. `obs.protected` and `obs.budget_B` are set.
+
+        Args:
+            state: what `start` returned for this cache, for a policy whose choices depend on earlier ones.
+        """
+        score_BXC = self.score(obs)
+        assert obs.protected is not None and isinstance(obs.budget_B, Tensor)
+        pos_BXC = obs.held if self.granularity == "query" else obs.pos
+        protected_BXC = obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
+        return self.allocation.select(score_BXC, pos_BXC, protected_BXC, obs.budget_B)
+
+    def start(self, rows: int) -> Any:
+        """State of a new cache of so many rows; handed to every `keep`. None: the policy has no memory."""
+        return None
 
     def score(self, obs: Observation) -> Tensor:
         """How much each entry matters: higher stays.
