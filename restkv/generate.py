@@ -108,6 +108,8 @@ class Session:
         self.evictions = 0
         self.max_live = 0  # most entries a head held when an interval ended
         self._since_eviction = 0
+        self._planned = max_new_tokens  # tokens still expected
+        self._room = 0  # tokens for which the lists have pages of their own
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
 
     def _entries(self, lengths: Sequence[int], max_new_tokens: int) -> int:
@@ -143,8 +145,12 @@ class Session:
     def feed(self, ids_B: Tensor) -> None:
         """Append one token per active row and compute the next logits; evicts when the interval is over."""
         cache, engine = self.cache, self.engine
-        if self._since_eviction == 0:
-            cache.reserve(self._steps_per_round)
+        if self._room == 0:
+            self._room = self._steps_per_round - self._since_eviction
+            if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
+                self._room = min(self._room, self._planned)
+            cache.reserve(self._room)
+        self._room, self._planned = self._room - 1, self._planned - 1
         pos_B = torch.where(self._active_B, cache.next_pos, -1)
         self.logits_BV = engine.decode(
             engine.model, ids_B[:, None], pos_B[:, None], cache.views(), cache.queries, cache.window, engine.backend
@@ -171,6 +177,7 @@ class Session:
         """A session that goes on from here on its own; pages are shared until one of the two writes."""
         twin = copy.copy(self)
         twin.cache = self.cache.fork()
+        self._room = twin._room = 0  # the page both would write to next is shared now
         twin.active, twin._active_B = list(self.active), self._active_B.clone()
         return twin
 
