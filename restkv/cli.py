@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
     """
+    # Read when torch starts its threads: those that spin while they wait slow a busy machine down tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with warnings.catch_warnings():
