@@ -1,8 +1,8 @@
 """Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2.
 
-Ids equal those of transformers' fast tokenizers, with three deliberate differences: no EOS is ever appended to a
-prompt, a BOS that the text itself begins with is not doubled, and decoding never "cleans up" spaces (that would change
-text already streamed).
+Ids equal those of transformers 5, where tokenizer.json alone says what precedes a prompt (`add_bos_token` does not).
+Three differences are deliberate: no EOS is appended to a prompt, a BOS that the text itself begins with is not doubled,
+and decoding never "cleans up" spaces (that would change text already streamed).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Tokenizer:
         self.bos_id = self._id_of("bos_token")
         eos = self._id_of("eos_token")
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
-        self._prefix = self._prompt_prefix(settings)
+        self._prefix = self._prompt_prefix()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -139,11 +139,8 @@ class Tokenizer:
         text = self.special_tokens.get(name)
         return None if text is None else self._tokenizer.token_to_id(text)
 
-    def _prompt_prefix(self, settings: Mapping[str, Any]) -> list[int]:
-        """The ids before every prompt: as `add_bos_token` says if it is there, else what the post-processor adds."""
-        flag = settings.get("add_bos_token")
-        if flag is not None:
-            return [self.bos_id] if flag and self.bos_id is not None else []
+    def _prompt_prefix(self) -> list[int]:
+        """The ids that the post-processor of tokenizer.json puts before every text (BOS, or nothing)."""
         probe = self._tokenizer.encode("a", add_special_tokens=True)
         count = next((i for i, added in enumerate(probe.special_tokens_mask) if not added), 0)
         return probe.ids[:count]
