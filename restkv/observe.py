@@ -9,7 +9,7 @@ of the weights), so that nothing of size [H, W, C] or [H, C, D] has to exist bey
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,12 @@ class Observation:
     mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
+    budget_most: int | None = (
+        None  # at least every one of budget_B, where the host knows it: bounds what has to be ranked
+    )
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
+        None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
+    )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,31 +88,40 @@ class Observation:
             return torch.zeros_like(self.pos, dtype=torch.bool)
         return self.pos <= self.q_pos[:, -1, None, None] + 1 - self.window
 
-    def chunks(self, per_column: int) -> Iterator[slice]:
-        """Slices of the columns, each so long that a temporary of `per_column` elements a column stays affordable."""
+    def chunks(self, per_column: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the columns and their indices, so long that `per_column` elements for each column stay affordable."""
         columns = self.k.shape[2]
         step = max(1, CHUNK_ELEMENTS // per_column)
         for start in range(0, columns, step):
-            yield slice(start, min(start + step, columns))
+            stop = min(start + step, columns)
+            yield slice(start, stop), torch.arange(start, stop, device=self.k.device)
 
-    def attention_chunks(self) -> Iterator[slice]:
+    def attention_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices for which [B, H, W, C] is affordable."""
         B, H, W, _ = self.q.shape
         return self.chunks(B * H * W)
 
-    def logits(self, columns: slice = slice(None)) -> Tensor:
-        """Attention logits [B, H, W, C] of some columns; -inf for what a query may not see.
+    def query_chunks(self) -> Iterator[slice]:
+        """Slices of the queries for which [B, H, W, C] is affordable (one query at least)."""
+        B, H, W, _ = self.q.shape
+        step = max(1, CHUNK_ELEMENTS // (B * H * self.k.shape[2]))
+        for start in range(0, W, step):
+            yield slice(start, start + step)
+
+    def logits(self, columns: slice = slice(None), queries: slice = slice(None)) -> Tensor:
+        """Attention logits [B, H, W, C] of some queries and columns; -inf for what a query may not see.
 
         That is: the future, what has left a sliding window, padding, and entries its head does not hold.
         """
-        B, _, W, D = self.q.shape
+        q_BHWD = self.q[:, :, queries].to(self.dtype)
+        B, _, W, D = q_BHWD.shape
         K, G = self.k.shape[1], self.group
-        q_BKQD = self.q.to(self.dtype).reshape(B, K, G * W, D)
+        q_BKQD = q_BHWD.reshape(B, K, G * W, D)
         logits_BKGWC = (q_BKQD @ self.k[:, :, columns].to(self.dtype).mT).view(B, K, G, W, -1) * self.scale
         if self.softcap is not None:
             logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
         pos_BK11C = self.pos[:, :, None, None, columns]
-        q_pos_B11W1 = self.q_pos[:, None, None, :, None]
+        q_pos_B11W1 = self.q_pos[:, None, None, queries, None]
         visible = (pos_BK11C >= 0) & (pos_BK11C <= q_pos_B11W1)
         if self.window is not None:
             visible = visible & (pos_BK11C > q_pos_B11W1 - self.window)
@@ -114,12 +129,20 @@ class Observation:
             visible = visible & self.keep[:, :, columns].view(B, K, G, 1, -1)
         return logits_BKGWC.masked_fill(~visible, -torch.inf).flatten(1, 2)
 
-    def log_normalizer(self) -> Tensor:
-        """[B, H, W] log-sum-exp of each query's logits; 0 for a query that sees nothing, so that its weights are 0."""
+    def normalizer_and_top(self) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp of each query's logits and the column of the largest, [B, H, W] each.
+
+        A query that sees nothing has a log-sum-exp of 0, so that its weights are 0.
+        """
         lse_BHW = self.q.new_full(self.q.shape[:3], -torch.inf, dtype=self.dtype)
-        for columns in self.attention_chunks():
-            lse_BHW = torch.logaddexp(lse_BHW, self.logits(columns).logsumexp(-1))
-        return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0)
+        most_BHW, top_BHW = lse_BHW, torch.zeros_like(lse_BHW, dtype=torch.long)
+        for columns, _ in self.attention_chunks():
+            logits_BHWC = self.logits(columns)
+            lse_BHW = torch.logaddexp(lse_BHW, logits_BHWC.logsumexp(-1))
+            here_BHW, at_BHW = logits_BHWC.max(-1)
+            top_BHW = torch.where(here_BHW > most_BHW, at_BHW + columns.start, top_BHW)
+            most_BHW = torch.maximum(here_BHW, most_BHW)
+        return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0), top_BHW
 
     def attention(self, lse_BHW: Tensor, columns: slice = slice(None)) -> Tensor:
         """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns."""
@@ -128,13 +151,13 @@ class Observation:
 
 def attention_BHWC(obs: Observation) -> Tensor:
     """The observed queries' softmax weights over all columns at once, [B, H, W, C] in obs.dtype."""
-    return obs.attention(obs.log_normalizer())
+    return obs.attention(obs.normalizer_and_top()[0])
 
 
 def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
     """Sum over the observed queries of weight * softmax weights, [B, H, C] in obs.dtype."""
-    lse_BHW = obs.log_normalizer()
-    parts = [torch.einsum("bhwc,bw->bhc", obs.attention(lse_BHW, c), weight_BW) for c in obs.attention_chunks()]
+    lse_BHW, _ = obs.normalizer_and_top()
+    parts = [torch.einsum("bhwc,bw->bhc", obs.attention(lse_BHW, c), weight_BW) for c, _ in obs.attention_chunks()]
     return torch.cat(parts, -1)
 
 

@@ -72,6 +72,7 @@ class ReSTKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
         self._require(_is_number(self.alpha) and 0 < self.alpha <= 1, "alpha", "give a number above 0, at most 1")
         self._require(_is_number(self.scale) and self.scale > 0, "scale", "give a number above 0")
         self._require(_is_number(self.tau) and self.tau > 0, "tau", "give a number above 0")
@@ -115,55 +116,93 @@ class ReSTKV(Policy):
         return pooling.over_past(pool, score_BXC, obs.past[:, ::step], obs.order[:, ::step])
 
     def _output_change(self, obs: Observation) -> Tensor:
-        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C]."""
+        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C].
+
+        a / (1 - a) * (o - v) is 0 / 0 for the one entry that may take all attention, and rounding turns a sink's score into
+        zero long before. Its equal a * (rest - v), where `rest` is the output without that entry, has no such place: it is
+        used for the most attended entry of each query, the only one with a > 1/2.
+        """
         weight_BW = _query_weights(obs.q_pos, self.alpha if self.ema else None).to(obs.dtype)
         weights_BHQC: Callable[[slice], Tensor]
         if self.aggregate == "attention":
-            a_BHC = weighted_attention(obs, weight_BW).masked_fill(~obs.past, 0)
+            a_BHC = weighted_attention(obs, weight_BW)
             weights_BHQC, weight_BQ = (lambda c: a_BHC[:, :, None, c]), torch.ones_like(weight_BW[:, :1])
+            top_BHQ, in_output_BHC = a_BHC.argmax(-1)[..., None], obs.past
         else:
-            weights_BHQC, weight_BQ = partial(obs.attention, obs.log_normalizer()), weight_BW
+            lse_BHW, top_BHQ = obs.normalizer_and_top()
+            weights_BHQC, weight_BQ = partial(obs.attention, lse_BHW), weight_BW
+            in_output_BHC = obs.held >= 0
         B, H, _, D = obs.q.shape
         K, G, Q = obs.k.shape[1], obs.group, weight_BQ.shape[1]
+        top_BKGQ1 = top_BHQ.unflatten(1, (K, G))[..., None]
         o_BKGQD = torch.zeros(B, K, G, Q, D, dtype=obs.dtype, device=obs.q.device)
-        for columns in obs.attention_chunks():
-            a_BKQC = weights_BHQC(columns).reshape(B, K, G * Q, -1)
-            o_BKGQD = o_BKGQD + (a_BKQC @ obs.v[:, :, columns].to(obs.dtype)).view_as(o_BKGQD)
-        change = self._joint_change if self.gqa == "joint" else self._change
-        parts = []
-        for columns in obs.chunks(B * H * Q * D * (G if self.gqa == "joint" else 1)):
+        rest_BKGQD, mass_BKGQ1 = o_BKGQD, o_BKGQD[..., :1]
+        for columns, index_C in obs.attention_chunks():
+            v_BK1CD = obs.v[:, :, None, columns].to(obs.dtype)
             a_BKGQC = weights_BHQC(columns).unflatten(1, (K, G))
-            change_BXQC = change(obs, a_BKGQC, o_BKGQD, obs.v[:, :, columns].to(obs.dtype))
+            others_BKGQC = a_BKGQC.masked_fill(index_C == top_BKGQ1, 0)
+            in_output_BKG1C = in_output_BHC[:, :, None, columns].unflatten(1, (K, G))
+            o_BKGQD = o_BKGQD + (a_BKGQC * in_output_BKG1C) @ v_BK1CD
+            rest_BKGQD = rest_BKGQD + (others_BKGQC * in_output_BKG1C) @ v_BK1CD
+            mass_BKGQ1 = mass_BKGQ1 + others_BKGQC.sum(-1, keepdim=True)
+        rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).tiny)
+        power_BKGQ1 = mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).eps) ** (self.tau - 1)
+        parts = []
+        for columns, index_C in obs.chunks(B * H * Q * D * (G if self.gqa == "joint" else 1)):
+            a_BKGQC = weights_BHQC(columns).unflatten(1, (K, G))
+            top_BKGQC = index_C == top_BKGQ1
+            # For the top entry, 1 - a = mass and o - v = mass * (rest - v), so a/(1-a) * (o-v)^tau = odds * (rest-v)^tau.
+            odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - a_BKGQC))
+            change = self._joint_change if self.gqa == "joint" else self._change
+            change_BXQC = change(obs, odds_BKGQC, top_BKGQC, o_BKGQD, rest_BKGQD, obs.v[:, :, columns].to(obs.dtype))
             parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
         return torch.cat(parts, -1)
 
-    def _change(self, obs: Observation, a_BKGQC: Tensor, o_BKGQD: Tensor, v_BKCD: Tensor) -> Tensor:
-        """a / (1 - a) * ||(o - v) W_O^h||^tau per query head, [B, H, Q, C]."""
-        v_BKGCD = v_BKCD[:, :, None]
-        u_BKGQCD = o_BKGQD[..., None, :] - v_BKGCD[:, :, :, None]
+    def _change(
+        self,
+        obs: Observation,
+        odds_BKGQC: Tensor,
+        top_BKGQC: Tensor,
+        o_BKGQD: Tensor,
+        rest_BKGQD: Tensor,
+        v_BKCD: Tensor,
+    ) -> Tensor:
+        """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for its top entry: [B, H, Q, C]."""
+        v_BK1CD = v_BKCD[:, :, None]
+        u_BKGQCD = _difference(top_BKGQC, o_BKGQD, rest_BKGQD, v_BK1CD)
         if self.output_weight:
             assert obs.gram is not None, "this policy needs the Gram matrices of W_O (Policy.needs)"
-            gram_KGDD = obs.gram.to(obs.dtype).unflatten(0, (-1, a_BKGQC.shape[2]))
-            go_BKGQD, gv_BKGCD = o_BKGQD @ gram_KGDD, v_BKGCD @ gram_KGDD
+            gram_KGDD = obs.gram.to(obs.dtype).unflatten(0, o_BKGQD.shape[1:3])
+            go_BKGQD = o_BKGQD @ gram_KGDD
             # u^T (G o - G v), not u^T (G u): both subtract before multiplying, this one without Q * C products with G.
-            square_BKGQC = (u_BKGQCD * (go_BKGQD[..., None, :] - gv_BKGCD[:, :, :, None])).sum(-1)
+            gu_BKGQCD = _difference(top_BKGQC, go_BKGQD, rest_BKGQD @ gram_KGDD, v_BK1CD @ gram_KGDD)
         else:
-            go_BKGQD, square_BKGQC = o_BKGQD, u_BKGQCD.square().sum(-1)
-        change_BKGQC = _odds(a_BKGQC) * _root(square_BKGQC) ** self.tau
+            go_BKGQD, gu_BKGQCD = o_BKGQD, u_BKGQCD
+        change_BKGQC = odds_BKGQC * _root((u_BKGQCD * gu_BKGQCD).sum(-1)) ** self.tau
         if self.normalize:
             change_BKGQC = change_BKGQC / _length(o_BKGQD, go_BKGQD, (-1,))[..., None]
         return change_BKGQC.flatten(1, 2)
 
-    def _joint_change(self, obs: Observation, a_BKGQC: Tensor, o_BKGQD: Tensor, v_BKCD: Tensor) -> Tensor:
-        """||sum_g a_g / (1 - a_g) (o_g - v) W_O^g|| per KV head, [B, K, Q, C]."""
+    def _joint_change(
+        self,
+        obs: Observation,
+        odds_BKGQC: Tensor,
+        top_BKGQC: Tensor,
+        o_BKGQD: Tensor,
+        rest_BKGQD: Tensor,
+        v_BKCD: Tensor,
+    ) -> Tensor:
+        """||sum_g odds_g (o_g - v) W_O^g|| per KV head, with `rest` in place of o for a head's top entry: [B, K, Q, C]."""
         assert obs.gram is not None and obs.gram.ndim == 5, "this policy needs the cross Gram matrices (Policy.needs)"
         # x_j @ cross[k, g, j] = W_O^g^T W_O^j x_j: query head j's output as query head g's projection meets it.
         cross_KGJDD = obs.gram.to(obs.dtype).permute(0, 1, 3, 4, 2)
+        v_BK1CD = v_BKCD[:, :, None]
         go_BKGJQD = o_BKGQD[:, :, None] @ cross_KGJDD
-        gv_BKGJCD = v_BKCD[:, :, None, None] @ cross_KGJDD
-        u_BKGQCD = o_BKGQD[..., None, :] - v_BKCD[:, :, None, None]
-        product_BKGJQC = (u_BKGQCD[:, :, :, None] * (go_BKGJQD[..., None, :] - gv_BKGJCD[:, :, :, :, None])).sum(-1)
-        odds_BKGQC = _odds(a_BKGQC)
+        u_BKGQCD = _difference(top_BKGQC, o_BKGQD, rest_BKGQD, v_BK1CD)
+        gu_BKGJQCD = _difference(
+            top_BKGQC[:, :, None], go_BKGJQD, rest_BKGQD[:, :, None] @ cross_KGJDD, v_BK1CD[:, :, None] @ cross_KGJDD
+        )
+        product_BKGJQC = (u_BKGQCD[:, :, :, None] * gu_BKGJQCD).sum(-1)
         change_BKQC = _root(torch.einsum("bkgjqc,bkgqc,bkjqc->bkqc", product_BKGJQC, odds_BKGQC, odds_BKGQC))
         if self.normalize:
             # Summed over g and j, then over D: the length of the group's summed output.
@@ -180,26 +219,21 @@ class ReSTKV(Policy):
         Each query ranks all columns, its own window's included ("released"), or past entries only ("symmetric").
         Float64; NaN where a half has no query or sees no entry.
         """
-        C = obs.pos.shape[-1]
-        kept = self._past_budget(obs)
-        most = min(kept, C) if isinstance(kept, int) else C
-        past_BHC = obs.past
-        best_BHWT = obs.q.new_empty((*obs.q.shape[:3], 0), dtype=obs.dtype)  # T: the most attended so far
-        column_BHWT = best_BHWT.long()
-        for columns in obs.attention_chunks():
-            logits_BHWC = obs.logits(columns)  # ranks like the softmax, and does not underflow into ties
+        kept_B, most = self._past_budget(obs)
+        place_BHC = obs.order.argsort(-1)
+        totals, counts = [], []
+        for queries in obs.query_chunks():
+            # Logits rank like the softmax, and do not underflow into ties.
+            logits_BHWC = obs.logits(queries=queries)
             if self.drift == "symmetric":
-                logits_BHWC = logits_BHWC.masked_fill(~past_BHC[:, :, None, columns], -torch.inf)
-            index_C = torch.arange(columns.start, columns.stop, device=obs.pos.device)
-            pool_BHWT = torch.cat([best_BHWT, logits_BHWC], -1)
-            best_BHWT, at_BHWT = pool_BHWT.topk(min(most, pool_BHWT.shape[-1]))
-            column_BHWT = torch.cat([column_BHWT, index_C.expand_as(logits_BHWC)], -1).gather(-1, at_BHWT)
-        counts_BHWT = best_BHWT > -torch.inf
-        if not isinstance(kept, int):
-            rank_T = torch.arange(best_BHWT.shape[-1], device=kept.device)
-            counts_BHWT = counts_BHWT & (rank_T < kept[:, None, None, None])
-        place_BHWT = obs.order.argsort(-1).gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
-        total_BHW, count_BHW = (place_BHWT * counts_BHWT).sum(-1), counts_BHWT.sum(-1)  # integers: exact in any order
+                logits_BHWC = logits_BHWC.masked_fill(~obs.past[:, :, None], -torch.inf)
+            best_BHWT, column_BHWT = logits_BHWC.topk(min(most, obs.pos.shape[-1]))
+            rank_T = torch.arange(best_BHWT.shape[-1], device=obs.pos.device)
+            counts_BHWT = (best_BHWT > -torch.inf) & (rank_T < kept_B[:, None, None, None])
+            place_BHWT = place_BHC.gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
+            totals.append((place_BHWT * counts_BHWT).sum(-1))  # integers: exact in any order
+            counts.append(counts_BHWT.sum(-1))
+        total_BHW, count_BHW = torch.cat(totals, -1), torch.cat(counts, -1)
         seen_BW = obs.q_pos >= 0
         front_BW = seen_BW & (seen_BW.cumsum(-1) <= seen_BW.sum(-1, keepdim=True) // 2)
         front_BH, rear_BH = (
@@ -208,14 +242,16 @@ class ReSTKV(Policy):
         )
         return front_BH - rear_BH
 
-    def _past_budget(self, obs: Observation) -> int | Tensor:
-        """Entries the budget leaves for the past, at least 1: an int, or [B]."""
+    def _past_budget(self, obs: Observation) -> tuple[Tensor, int]:
+        """Entries that each row's budget leaves for the past, at least 1: [B], and a bound known to the host."""
         budget = obs.budget_B if obs.budget_B is not None else self.budget
         if isinstance(budget, Tensor):
-            return (budget - self.window).clamp_min(1)
-        if not isinstance(budget, int):
+            most = obs.pos.shape[-1] if obs.budget_most is None else obs.budget_most - self.window
+        elif isinstance(budget, int):
+            most, budget = budget - self.window, torch.full_like(obs.q_pos[:, 0], budget)
+        else:
             raise PolicyError(f'restkv: budget {budget!r}: pooling="adaptive" needs a number of entries (obs.budget_B)')
-        return max(1, budget - self.window)
+        return (budget - self.window).clamp_min(1), max(1, most)
 
     def _adapt(self, drift_BX: Tensor) -> tuple[Tensor, Tensor]:
         """Kernel and shift of the adaptive window from the drift (SPEC §1.2 item 7), each [B, X] int."""
@@ -238,8 +274,9 @@ def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
     return decay_W.where(age_W == count_B1 - 1, alpha * decay_W) * seen_BW
 
 
-def _odds(a: Tensor) -> Tensor:
-    return a / (1 - a).clamp_min(torch.finfo(a.dtype).eps)
+def _difference(top: Tensor, o: Tensor, rest: Tensor, v: Tensor) -> Tensor:
+    """(o - v) of every query and entry, or (rest - v) where `top`: [..., Q, C, D] of [..., Q, C], [..., Q, D], [..., C, D]."""
+    return torch.where(top[..., None], rest[..., None, :], o[..., None, :]) - v[..., None, :, :]
 
 
 def _root(square: Tensor) -> Tensor:
