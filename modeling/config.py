@@ -6,14 +6,16 @@ transformers (both its layouts: `rope_theta` + `rope_scaling`, and `rope_paramet
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from modeling.errors import ConfigError
+from modeling.errors import ConfigError, RestKVError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -97,6 +99,19 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token adds to a full cache, all layers and KV heads together."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+def read_json(path: Path, error: type[RestKVError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file; raises `error` with one line when it cannot be read, is no JSON, or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    except ValueError as problem:
+        raise error(f"{path}: not valid JSON ({problem}); copy or download the file again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, must be a JSON object")
+    return value
 
 
 class Fields:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from modeling import gemma, llama, mistral, qwen2
-from modeling.config import Fields, ModelConfig
-from modeling.errors import ConfigError, RestKVError
+from modeling.config import Fields, ModelConfig, read_json
+from modeling.errors import ConfigError
 
 # model_type -> (architecture, translation)
 FAMILIES: dict[str, tuple[str, Callable[[Fields], ModelConfig]]] = {
@@ -40,19 +39,6 @@ def config_from_dict(raw: Mapping[str, Any], place: str = "config.json") -> Mode
             f"architecture {architectures[0]!r} is not supported for {model_type!r}; need {architecture}"
         )
     return translate(fields)
-
-
-def read_json(path: Path, error: type[RestKVError] = ConfigError) -> dict[str, Any]:
-    """The object in a JSON file; raises `error` with one line when it cannot be read, is no JSON, or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from None
-    except ValueError as problem:
-        raise error(f"{path}: not valid JSON ({problem}); copy or download the file again") from None
-    if not isinstance(value, dict):
-        raise error(f"{path}: holds a {type(value).__name__}, must be a JSON object")
-    return value
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modeling.config import DTYPES, ModelConfig
+from modeling.config import DTYPES, ModelConfig, read_json
 from modeling.errors import CheckpointError, ConfigError
-from modeling.families import read_config, read_json
+from modeling.families import read_config
 from modeling.layers import Decoder
 
 CHUNK_BYTES = 32 << 20  # bytes of a file mapped at once

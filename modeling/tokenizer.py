@@ -20,8 +20,8 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from modeling.config import read_json
 from modeling.errors import TokenizerError
-from modeling.families import read_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
@@ -171,7 +171,10 @@ class Stream:
         if BYTE_TOKEN.fullmatch(spelling):
             return ""
         piece = self._pending()
-        return "" if piece.endswith("\ufffd") else self._give(piece)
+        if piece.endswith("\ufffd"):
+            return ""
+        self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+        return piece
 
     def flush(self) -> str:
         """All text held back; the stream can go on after it as if new."""
@@ -182,11 +185,6 @@ class Stream:
     def _pending(self) -> str:
         before = self._tokenizer.decode(self._ids[: self._given], self._skip_special)
         return self._tokenizer.decode(self._ids, self._skip_special)[len(before) :]
-
-    def _give(self, piece: str) -> str:
-        if piece:  # ids without text stay: they are no context for what follows
-            self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
-        return piece
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -226,6 +226,8 @@ def test_byte_tokens_wait_until_their_run_is_certain(folders):
     assert streamed(tokenizer, [*euro, letter], True)[:3] == ["", "", ""]
     assert "".join(streamed(tokenizer, [*euro, letter], True)).startswith("€")
     assert "".join(streamed(tokenizer, [*euro, 3 + 0xFF, letter], True)).startswith("\ufffd" * 4)
+    # A special token that is not shown does not end the run.
+    assert "".join(streamed(tokenizer, [*euro, 2, 3 + 0xFF, letter], True)).startswith("\ufffd" * 4)
 
 
 # --- chat templates
@@ -270,6 +272,7 @@ GENERATION = """{%- for m in messages -%}
     {%- set mark = '!' %}
 {{ m.content }}{{ mark }}
   {% endgeneration %}
+({{ mark }})
 {%- else -%}
 [{{ m.content }}{{ mark }}]
 {%- endif -%}
