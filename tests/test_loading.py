@@ -19,7 +19,7 @@ import modeling.loading
 from modeling.errors import CheckpointError, ConfigError, RestKVError
 from modeling.families import read_config
 from modeling.layers import Decoder
-from modeling.loading import INDEX, SINGLE, load_model, resolve, tensor_slots
+from modeling.loading import INDEX, SINGLE, load_model, load_outline, resolve, tensor_slots
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -68,6 +68,16 @@ def test_every_tensor_arrives_in_its_place(folder, fused):
     assert all(torch.equal(slots[name], stored[name]) for name in stored)
     assert not model.training
     assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+
+
+def test_an_outline_is_the_model_without_its_weights(folder):
+    outline, model = load_outline(folder, dtype=torch.float16), load_model(folder, dtype=torch.float16)
+    described = [(name, p.shape, p.dtype) for name, p in outline.named_parameters()]
+    assert described == [(name, p.shape, p.dtype) for name, p in model.named_parameters()]
+    assert all(p.is_meta for p in outline.parameters())
+    edit(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match="missing"):
+        load_outline(folder)
 
 
 def test_shards_in_any_order_give_the_same_model(folder, tmp_path):
