@@ -29,14 +29,42 @@ def select(score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget: in
     budget_BX = torch.as_tensor(budget, device=pos_BXC.device)
     if budget_BX.ndim == 1:
         budget_BX = budget_BX[:, None]
-    kept_BX = torch.minimum(exists_BXC.sum(-1), torch.maximum(budget_BX, protected_BXC.sum(-1)))
+    most = budget if isinstance(budget, int) else None
+    others_BXC = exists_BXC & ~protected_BXC
+    return protected_BXC | top(score_BXC, pos_BXC, others_BXC, budget_BX - protected_BXC.sum(-1), most)
 
-    # Sort by (rank, score, position): the least significant key first, each sort stable.
-    rank_BXC = exists_BXC.int() + protected_BXC.int()
-    score_BXC = score_BXC.masked_fill(score_BXC.isnan(), -torch.inf)
-    order_BXC = pos_BXC.argsort(dim=-1, descending=True, stable=True)
-    for key_BXC in (score_BXC, rank_BXC):
-        nested = key_BXC.gather(-1, order_BXC).argsort(dim=-1, descending=True, stable=True)
-        order_BXC = order_BXC.gather(-1, nested)
-    best_first_BXC = torch.arange(pos_BXC.shape[-1], device=pos_BXC.device) < kept_BX[..., None]
-    return torch.zeros_like(exists_BXC).scatter(-1, order_BXC, best_first_BXC)
+
+def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, most: int | None = None) -> Tensor:
+    """The `count_X` best entries of every line (all of them where there are fewer, none where the count is negative).
+
+    NaN counts as -inf; of equal scores the older position loses, of equal positions the later column. Two cuts find
+    them, at the lowest score and at the oldest of the entries that share it, since topk alone breaks ties as it likes;
+    that is several times faster than stable sorts.
+
+    Args:
+        score_XC, pos_XC: one line of entries each; any number of leading dimensions.
+        among_XC: bool, the entries to choose from; their positions are at least 0.
+        count_X: int, entries to take of each line.
+        most: no count is larger, if the host knows such a number: saves time.
+
+    Returns:
+        bool, the shape of `among_XC`.
+    """
+    columns = pos_XC.shape[-1]
+    most = columns if most is None else min(max(most, 1), columns)
+    count_X1 = torch.minimum(count_X, among_XC.sum(-1)).clamp(0)[..., None]
+    if not columns:
+        return among_XC
+    score_XC = score_XC.masked_fill(~among_XC | score_XC.isnan(), -torch.inf)
+    lowest_X1 = _nth_largest(score_XC, count_X1, most)
+    above_XC = score_XC > lowest_X1  # not -inf, so `among`
+    tied_XC = among_XC & (score_XC == lowest_X1)
+    later_first_C = torch.arange(columns - 1, -1, -1, device=pos_XC.device)
+    age_XC = (pos_XC.long() * columns + later_first_C).masked_fill(~tied_XC, -1)  # no two alike
+    oldest_X1 = _nth_largest(age_XC, count_X1 - above_XC.sum(-1, keepdim=True), most)
+    return (above_XC | (tied_XC & (age_XC >= oldest_X1))) & (count_X1 > 0)
+
+
+def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:
+    """The n-th largest of each line, n in 1..most (the largest for a smaller n)."""
+    return value_XC.topk(most, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
