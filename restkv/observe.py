@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # of the largest temporary: 64 MiB in float32
+# Elements of the largest temporary. A CPU is fastest when it stays in the cache (8 MiB in float32), a GPU with fewer launches.
+CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU = 1 << 21, 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +89,14 @@ class Observation:
             return torch.zeros_like(self.pos, dtype=torch.bool)
         return self.pos <= self.q_pos[:, -1, None, None] + 1 - self.window
 
+    @property
+    def _chunk_elements(self) -> int:
+        return CHUNK_ELEMENTS_CPU if self.k.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+
     def chunks(self, per_column: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the columns and their indices, so long that `per_column` elements for each column stay affordable."""
         columns = self.k.shape[2]
-        step = max(1, CHUNK_ELEMENTS // per_column)
+        step = max(1, self._chunk_elements // per_column)
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             yield slice(start, stop), torch.arange(start, stop, device=self.k.device)
@@ -104,7 +109,7 @@ class Observation:
     def query_chunks(self) -> Iterator[slice]:
         """Slices of the queries for which [B, H, W, C] is affordable (one query at least)."""
         B, H, W, _ = self.q.shape
-        step = max(1, CHUNK_ELEMENTS // (B * H * self.k.shape[2]))
+        step = max(1, self._chunk_elements // (B * H * self.k.shape[2]))
         for start in range(0, W, step):
             yield slice(start, start + step)
 

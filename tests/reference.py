@@ -187,4 +187,5 @@ def select(score, pos, protected, budget):
 
 def without(attention, i):
     """Softmax weights after entry i is deleted: the rest, renormalised."""
-    return [0.0 if j == i else a / (sum(attention) - attention[i]) for j, a in enumerate(attention)]
+    others = sum(a for j, a in enumerate(attention) if j != i)
+    return [0.0 if j == i else a / others for j, a in enumerate(attention)]

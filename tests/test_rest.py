@@ -229,6 +229,22 @@ def test_a_sink_that_takes_all_attention_stays_finite(aggregate, gqa):
     assert (score[..., 0] > score[..., 3:36].amax(-1)).all()
 
 
+@pytest.mark.parametrize("gap", [3.0, 9.0, 15.0, 30.0])
+def test_float32_knows_the_score_of_a_sink_that_leaves_little(gap):
+    """1 - a is 5e-2 .. 1e-13, of which float32 loses all: a/(1-a) * (o - v) would be noise, then 0, and the sink evicted."""
+    policy = ReSTKV(None, aggregate="indicator", granularity="query", **UNSMOOTHED)
+    obs, w_o = observation(queries=1, columns=40, head_dim=8, width=32, spread=0.5)
+    k = obs.k.clone()
+    k[:, :, 3] = 0
+    bias = torch.tensor([gap + 3.0] + [0.0] * 7, dtype=torch.float64) * 8**0.5
+    k[:, :, :, 0], k[:, :, 3, 0] = 0, 1  # one channel that only the sink has
+    obs = replace(obs, q=obs.q + bias, k=k)
+    half = replace(obs, q=obs.q.float(), k=k.float(), v=obs.v.float())
+    measured = np.stack([measured_removal(obs, w_o, [h]) for h in range(4)])
+    assert (measured.argmax(-1) == 3).all()
+    np.testing.assert_allclose(policy.score(half)[0].numpy(), measured, rtol=1e-4, atol=1e-12)
+
+
 @pytest.mark.parametrize("past", [0, 1, 3])
 @pytest.mark.parametrize("pool", ["adaptive", "avg", "max", "none"])
 @pytest.mark.parametrize("queries", [1, 5])
@@ -264,7 +280,7 @@ def test_chunks_change_nothing_and_bound_every_temporary(values, monkeypatch):
     obs, w_o = observation(kv_heads=2, group=2, queries=16, columns=1000, head_dim=8, dtype=torch.float32)
     obs = replace(obs, gram=gram_for(policy, w_o, 2).float())
     whole = policy.score(obs)
-    monkeypatch.setattr(observe, "CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(observe, "CHUNK_ELEMENTS_CPU", 1 << 13)
     with Largest() as largest:
         torch.testing.assert_close(policy.score(obs), whole, rtol=1e-4, atol=1e-6)
     H, C, D = 4, 1000, 8

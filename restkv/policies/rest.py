@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,97 +116,63 @@ class ReSTKV(Policy):
         return pooling.over_past(pool, score_BXC, obs.past[:, ::step], obs.order[:, ::step])
 
     def _output_change(self, obs: Observation) -> Tensor:
-        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C].
-
-        a / (1 - a) * (o - v) is 0 / 0 for the one entry that may take all attention, and rounding turns a sink's score into
-        zero long before. Its equal a * (rest - v), where `rest` is the output without that entry, has no such place: it is
-        used for the most attended entry of each query, the only one with a > 1/2.
-        """
+        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C]."""
         weight_BW = _query_weights(obs.q_pos, self.alpha if self.ema else None).to(obs.dtype)
-        weights_BHQC: Callable[[slice], Tensor]
+        attention: Callable[[slice], Tensor]  # columns -> [B, H, Q, C]
         if self.aggregate == "attention":
             a_BHC = weighted_attention(obs, weight_BW)
-            weights_BHQC, weight_BQ = (lambda c: a_BHC[:, :, None, c]), torch.ones_like(weight_BW[:, :1])
-            top_BHQ, in_output_BHC = a_BHC.argmax(-1)[..., None], obs.past
+            attention, weight_BQ = (lambda c: a_BHC[:, :, None, c]), torch.ones_like(weight_BW[:, :1])
+            out = _outputs(obs, attention, a_BHC.argmax(-1)[..., None], obs.past)
         else:
-            lse_BHW, top_BHQ = obs.normalizer_and_top()
-            weights_BHQC, weight_BQ = partial(obs.attention, lse_BHW), weight_BW
-            in_output_BHC = obs.held >= 0
-        B, H, _, D = obs.q.shape
-        K, G, Q = obs.k.shape[1], obs.group, weight_BQ.shape[1]
-        top_BKGQ1 = top_BHQ.unflatten(1, (K, G))[..., None]
-        o_BKGQD = torch.zeros(B, K, G, Q, D, dtype=obs.dtype, device=obs.q.device)
-        rest_BKGQD, mass_BKGQ1 = o_BKGQD, o_BKGQD[..., :1]
-        for columns, index_C in obs.attention_chunks():
-            v_BK1CD = obs.v[:, :, None, columns].to(obs.dtype)
-            a_BKGQC = weights_BHQC(columns).unflatten(1, (K, G))
-            others_BKGQC = a_BKGQC.masked_fill(index_C == top_BKGQ1, 0)
-            in_output_BKG1C = in_output_BHC[:, :, None, columns].unflatten(1, (K, G))
-            o_BKGQD = o_BKGQD + (a_BKGQC * in_output_BKG1C) @ v_BK1CD
-            rest_BKGQD = rest_BKGQD + (others_BKGQC * in_output_BKG1C) @ v_BK1CD
-            mass_BKGQ1 = mass_BKGQ1 + others_BKGQC.sum(-1, keepdim=True)
-        rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).tiny)
-        power_BKGQ1 = mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).eps) ** (self.tau - 1)
+            lse_BHW, top_BHW = obs.normalizer_and_top()
+            attention, weight_BQ = partial(obs.attention, lse_BHW), weight_BW
+            out = _outputs(obs, attention, top_BHW, obs.held >= 0)
+        B, K, G, Q, D = out.o_BKGQD.shape
+        change = self._joint_change if self.gqa == "joint" else self._change
+        # For a query's top entry 1 - a is the others' mass, and o - v is that mass times (rest - v).
+        power_BKGQ1 = out.mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).eps) ** (self.tau - 1)
         parts = []
-        for columns, index_C in obs.chunks(B * H * Q * D * (G if self.gqa == "joint" else 1)):
-            a_BKGQC = weights_BHQC(columns).unflatten(1, (K, G))
-            top_BKGQC = index_C == top_BKGQ1
-            # For the top entry, 1 - a = mass and o - v = mass * (rest - v), so a/(1-a) * (o-v)^tau = odds * (rest-v)^tau.
+        for columns, index_C in obs.chunks(B * K * G * Q * D * (G if self.gqa == "joint" else 1)):
+            a_BKGQC = attention(columns).unflatten(1, (K, G))
+            top_BKGQC = index_C == out.top_BKGQ1
             odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - a_BKGQC))
-            change = self._joint_change if self.gqa == "joint" else self._change
-            change_BXQC = change(obs, odds_BKGQC, top_BKGQC, o_BKGQD, rest_BKGQD, obs.v[:, :, columns].to(obs.dtype))
+            change_BXQC = change(obs, odds_BKGQC, top_BKGQC, out, obs.v[:, :, columns].to(obs.dtype))
             parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
         return torch.cat(parts, -1)
 
-    def _change(
-        self,
-        obs: Observation,
-        odds_BKGQC: Tensor,
-        top_BKGQC: Tensor,
-        o_BKGQD: Tensor,
-        rest_BKGQD: Tensor,
-        v_BKCD: Tensor,
-    ) -> Tensor:
-        """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for its top entry: [B, H, Q, C]."""
+    def _change(self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor) -> Tensor:
+        """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for the top entry: [B, H, Q, C]."""
         v_BK1CD = v_BKCD[:, :, None]
-        u_BKGQCD = _difference(top_BKGQC, o_BKGQD, rest_BKGQD, v_BK1CD)
+        u_BKGQCD = _difference(top_BKGQC, out.o_BKGQD, out.rest_BKGQD, v_BK1CD)
         if self.output_weight:
             assert obs.gram is not None, "this policy needs the Gram matrices of W_O (Policy.needs)"
-            gram_KGDD = obs.gram.to(obs.dtype).unflatten(0, o_BKGQD.shape[1:3])
-            go_BKGQD = o_BKGQD @ gram_KGDD
+            gram_KGDD = obs.gram.to(obs.dtype).unflatten(0, u_BKGQCD.shape[1:3])
+            go_BKGQD = out.o_BKGQD @ gram_KGDD
             # u^T (G o - G v), not u^T (G u): both subtract before multiplying, this one without Q * C products with G.
-            gu_BKGQCD = _difference(top_BKGQC, go_BKGQD, rest_BKGQD @ gram_KGDD, v_BK1CD @ gram_KGDD)
+            gu_BKGQCD = _difference(top_BKGQC, go_BKGQD, out.rest_BKGQD @ gram_KGDD, v_BK1CD @ gram_KGDD)
         else:
-            go_BKGQD, gu_BKGQCD = o_BKGQD, u_BKGQCD
+            go_BKGQD, gu_BKGQCD = out.o_BKGQD, u_BKGQCD
         change_BKGQC = odds_BKGQC * _root((u_BKGQCD * gu_BKGQCD).sum(-1)) ** self.tau
         if self.normalize:
-            change_BKGQC = change_BKGQC / _length(o_BKGQD, go_BKGQD, (-1,))[..., None]
+            change_BKGQC = change_BKGQC / _length(out.o_BKGQD, go_BKGQD, (-1,))[..., None]
         return change_BKGQC.flatten(1, 2)
 
     def _joint_change(
-        self,
-        obs: Observation,
-        odds_BKGQC: Tensor,
-        top_BKGQC: Tensor,
-        o_BKGQD: Tensor,
-        rest_BKGQD: Tensor,
-        v_BKCD: Tensor,
+        self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor
     ) -> Tensor:
-        """||sum_g odds_g (o_g - v) W_O^g|| per KV head, with `rest` in place of o for a head's top entry: [B, K, Q, C]."""
+        """||sum_g odds_g (o_g - v) W_O^g|| per KV head, with `rest` in place of o for a head's top: [B, K, Q, C]."""
         assert obs.gram is not None and obs.gram.ndim == 5, "this policy needs the cross Gram matrices (Policy.needs)"
         # x_j @ cross[k, g, j] = W_O^g^T W_O^j x_j: query head j's output as query head g's projection meets it.
         cross_KGJDD = obs.gram.to(obs.dtype).permute(0, 1, 3, 4, 2)
         v_BK1CD = v_BKCD[:, :, None]
-        go_BKGJQD = o_BKGQD[:, :, None] @ cross_KGJDD
-        u_BKGQCD = _difference(top_BKGQC, o_BKGQD, rest_BKGQD, v_BK1CD)
-        gu_BKGJQCD = _difference(
-            top_BKGQC[:, :, None], go_BKGJQD, rest_BKGQD[:, :, None] @ cross_KGJDD, v_BK1CD[:, :, None] @ cross_KGJDD
-        )
+        go_BKGJQD, gr_BKGJQD, gv_BKGJCD = (x[:, :, None] @ cross_KGJDD for x in (out.o_BKGQD, out.rest_BKGQD, v_BK1CD))
+        u_BKGQCD = _difference(top_BKGQC, out.o_BKGQD, out.rest_BKGQD, v_BK1CD)
+        gu_BKGJQCD = _difference(top_BKGQC[:, :, None], go_BKGJQD, gr_BKGJQD, gv_BKGJCD)
         product_BKGJQC = (u_BKGQCD[:, :, :, None] * gu_BKGJQCD).sum(-1)
         change_BKQC = _root(torch.einsum("bkgjqc,bkgqc,bkjqc->bkqc", product_BKGJQC, odds_BKGQC, odds_BKGQC))
         if self.normalize:
             # Summed over g and j, then over D: the length of the group's summed output.
-            change_BKQC = change_BKQC / _length(o_BKGQD[:, :, :, None], go_BKGJQD, (2, 3, -1))[..., None]
+            change_BKQC = change_BKQC / _length(out.o_BKGQD[:, :, :, None], go_BKGJQD, (2, 3, -1))[..., None]
         return change_BKQC
 
     def _drift(self, obs: Observation) -> Tensor:
@@ -262,6 +228,37 @@ class ReSTKV(Policy):
         return kernel_BX, shift_BX.long().masked_fill(unknown_BX, 0)
 
 
+class _Outputs(NamedTuple):
+    """A head's outputs per scored query, before W_O, and what they become without the most attended entry.
+
+    The change a / (1 - a) * (o - v) is 0 / 0 for an entry that takes all attention, and rounding sends a sink's score to
+    zero long before. Its equal a * (rest - v) has no such place, and only a query's top entry can have a > 1/2.
+    """
+
+    o_BKGQD: Tensor
+    rest_BKGQD: Tensor  # output of all other entries, renormalised
+    mass_BKGQ1: Tensor  # their attention, summed without the top: never 1 - a, which rounds
+    top_BKGQ1: Tensor  # column of the most attended entry
+
+
+def _outputs(obs: Observation, attention: Callable[[slice], Tensor], top_BHQ: Tensor, part_BHC: Tensor) -> _Outputs:
+    """Outputs made of the entries in `part_BHC` only."""
+    K, G, D = obs.k.shape[1], obs.group, obs.v.shape[3]
+    top_BKGQ1 = top_BHQ.unflatten(1, (K, G))[..., None]
+    o_BKGQD = torch.zeros(*top_BKGQ1.shape[:4], D, dtype=obs.dtype, device=obs.q.device)
+    rest_BKGQD, mass_BKGQ1 = o_BKGQD, o_BKGQD[..., :1]
+    for columns, index_C in obs.attention_chunks():
+        v_BK1CD = obs.v[:, :, None, columns].to(obs.dtype)
+        part_BKG1C = part_BHC[:, :, None, columns].unflatten(1, (K, G))
+        a_BKGQC = attention(columns).unflatten(1, (K, G))
+        others_BKGQC = a_BKGQC.masked_fill(index_C == top_BKGQ1, 0)
+        o_BKGQD = o_BKGQD + (a_BKGQC * part_BKG1C) @ v_BK1CD
+        rest_BKGQD = rest_BKGQD + (others_BKGQC * part_BKG1C) @ v_BK1CD
+        mass_BKGQ1 = mass_BKGQ1 + others_BKGQC.sum(-1, keepdim=True)
+    rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).tiny)
+    return _Outputs(o_BKGQD, rest_BKGQD, mass_BKGQ1, top_BKGQ1)
+
+
 def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
     """[B, W] float64, sum 1 over the queries a row has: EMA with the newest last (SPEC §1.2 item 5), or their mean."""
     seen_BW = q_pos_BW >= 0
@@ -275,7 +272,7 @@ def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
 
 
 def _difference(top: Tensor, o: Tensor, rest: Tensor, v: Tensor) -> Tensor:
-    """(o - v) of every query and entry, or (rest - v) where `top`: [..., Q, C, D] of [..., Q, C], [..., Q, D], [..., C, D]."""
+    """o - v of every query and entry, rest - v where `top`: [..., Q, C, D] of [..., Q, C], 2 [..., Q, D], [..., C, D]."""
     return torch.where(top[..., None], rest[..., None, :], o[..., None, :]) - v[..., None, :, :]
 
 
