@@ -6,42 +6,61 @@ R = B*K page lists, S slots, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from modeling.attention import causal_attention, paged_attention
 from modeling.layers import Block, Decoder
 from modeling.pages import EMPTY, SINK_PAGE, KVCache, LayerView
+from modeling.rope import rotate
 
 CHUNK = 1024  # prompt rows at a time: bounds the projections' and the MLP's temporary memory
 
 
 def dense_layer(
-    model: Decoder, block: Block, x_LE: Tensor, rotary: list[tuple[Tensor, Tensor]], last: int, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Decoder,
+    block: Block,
+    x_LE: Tensor,
+    rotary: list[tuple[Tensor, Tensor]],
+    last: int,
+    *,
+    watch: Callable[[Tensor, Tensor, int], None] | None = None,
+    raw: bool = False,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run one layer over a whole prompt with causal attention; x_LE is updated in place.
 
     Args:
         rotary: model.rotary of positions 0 ... L-1, entries [1, L, D].
         last: W, how many of the last queries to return.
+        watch: called for every chunk of rows with q [T, H, D], k [K, C, D] of all columns so far, and the first row's position.
+        raw: return the keys before RoPE too.
     Returns:
-        q [H, W, D] (min(W, L) of them), k and v [K, L, D], all after RoPE.
+        q [H, W, D] (min(W, L) of them), k and v [K, L, D], all after RoPE, and the unrotated keys [K, L, D] or None.
     """
     config = model.config
     length = len(x_LE)
     cos_1LD, sin_1LD = rotary[block.rope]
     k_KLD = x_LE.new_empty(config.num_kv_heads, length, config.head_dim)
     v_KLD = torch.empty_like(k_KLD)
+    raw_KLD = torch.empty_like(k_KLD) if raw else None
     q_WHD = x_LE.new_empty(min(last, length), config.num_heads, config.head_dim)
     first_kept = length - len(q_WHD)
     for start in range(0, length, chunk):
         rows = slice(start, min(start + chunk, length))
         x_1TE = x_LE[None, rows]
-        q_1THD, k_1TKD, v_1TKD = block.project(x_1TE, cos_1LD[:, rows], sin_1LD[:, rows])
+        q_1THD, k_1TKD, v_1TKD = block.unrotated(x_1TE)
+        if raw_KLD is not None:
+            raw_KLD[:, rows] = k_1TKD[0].transpose(0, 1)
+        q_1THD, k_1TKD = (rotate(t, cos_1LD[:, rows], sin_1LD[:, rows]) for t in (q_1THD, k_1TKD))
         k_KLD[:, rows], v_KLD[:, rows] = k_1TKD[0].transpose(0, 1), v_1TKD[0].transpose(0, 1)
         if rows.stop > first_kept:
             fresh = max(start, first_kept)
             q_WHD[fresh - first_kept : rows.stop - first_kept] = q_1THD[0, fresh - start :]
+        if watch is not None:
+            watch(q_1THD[0], k_KLD[:, : rows.stop], start)
         o_THD = causal_attention(
             q_1THD[0],
             k_KLD,
@@ -52,13 +71,14 @@ def dense_layer(
             window=block.window,
         )
         x_LE[rows] = block.finish(x_1TE, o_THD[None])[0]
-    return q_WHD.transpose(0, 1), k_KLD, v_KLD
+    return q_WHD.transpose(0, 1), k_KLD, v_KLD, raw_KLD
 
 
 def step(
     model: Decoder,
     ids_BT: Tensor,
     pos_BT: Tensor,
+    lag_B: Tensor,
     views: list[LayerView],
     queries: list[Tensor],
     window: int,
@@ -68,13 +88,15 @@ def step(
 
     Args:
         ids_BT, pos_BT: int64 token ids and int32 positions; pos -1 marks padding (trailing) and finished rows.
+        lag_B: int32, what to subtract from positions before RoPE (KVCache.lag).
         views: one per layer; their lists must have room for the new tokens (KVCache.reserve).
-        queries: one ring buffer [B*W + 1, H, D] per layer, or none (window 0).
+        queries: one ring buffer [B*(W+1), H, D] per layer, or none (window 0).
     Returns:
         hidden states [B, T, E] after the last layer (model.head makes logits of them).
     """
     x_BTE = model.embed(ids_BT)
-    rotary = model.rotary(pos_BT, pos_BT.amax(-1) + 1)
+    rope_BT = pos_BT - lag_B[:, None]
+    rotary = model.rotary(rope_BT, rope_BT.amax(-1) + 1)
     run = _compiled_layer_step if backend == "flex" else layer_step
     rings: list[Tensor | None] = [*queries] or [None] * len(views)
     for block, view, ring in zip(model.blocks, views, rings, strict=True):
@@ -96,8 +118,9 @@ def layer_step(
     backend: str,
 ) -> Tensor:
     """One layer of `step`: project, write to the pages, attend through them, finish."""
-    q_BTHD, k_BTKD, v_BTKD = block.project(x_BTE, cos_BTD, sin_BTD)
-    _write(view, k_BTKD, v_BTKD, pos_BT)
+    q_BTHD, raw_BTKD, v_BTKD = block.unrotated(x_BTE)
+    q_BTHD, k_BTKD = rotate(q_BTHD, cos_BTD, sin_BTD), rotate(raw_BTKD, cos_BTD, sin_BTD)
+    _write(view, k_BTKD, v_BTKD, raw_BTKD, pos_BT)
     if ring is not None:
         _remember(ring, q_BTHD, pos_BT, window)
     config = model.config
@@ -116,7 +139,7 @@ def layer_step(
 _compiled_layer_step = torch.compiler.nested_compile_region(layer_step)
 
 
-def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, pos_BT: Tensor) -> None:
+def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, pos_BT: Tensor) -> None:
     """Append the new tokens to their rows' lists; padding goes to the page nobody reads.
 
     Only index_copy_ on the 4-D pool stays in place in a compiled graph: an indexed assignment copies the pool (FLEX §9).
@@ -133,6 +156,8 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, pos_BT: Tensor) -> N
     view.k.index_copy_(2, slot_n, k_BTKD.transpose(1, 2).reshape(1, 1, lists * T, D))
     view.v.index_copy_(2, slot_n, v_BTKD.transpose(1, 2).reshape(1, 1, lists * T, D))
     view.pos.index_copy_(0, slot_n, torch.where(real_RT, pos_RT, EMPTY).reshape(-1))
+    if view.raw is not None:
+        view.raw.index_copy_(0, slot_n, raw_BTKD.transpose(1, 2).reshape(lists * T, D))
     if view.keep is not None:
         view.keep.index_copy_(
             0, slot_n, torch.ones_like(slot_n, dtype=torch.bool)[:, None].expand(-1, view.keep.shape[1])
@@ -145,13 +170,13 @@ def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, window: int) -> None
     B, T, H, D = q_BTHD.shape
     row_B1 = torch.arange(B, device=pos_BT.device)[:, None]
     recent_BT = (pos_BT >= 0) & (pos_BT > pos_BT.amax(-1, keepdim=True) - window)
-    slot_BT = torch.where(recent_BT, row_B1 * window + pos_BT % window, B * window)
+    slot_BT = row_B1 * (window + 1) + torch.where(recent_BT, pos_BT % window, window)
     ring.index_copy_(0, slot_BT.reshape(-1).long(), q_BTHD.reshape(B * T, H, D))
 
 
 def extend(model: Decoder, cache: KVCache, ids_BT: Tensor, pos_BT: Tensor, backend: str = "sdpa") -> Tensor:
     """`step` on a KVCache, eagerly: reserve, run, advance. Returns hidden states [B, T, E]."""
     cache.reserve(ids_BT.shape[1])
-    x_BTE = step(model, ids_BT, pos_BT, cache.views(), cache.queries, cache.window, backend)
-    cache.next_pos = torch.maximum(cache.next_pos, pos_BT.amax(-1) + 1)
+    x_BTE = step(model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window, backend)
+    cache.next_pos.copy_(torch.maximum(cache.next_pos, pos_BT.amax(-1) + 1))
     return x_BTE

@@ -102,7 +102,12 @@ class Block(nn.Module):
             self.k_norm = norm(c.head_dim)
 
     def project(self, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens: q [B,T,H,D], k [B,T,K,D], v [B,T,K,D], q and k after RoPE.
+        """Queries, keys and values of the tokens: q [B,T,H,D], k [B,T,K,D], v [B,T,K,D], q and k after RoPE."""
+        q_BTHD, k_BTKD, v_BTKD = self.unrotated(x_BTE)
+        return rotate(q_BTHD, cos_BTD, sin_BTD), rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
+
+    def unrotated(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `project`, before RoPE.
 
         q is not multiplied with attn_scale. With fused weights v is a view into the joint product: inside a compiled
         graph copy it before FlexAttention reads it (FLEX §1, bug 1).
@@ -120,7 +125,7 @@ class Block(nn.Module):
         v_BTKD = v.unflatten(-1, (c.num_kv_heads, c.head_dim))
         if c.qk_norm:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
-        return rotate(q_BTHD, cos_BTD, sin_BTD), rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
+        return q_BTHD, k_BTKD, v_BTKD
 
     def finish(self, x_BTE: Tensor, o_BTHD: Tensor) -> Tensor:
         """The block's output [B,T,E] from its input x and the attention output of every query head."""

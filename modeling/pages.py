@@ -15,11 +15,14 @@ fork) is read-only; whoever wants to write or mark in it copies it first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from modeling.rope import rotate
 
 EMPTY = -1  # pos of a slot without a live entry
 SINK_PAGE = 0  # the page that swallows writes nobody may read
@@ -33,7 +36,8 @@ class LayerView(NamedTuple):
     keep [S,G] bool or None: which query heads of the group may see the entry. reach [1] int32 or None: the layer's sliding
     window (a large number where it has none); None when no layer of the model has one. It is a tensor because
     nested_compile_region takes two layers for the same when only their mask functions differ (measured on torch 2.13: a model
-    with alternating windows then decodes with the first layer's window throughout).
+    with alternating windows then decodes with the first layer's window throughout). raw [S,D] or None: keys before RoPE,
+    for caches whose entries are re-rotated to their slot's rank.
     """
 
     k: Tensor
@@ -43,8 +47,10 @@ class LayerView(NamedTuple):
     used: Tensor
     keep: Tensor | None
     reach: Tensor | None
+    raw: Tensor | None
 
 
+Companions = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> (shape of one slot's value, dtype)
 UNBOUNDED = 2**31 - 1  # reach of a layer without a window, in a model where others have one
 
 
@@ -55,7 +61,8 @@ class PagePool:
         num_pages: usable pages; one more (page 0) is added for discarded writes.
         page: slots per page.
         head_dim, dtype, device: of k and v, which start at zero (a masked NaN would still poison a flex block).
-        group: when given, a `keep` [S, group] bool companion is kept per slot (granularity "query").
+        companions: per-slot data that moves with its entry, zero at first. Known to the forward pass: `keep` [S, G] bool and
+            `raw` [S, D] (see LayerView).
     """
 
     def __init__(
@@ -65,22 +72,19 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        group: int | None = None,
+        companions: Companions | None = None,
     ) -> None:
         self.page = page
         slots = (num_pages + 1) * page
         self.k = torch.zeros(1, 1, slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.pos = torch.full((slots,), EMPTY, dtype=torch.int32, device=device)
-        self.companions: dict[str, Tensor] = {}
-        if group is not None:
-            self.add_companion("keep", (group,), torch.bool)
+        self.companions: dict[str, Tensor] = {
+            name: torch.zeros(slots, *shape, dtype=kind, device=device)
+            for name, (shape, kind) in (companions or {}).items()
+        }
         self._free = list(range(num_pages, SINK_PAGE, -1))
         self._refs = [0] * (num_pages + 1)
-
-    def add_companion(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Attach per-slot data [S, *shape], zero at first, that moves with its entry."""
-        self.companions[name] = torch.zeros(len(self.pos), *shape, dtype=dtype, device=self.pos.device)
 
     @property
     def num_pages(self) -> int:
@@ -106,7 +110,7 @@ class PagePool:
         return [self.k[0, 0], self.v[0, 0], self.pos, *self.companions.values()]
 
     def take(self, count: int) -> list[int]:
-        """`count` empty pages (pos = -1 throughout); the pool grows when it has too few."""
+        """`count` empty pages (pos = -1 and companions 0 throughout); the pool grows when it has too few."""
         if count > len(self._free):
             self.grow(max(count - len(self._free), self.num_pages // 2))
         pages = [self._free.pop() for _ in range(count)]
@@ -120,7 +124,7 @@ class PagePool:
             self._refs[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; those nobody else holds are wiped (pos = -1) and return to the free list."""
+        """Give pages back; those nobody else holds are wiped (pos = -1, companions 0) and return to the free list."""
         emptied = []
         for page in pages:
             assert self._refs[page] > 0, f"page {page} released twice"
@@ -129,6 +133,8 @@ class PagePool:
                 emptied.append(page)
         if emptied:
             self.pos.view(-1, self.page)[emptied] = EMPTY
+            for data in self.companions.values():  # a decode step writes only `keep`
+                data.view(-1, self.page, *data.shape[1:])[emptied] = 0
             self._free.extend(reversed(emptied))
 
     def is_shared(self, page: int) -> bool:
@@ -174,19 +180,20 @@ class LayerCache:
         self.lists: list[list[int]] = [[] for _ in range(rows * heads)]
         self.used = torch.zeros(rows * heads, dtype=torch.int32, device=pool.pos.device)
         self._table = torch.zeros(0, dtype=torch.int32, device=pool.pos.device)
-        self._publish()
+        self.refresh()
 
     # -- what the forward pass sees
 
     def view(self) -> LayerView:
         pool = self.pool
         if len(self._table) < len(self.lists) * self.max_pages + pool.num_pages:
-            self._publish()
+            self.refresh()
         # The CPU lowering of flex wants one column per page of the pool; rows M apart cost R*M + P integers instead of R*P.
         table = self._table.as_strided((len(self.lists), pool.num_pages), (self.max_pages, 1))
-        return LayerView(pool.k, pool.v, pool.pos, table, self.used, pool.companions.get("keep"), self.reach)
+        keep, raw = pool.companions.get("keep"), pool.companions.get("raw")
+        return LayerView(pool.k, pool.v, pool.pos, table, self.used, keep, self.reach, raw)
 
-    def _publish(self) -> None:
+    def refresh(self) -> None:
         """Copy the lists to the device table, making it larger when a list or the pool has outgrown it."""
         longest = max(len(pages) for pages in self.lists)
         if longest > self.max_pages:
@@ -213,7 +220,7 @@ class LayerCache:
             missing = -(-(used + more) // page) - len(pages)
             if missing > 0:
                 pages.extend(self.pool.take(missing))
-        self._publish()
+        self.refresh()
 
     def append(
         self,
@@ -271,18 +278,26 @@ class LayerCache:
 
     # -- evicting
 
-    def mark(self, drop_RC: Tensor) -> None:
-        """Evict = mask: entries of `slots()` with drop = True lose their position; nothing moves."""
-        page, copied = self.pool.page, False
-        touched = drop_RC.any(-1).tolist()  # sync: only lists that lose something need pages of their own
-        for pages, touch in zip(self.lists, touched, strict=True):
-            for i, number in enumerate(pages if touch else ()):
-                if self.pool.is_shared(number) and drop_RC.shape[1] > i * page:
-                    pages[i] = self.pool.duplicate(number)
+    def own(self) -> None:
+        """Copy every page that is shared, so that this cache may write anywhere in its lists."""
+        copied = False
+        for pages in self.lists:
+            for index, number in enumerate(pages):
+                if self.pool.is_shared(number):
+                    pages[index] = self.pool.duplicate(number)
                     copied = True
         if copied:
-            self._publish()
-        slot_RC, _ = self.slots()
+            self.refresh()
+
+    def mark(self, drop_RC: Tensor, companions: dict[str, Tensor] | None = None) -> None:
+        """Evict = mask: entries of `slots()` with drop = True lose their position; nothing moves.
+
+        `companions` replaces companion values: name -> [R, C, ...] over the columns of `slots()`.
+        """
+        self.own()
+        slot_RC, pos_RC = self.slots()
+        for name, data in (companions or {}).items():
+            self.pool.companions[name][slot_RC[pos_RC >= 0]] = data[pos_RC >= 0]
         self.pool.pos[slot_RC[drop_RC]] = EMPTY
 
     def compact(self, keep_RC: Tensor | None = None, companions: dict[str, Tensor] | None = None) -> None:
@@ -307,7 +322,26 @@ class LayerCache:
             pages.clear()
         self.used.zero_()
 
+    def rerotate(self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Give every live key the RoPE phase of its rank in its list, from the unrotated keys kept beside (`raw`)."""
+        self.own()
+        slot_RC, pos_RC = self.slots()
+        live_RC = pos_RC >= 0
+        cos_RCD, sin_RCD = rotary(live_RC.cumsum(-1) - 1)
+        raw_RC1D = self.pool.companions["raw"][slot_RC][:, :, None].float()
+        k_RCD = rotate(raw_RC1D, cos_RCD, sin_RCD)[:, :, 0].to(self.pool.k.dtype)
+        self.pool.k.index_copy_(2, slot_RC[live_RC], k_RCD[live_RC][None, None])
+
     # -- sharing
+
+    def row(self, index: int) -> LayerCache:
+        """A window onto one row: what is done to it is done to this cache, which sees it after `refresh`."""
+        lists = slice(index * self.heads, (index + 1) * self.heads)
+        part = LayerCache(self.pool, 1, self.heads, self.max_pages, self.reach)
+        part.lists = self.lists[lists]
+        part.used = self.used[lists]
+        part.refresh()
+        return part
 
     def fork(self, rows: Sequence[int]) -> LayerCache:
         """A cache whose row i continues row rows[i] of this one; both share the pages until one of them writes."""
@@ -318,7 +352,7 @@ class LayerCache:
         for mine, source in zip(twin.lists, sources, strict=True):
             mine.extend(self.lists[source][: -(-used[source] // self.pool.page)])
             self.pool.share(mine)
-        twin._publish()
+        twin.refresh()
         return twin
 
     # -- accounting
@@ -345,6 +379,11 @@ class KVCache:
         layers: one LayerCache per layer.
         window: W, queries to remember per layer (0: none).
         num_heads: H, query heads.
+    Attributes:
+        next_pos: [B] int32, position of each row's next token.
+        lag: [B] int32, how far the RoPE phase of the next token lies behind its position: 0, or the entries lost so far in a
+            cache whose entries are re-rotated to their slots.
+        queries: the ring buffers of the last W queries, one per layer.
     """
 
     def __init__(self, layers: list[LayerCache], window: int, num_heads: int) -> None:
@@ -354,9 +393,10 @@ class KVCache:
         self.window = window
         device, dtype, head_dim = first.used.device, first.pool.k.dtype, first.pool.k.shape[-1]
         self.next_pos = torch.zeros(self.rows, dtype=torch.int32, device=device)
-        # Ring buffers: the query of position p of row b is at b*W + p % W; the extra last row swallows padding.
+        self.lag = torch.zeros_like(self.next_pos)
+        # Ring buffers: the query of position p of row b is at b*(W+1) + p % W; slot W of each row swallows padding.
         self.queries = [
-            torch.zeros(self.rows * window + 1, num_heads, head_dim, dtype=dtype, device=device)
+            torch.zeros(self.rows * (window + 1), num_heads, head_dim, dtype=dtype, device=device)
             for _ in layers
             if window
         ]
@@ -375,19 +415,19 @@ class KVCache:
         entries: int,
         page: int,
         window: int = 0,
-        query_sets: bool = False,
+        companions: Companions | None = None,
+        spare: int = 0,
         shared: bool = False,
     ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head on average, one layer per entry of `windows`.
 
-        With `shared`, all layers draw on one pool, so that layers too may keep different numbers of entries. `query_sets` adds
-        the per-query-head keep bits.
+        `spare` pages per list lie ready for lists that outgrow the average. With `shared`, all layers draw on one pool, so
+        that layers too may keep different numbers of entries.
         """
         max_pages = -(-entries // page)
-        group = num_heads // num_kv_heads if query_sets else None
-        per_layer = rows * num_kv_heads * max_pages
+        per_layer = rows * num_kv_heads * (max_pages + spare)
         pools = [
-            PagePool(per_layer * (len(windows) if shared else 1), page, head_dim, dtype, device, group)
+            PagePool(per_layer * (len(windows) if shared else 1), page, head_dim, dtype, device, companions)
             for _ in range(1 if shared else len(windows))
         ]
         layers = []
@@ -395,12 +435,22 @@ class KVCache:
             reach = None
             if any(windows):
                 reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
-            layers.append(LayerCache(pools[0 if shared else index], rows, num_kv_heads, max_pages, reach))
+            pool = pools[0 if shared else index]
+            # Ragged lists may take any share of the pool; a table that never grows never recompiles.
+            layers.append(LayerCache(pool, rows, num_kv_heads, pool.num_pages if spare or shared else max_pages, reach))
         return cls(layers, window, num_heads)
 
-    def reserve(self, extra: int) -> None:
+    def reserve(self, extra: int | Sequence[int]) -> None:
+        """Give every list room for `extra` more entries (one number, or one per row)."""
+        if not isinstance(extra, int):
+            extra = [count for count in extra for _ in range(self.layers[0].heads)]
         for layer in self.layers:
             layer.reserve(extra)
+
+    def refresh(self) -> None:
+        """Take notice of what was done through `row`."""
+        for layer in self.layers:
+            layer.refresh()
 
     def views(self) -> list[LayerView]:
         return [layer.view() for layer in self.layers]
@@ -409,25 +459,36 @@ class KVCache:
         """The last W queries of a layer, oldest first: q [B, H, W, D] after RoPE and q_pos [B, W] int64, -1 where none was."""
         position_BW = self.next_pos[:, None] + torch.arange(-self.window, 0, device=self.next_pos.device)
         row_B1 = torch.arange(self.rows, device=self.next_pos.device)[:, None]
-        q_BWHD = self.queries[layer][row_B1 * self.window + position_BW % self.window]
+        q_BWHD = self.queries[layer][row_B1 * (self.window + 1) + position_BW % self.window]
         return q_BWHD.transpose(1, 2), position_BW.clamp(min=EMPTY).long()
 
     def remember(self, layer: int, row: int, q_HWD: Tensor, last_pos: int) -> None:
-        """Store the queries of positions last_pos - n + 1 ... last_pos of one row."""
+        """Store the queries of positions last_pos - n + 1 ... last_pos of one row, W at most."""
+        q_HWD = q_HWD[:, -self.window :]
         count = q_HWD.shape[1]
         positions = torch.arange(last_pos - count + 1, last_pos + 1, device=q_HWD.device)
-        self.queries[layer][row * self.window + positions % self.window] = q_HWD.transpose(0, 1)
+        self.queries[layer][row * (self.window + 1) + positions % self.window] = q_HWD.transpose(0, 1)
 
     def fork(self, rows: Sequence[int] | None = None) -> KVCache:
         """A cache whose row i continues row rows[i] (all rows by default); pages are shared until written."""
         rows = list(range(self.rows)) if rows is None else list(rows)
-        twin = KVCache.__new__(KVCache)
+        twin = copy.copy(self)
+        twin.rows = len(rows)
         twin.layers = [layer.fork(rows) for layer in self.layers]
-        twin.rows, twin.window = len(rows), self.window
-        twin.next_pos = self.next_pos[rows].clone()
-        slots = [row * self.window + i for row in rows for i in range(self.window)]
-        twin.queries = [torch.cat([ring[slots], ring[-1:]]) for ring in self.queries]
+        twin.next_pos, twin.lag = self.next_pos[rows], self.lag[rows]
+        slots = [row * (self.window + 1) + i for row in rows for i in range(self.window + 1)]
+        twin.queries = [ring[slots] for ring in self.queries]
         return twin
+
+    def row(self, index: int) -> KVCache:
+        """A window onto one row: what is done to it is done to this cache, which sees it after `refresh`."""
+        part = copy.copy(self)
+        part.rows = 1
+        part.layers = [layer.row(index) for layer in self.layers]
+        part.next_pos, part.lag = self.next_pos[index : index + 1], self.lag[index : index + 1]
+        slots = slice(index * (self.window + 1), (index + 1) * (self.window + 1))
+        part.queries = [ring[slots] for ring in self.queries]
+        return part
 
     def free(self) -> None:
         """Give every page back."""

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from modeling.forward import step
 from modeling.layers import Decoder
-from modeling.pages import UNBOUNDED, KVCache, LayerView
-from restkv.evict import Grams, check_protected, evict
+from modeling.pages import KVCache, LayerView
+from restkv.errors import PromptError
+from restkv.evict import Evictor, Grams, companions_of
 from restkv.policies.base import Policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
 
+PREFILLS = ("dense", "chunked")
+CHUNK = 512  # tokens per chunk of a chunked prefill
+COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch.compile raises
 
 
@@ -48,8 +52,14 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.device
 
-    def new_cache(self, rows: int, entries: int, window: int, query_sets: bool, shared: bool = False) -> KVCache:
-        """A cache with room for `entries` entries per layer, row and KV head."""
+    def new_cache(self, policy: Policy, rows: int, entries: int, queries: int, ragged: bool, shared: bool) -> KVCache:
+        """A cache with room for `entries` entries per layer, row and KV head.
+
+        Args:
+            queries: last queries to remember.
+            ragged: heads may keep different numbers of entries.
+            shared: layers too.
+        """
         config = self.model.config
         return KVCache.create(
             windows=config.windows,
@@ -61,8 +71,9 @@ class Engine:
             device=self.device,
             entries=entries,
             page=page_size(entries),
-            window=window,
-            query_sets=query_sets,
+            window=queries,
+            companions=companions_of(policy, self.model),
+            spare=1 if ragged or shared else 0,
             shared=shared,
         )
 
@@ -76,13 +87,16 @@ def _decode(
     model: Decoder,
     ids_BT: Tensor,
     pos_BT: Tensor,
+    lag_B: Tensor,
     views: list[LayerView],
     queries: list[Tensor],
     window: int,
     backend: str,
 ) -> Tensor:
-    """Logits [B, V] float32 after the last of the T new tokens."""
-    return model.head(step(model, ids_BT, pos_BT, views, queries, window, backend)[:, -1])
+    """Logits [B, V] float32 after the last real one of the T new tokens."""
+    x_BTE = step(model, ids_BT, pos_BT, lag_B, views, queries, window, backend)
+    last_B = (pos_BT >= 0).sum(-1).clamp(min=1) - 1
+    return model.head(x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B])
 
 
 class Session:
@@ -93,50 +107,119 @@ class Session:
         policy: what is evicted, and when.
         lengths: prompt lengths of the rows.
         max_new_tokens: room to plan for; a cache without a decode budget is sized by it.
+        prefill: "dense": each prompt in one piece, evicted when a layer is through (the paper); "chunked": `chunk` tokens at a
+            time, each chunk attending before it is evicted, so that memory is bounded for prompts of any length.
+        extends: more tokens than one at a time will be appended later (`extend`).
+    Raises:
+        PolicyError: the protected entries of a row do not fit into its budget.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, lengths: Sequence[int], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        lengths: Sequence[int],
+        max_new_tokens: int,
+        *,
+        prefill: str = "dense",
+        chunk: int = CHUNK,
+        extends: bool = False,
+    ) -> None:
+        if prefill not in PREFILLS:
+            raise PromptError(f"prefill {prefill!r} is not known; give {' or '.join(PREFILLS)}")
+        if chunk < 1:
+            raise PromptError(f"chunk={chunk}: a chunk has at least 1 token")
         self.engine, self.policy = engine, policy
-        self.budgets = [UNBOUNDED if policy.budget is None else policy.budget_for(length) for length in lengths]
-        for length, budget in zip(lengths, self.budgets, strict=True):
-            check_protected(policy, length, budget)
-        entries = self._entries(lengths, max_new_tokens)
-        observed = policy.window if self._evicts_later else 0
-        self.cache = engine.new_cache(len(lengths), entries, observed, policy.granularity == "query")
+        self._chunked, self._chunk = prefill == "chunked", chunk
+        self._evictor = Evictor(engine.model, policy, engine.grams, lengths)
+        self._interval = policy.interval if policy.budget is not None else None
+        # Very frequent evictions only mark; the pages are reclaimed every so many tokens.
+        self._period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
+        if self._interval and self._interval >= COMPACT_EVERY // 4:
+            self._period = self._interval
+        self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked)
         self.logits_BV = torch.empty(0)
         self.active = [True] * len(lengths)
         self.evictions = 0
-        self.max_live = 0  # most entries a head held when an interval ended
-        self._since_eviction = 0
+        self.max_live = 0  # most entries a head held when an eviction was due
+        self._since_eviction = self._since_compaction = 0
         self._planned = max_new_tokens  # tokens still expected
         self._room = 0  # tokens for which the lists have pages of their own
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
 
-    def _entries(self, lengths: Sequence[int], max_new_tokens: int) -> int:
-        """Entries per head the cache must hold: a constant of the policy when it bounds the cache, else the job's need.
+    def _new_cache(self, lengths: Sequence[int], max_new_tokens: int, extends: bool) -> KVCache:
+        """A cache for this job. Its shape is a constant of the policy when that bounds the cache: then nothing recompiles.
 
-        Unbounded needs are rounded up by at most a quarter, so that prompts of similar length share a compiled graph.
+        Unbounded needs are rounded up by at most a quarter, so that jobs of similar length share a compiled graph.
         """
         policy, group = self.policy, self.engine.model.config.group
-        if isinstance(policy.budget, int) and policy.interval is not None:
-            union = group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
-            return policy.budget * union + policy.interval
-        need = max(
-            (min(length, budget * (group if policy.granularity == "query" else 1)))
-            for length, budget in zip(lengths, self.budgets, strict=True)
+        layers = self.engine.model.config.num_layers
+        union = group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
+        room = self._period + (self._chunk if extends else 0)
+        budgets = [-(-sum(row) // layers) for row in zip(*self._evictor.budgets, strict=True)]
+        if self._interval and not isinstance(policy.budget, float):
+            entries = max(max(budgets), policy.high_water or 0) * union + room
+        else:
+            need = max(min(length, budget * union) for length, budget in zip(lengths, budgets, strict=True))
+            need += room + (min(max_new_tokens, self._interval) if self._interval else max_new_tokens)
+            quarter = 1 << max(need.bit_length() - 3, 5)
+            entries = -(-need // quarter) * quarter
+        queries = 0
+        if self._interval or self._chunked:
+            fresh = (self._interval or 0) + (self._chunk if extends else 0)
+            queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
+        uneven = policy.budget is not None and len(set(policy.layer_budgets(1 << 30, layers))) > 1
+        return self.engine.new_cache(
+            policy,
+            len(lengths),
+            entries,
+            queries,
+            ragged=policy.allocation.ragged or union > 1,
+            shared=policy.allocation.across_layers or uneven,
         )
-        need += min(max_new_tokens, policy.interval) if self._evicts_later and policy.interval else max_new_tokens
-        quarter = 1 << max(need.bit_length() - 3, 5)
-        return -(-need // quarter) * quarter
 
     def prefill(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Run the prompts, one row at a time (a row of a batch is the same computation as the prompt alone)."""
+        engine, logits = self.engine, []
+        for row, ids in enumerate(prompts):
+            cache, evictor = self.cache.row(row), self._evictor.row(row)
+            first = ids[: self._chunk] if self._chunked else ids
+            layers_done = None if self._chunked else progress
+            logits_1V = engine.model.head(prefill(engine.model, cache, evictor, first, layers_done))
+            for start in range(len(first), len(ids), self._chunk):
+                piece = ids[start : start + self._chunk]
+                logits_1V = self._run(cache, [piece], logits_1V)
+                evictor.round(cache, compact=True)
+                if progress is not None:
+                    progress(start + len(piece), len(ids))
+            logits.append(logits_1V)
+        self.cache.refresh()
+        self.logits_BV = torch.cat(logits)
+
+    def extend(self, rows: Sequence[Sequence[int]]) -> None:
+        """Append several tokens per row (none for some, perhaps), in chunks, each attending before it is evicted."""
+        for start in range(0, max(map(len, rows)), self._chunk):
+            pieces = [ids[start : start + self._chunk] for ids in rows]
+            self.logits_BV = self._run(self.cache, pieces, self.logits_BV)
+            self._after(max(map(len, pieces)), compact=True)
+            self._room = 0
+
+    def _run(self, cache: KVCache, pieces: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
+        """One chunk through the model; rows that get no token keep their logits."""
         engine = self.engine
-        last = [
-            prefill(engine.model, self.cache, row, ids, self.policy, engine.grams, self.budgets[row], progress)
-            for row, ids in enumerate(prompts)
-        ]
-        self.logits_BV = engine.model.head(torch.cat(last))
+        counts = [len(piece) for piece in pieces]
+        width = self._chunk if engine.backend == "flex" else max(counts)  # one compiled graph for all pieces
+        padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
+        ids_BT = torch.tensor(padded, device=engine.device)
+        counts_B = torch.tensor(counts, dtype=torch.int32, device=engine.device)
+        offset_T = torch.arange(width, dtype=torch.int32, device=engine.device)
+        pos_BT = torch.where(offset_T < counts_B[:, None], cache.next_pos[:, None] + offset_T, -1)
+        cache.reserve(counts)
+        new_BV = engine.decode(
+            engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
+        )
+        cache.next_pos.add_(counts_B)
+        return torch.where((counts_B > 0)[:, None], new_BV, logits_BV)
 
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
@@ -146,37 +229,33 @@ class Session:
         """Append one token per active row and compute the next logits; evicts when the interval is over."""
         cache, engine = self.cache, self.engine
         if self._room == 0:
-            self._room = self._steps_per_round - self._since_eviction
+            self._room = self._period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
                 self._room = min(self._room, self._planned)
             cache.reserve(self._room)
         self._room, self._planned = self._room - 1, self._planned - 1
-        pos_B = torch.where(self._active_B, cache.next_pos, -1)
+        pos_B1 = torch.where(self._active_B, cache.next_pos, -1)[:, None]
         self.logits_BV = engine.decode(
-            engine.model, ids_B[:, None], pos_B[:, None], cache.views(), cache.queries, cache.window, engine.backend
+            engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
         )
-        cache.next_pos += self._active_B
-        self._since_eviction += 1
-        if self._since_eviction == self._steps_per_round:
+        cache.next_pos.add_(self._active_B)
+        self._after(1, compact=self._since_compaction + 1 >= self._period)
+
+    def _after(self, tokens: int, compact: bool) -> None:
+        """Count tokens; evict when an interval is over."""
+        self._since_eviction += tokens
+        self._since_compaction += tokens
+        if self._interval and self._since_eviction >= self._interval:
             self._since_eviction = 0
-            if self._evicts_later:
-                self.max_live = max(self.max_live, *(max(layer.lengths()) for layer in cache.layers))
-                self.evictions += evict(engine.model, cache, self.policy, engine.grams, self.budgets)
-
-    @property
-    def _steps_per_round(self) -> int:
-        """Tokens between two visits of the host: it evicts, or at least hands out pages."""
-        interval = self.policy.interval if self._evicts_later else None
-        return interval or self.cache.layers[0].pool.page
-
-    @property
-    def _evicts_later(self) -> bool:
-        return self.policy.budget is not None and self.policy.interval is not None
+            self.max_live = max(self.max_live, *(int(layer.live_counts().max()) for layer in self.cache.layers))
+            self.evictions += self._evictor.round(self.cache, compact)
+            if compact:
+                self._since_compaction = self._room = 0
 
     def fork(self) -> Session:
         """A session that goes on from here on its own; pages are shared until one of the two writes."""
         twin = copy.copy(self)
-        twin.cache = self.cache.fork()
+        twin.cache, twin._evictor = self.cache.fork(), self._evictor.fork()
         self._room = twin._room = 0  # the page both would write to next is shared now
         twin.active, twin._active_B = list(self.active), self._active_B.clone()
         return twin

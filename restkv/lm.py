@@ -17,7 +17,7 @@ from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
 from modeling.tokenizer import Stream, Tokenizer
 from restkv.errors import PromptError
-from restkv.generate import Engine, Session
+from restkv.generate import CHUNK, Engine, Session
 from restkv.memory import PeakMemory
 from restkv.policies import FullCache, Policy, ReSTKV
 from restkv.prefill import Progress, dense_hidden
@@ -195,7 +195,8 @@ class LM:
             prompts: a string, a list of token ids, or a list of either (then a list comes back, in the same order).
             policy: what to keep of the cache; ReSTKV(budget=1024) when none is given.
             options: max_new_tokens (128), temperature (0: greedy), top_k, top_p, min_p, seed (see Sampling), stop (strings that
-                end the text, themselves left out), ignore_eos (False), progress (called with layers done and in all).
+                end the text, themselves left out), ignore_eos (False), prefill ("dense" or "chunked") and chunk (see Session),
+                progress (called with what is done and what there is in all: layers, or tokens of a chunked prefill).
         Returns:
             Generation: text, tokens (the new ids), finish_reason and stats; rows of a batch share the stats object.
         Raises:
@@ -228,6 +229,8 @@ class LM:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        prefill: str = "dense",
+        chunk: int = CHUNK,
         progress: Progress | None = None,
     ) -> Iterator[tuple[int, str]]:
         """Yield (row, piece of text); fill `results` at the end."""
@@ -241,7 +244,7 @@ class LM:
         peak = PeakMemory(self.device)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         started = time.perf_counter()
-        session = Session(self.engine, policy, stats.prompt_tokens, max_new_tokens)
+        session = Session(self.engine, policy, stats.prompt_tokens, max_new_tokens, prefill=prefill, chunk=chunk)
         session.prefill(ids, progress)
         rows = [
             _Row(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids, max_new_tokens) for _ in ids
@@ -297,7 +300,8 @@ class LM:
                 RestKVWarning,
                 stacklevel=4,
             )
-        if policy.budget is not None and policy.window > shortest:
+        evicts = policy.budget is not None and policy.budget_for(longest) < longest + max_new_tokens
+        if evicts and policy.window > shortest:
             warnings.warn(
                 f"window {policy.window} is longer than the prompt of {shortest} tokens; it shrinks to the prompt",
                 RestKVWarning,

@@ -13,39 +13,35 @@ from torch import Tensor
 from modeling.forward import dense_layer
 from modeling.layers import Decoder
 from modeling.pages import KVCache
-from restkv.evict import Grams, evict_prompt
-from restkv.policies.base import Policy
+from restkv.evict import Evictor
 
 Progress = Callable[[int, int], None]  # (layers or tokens done, of how many)
 
 
 def prefill(
-    model: Decoder,
-    cache: KVCache,
-    row: int,
-    ids: Sequence[int],
-    policy: Policy,
-    grams: Grams,
-    budget: int,
-    progress: Progress | None = None,
+    model: Decoder, cache: KVCache, evictor: Evictor, ids: Sequence[int], progress: Progress | None = None
 ) -> Tensor:
-    """Dense prefill of one row, layer by layer: the full keys and values of ONE layer are alive at a time.
+    """Dense prefill of a one-row cache, layer by layer: the full keys and values of ONE layer are alive at a time.
 
     Args:
+        cache, evictor: of the row alone (KVCache.row, Evictor.row).
         ids: the prompt's token ids.
-        budget: entries per head to keep; at least the prompt's length keeps everything.
+        progress: called with the layers done and the layers in all.
     Returns:
         hidden state [1, E] of the last token after the last layer.
     """
     length = len(ids)
-    device = cache.next_pos.device
-    x_LE, rotary = _embed(model, ids, device)
+    x_LE, rotary = _embed(model, ids, cache.next_pos.device)
+    last = max(evictor.policy.observed_prompt, cache.window)
     for index, block in enumerate(model.blocks):
-        q_HWD, k_KLD, v_KLD = dense_layer(model, block, x_LE, rotary, last=max(policy.window, cache.window))
-        evict_prompt(model, cache, row, index, policy, grams, budget, q_HWD, k_KLD, v_KLD)
+        watch, mass_XL = evictor.watch_prompt(index, length)
+        q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
+            model, block, x_LE, rotary, last, watch=watch, raw=evictor.policy.slot_positions
+        )
+        evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
         if progress is not None:
-            progress(index + 1, len(model.layers))
-    cache.next_pos[row] = length
+            progress(index + 1, model.config.num_layers)
+    evictor.prompt_done(cache, length)
     return x_LE[-1:]
 
 

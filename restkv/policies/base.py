@@ -6,7 +6,7 @@ Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    granularities: ClassVar[tuple[str, ...]] = ("kv", "query")  # the values `granularity` may take
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max")  # the values `gqa` may take
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset name -> option values
 
@@ -54,7 +55,7 @@ class Policy(ABC):
         if isinstance(self.budget_by, str):
             self._one_of("budget_by", tuple(ALLOCATIONS))
             object.__setattr__(self, "budget_by", ALLOCATIONS[self.budget_by]())
-        self._one_of("granularity", ("kv", "query"))
+        self._one_of("granularity", self.granularities)
         self._one_of("gqa", self.reductions)
         spans = self.protect if isinstance(self.protect, (tuple, list)) else ()
         fine = spans is self.protect and all(
@@ -104,11 +105,20 @@ class Policy(ABC):
             return list(self.budget)
         return self.allocation.layers(self.budget_for(length), self.window, num_layers, length)
 
+    def newest(self, budget: int) -> int:
+        """How many of the newest entries a head that may keep `budget` keeps whatever their score."""
+        return self.window
+
     @property
     def allocation(self) -> Allocation:
         """How the budget is shared out among layers and heads."""
         assert not isinstance(self.budget_by, str)
         return self.budget_by
+
+    @property
+    def slot_positions(self) -> bool:
+        """Whether an entry's RoPE phase follows its rank in the cache instead of its position in the text."""
+        return False
 
     @property
     def observed(self) -> int:
@@ -125,13 +135,14 @@ class Policy(ABC):
         """What an observation must carry besides queries and entries: "gram", "cross_gram", "mass", "rotary"."""
         return frozenset()
 
-    def keep(self, obs: Observation, state: Any = None) -> Tensor:
+    def keep(self, obs: Observation, states: Sequence[Any] = ()) -> Tensor:
         """The entries that stay: bool [B, K, C] for granularity "kv", [B, H, C] for "query".
 
         A policy whose choice is not "the highest scores" overrides this. `obs.protected` and `obs.budget_B` are set.
 
         Args:
-            state: what `start` returned for this cache, for a policy whose choices depend on earlier ones.
+            states: what `start` returned for each row, for a policy whose choices depend on earlier ones. Layers come in
+                order; a state is shared by all of them.
         """
         score_BXC = self.score(obs)
         assert obs.protected is not None and isinstance(obs.budget_B, Tensor)
@@ -139,8 +150,8 @@ class Policy(ABC):
         protected_BXC = obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
         return self.allocation.select(score_BXC, pos_BXC, protected_BXC, obs.budget_B)
 
-    def start(self, rows: int) -> Any:
-        """State of a new cache of so many rows; handed to every `keep`. None: the policy has no memory."""
+    def start(self) -> Any:
+        """State of a new row; `keep` is given one for every row. None: the policy has no memory."""
         return None
 
     def score(self, obs: Observation) -> Tensor:
