@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LM", "POLICIES", "FullCache", "Policy", "ReSTKV", "RestKVError", "SnapKV", "get_policy", "load"]
 
+__version__ = "0.1.0"
+
 _HOME = {"LM": "restkv.lm", "load": "restkv.lm"}  # the rest of __all__ is in restkv.policies
 
 

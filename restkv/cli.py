@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modeling.errors import RestKVError, RestKVWarning
+from restkv import __version__
 from restkv.errors import OutputError, PolicyError, PromptError
 
 if TYPE_CHECKING:
@@ -58,20 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return exit.exit_code
         except (RestKVError, typer.TyperException) as error:
             text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-            print("restkv: error:", " ".join(text.split()), file=sys.stderr)
-            if isinstance(error, OutputError):
-                _silence_stdout()
-            return 2
+            return _fail(text)
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
             _silence_stdout()
             return 141
+        except OSError as error:  # a full disk under stdout, a checkpoint that vanishes
+            _silence_stdout()
+            return _fail(str(error))
     return 0
 
 
+def _fail(text: str) -> int:
+    print("restkv: error:", " ".join(text.split()), file=sys.stderr)
+    return 2
+
+
 def _silence_stdout() -> None:
-    """Give the interpreter somewhere to flush stdout to on its way out, when it has failed once."""
+    """Give the interpreter somewhere to flush stdout to on its way out, when it may fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -137,7 +142,7 @@ DtypeOption = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
-        print("restkv", version("restkv"))
+        print("restkv", __version__)
         raise typer.Exit
 
 
@@ -339,34 +344,33 @@ def _encode(lm: LM, text: str, chat: bool | None) -> str | list[int]:
 
 
 class _Sink:
-    """Where the answer goes: stdout, or a file that is opened for a test at once and replaced when the text comes."""
+    """Where the answer goes: stdout, or a file that is tested at once and replaced when the first text comes."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._file: TextIO | None = sys.stdout if path is None else None
-        if path is None and isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+        self._mode = "w"
         if path is not None:
             try:
                 path.open("a").close()
             except OSError as error:
                 raise self._refuse(error) from None
+        elif isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
 
     def write(self, text: str) -> None:
+        if self._path is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
         try:
-            if self._file is None:
-                assert self._path is not None
-                self._file = self._path.open("w", encoding="utf-8")
-            self._file.write(text)
-            self._file.flush()
-        except BrokenPipeError:
-            raise
+            with self._path.open(self._mode, encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
             raise self._refuse(error) from None
+        self._mode = "a"
 
     def _refuse(self, error: OSError) -> OutputError:
-        place = "stdout" if self._path is None else self._path
-        return OutputError(f"{place}: cannot be written ({error.strerror}); choose another place")
+        return OutputError(f"{self._path}: cannot be written ({error.strerror}); choose another place")
 
 
 # -- restkv methods, restkv inspect
