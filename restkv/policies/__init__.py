@@ -6,23 +6,90 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from restkv.errors import PolicyError
+from restkv.policies.adakv import AdaKV
 from restkv.policies.base import Policy
+from restkv.policies.caote import CAOTE
+from restkv.policies.expected import ExpectedAttention
 from restkv.policies.full import FullCache
+from restkv.policies.h2o import H2O
+from restkv.policies.keydiff import KeyDiff
+from restkv.policies.keynorm import KeyNorm
+from restkv.policies.lacache import LaCache
+from restkv.policies.plugins import load_plugin, plugin_names
+from restkv.policies.pyramidkv import PyramidKV
+from restkv.policies.random import Random
 from restkv.policies.rest import ReSTKV
 from restkv.policies.snapkv import SnapKV
+from restkv.policies.streaming import StreamingLLM
+from restkv.policies.tova import TOVA
 
-__all__ = ["POLICIES", "FullCache", "Policy", "ReSTKV", "SnapKV", "get_policy"]
+__all__ = [
+    "CAOTE",
+    "H2O",
+    "POLICIES",
+    "TOVA",
+    "AdaKV",
+    "ExpectedAttention",
+    "FullCache",
+    "KeyDiff",
+    "KeyNorm",
+    "LaCache",
+    "Policy",
+    "PyramidKV",
+    "Random",
+    "ReSTKV",
+    "SnapKV",
+    "StreamingLLM",
+    "get_policy",
+    "known_policies",
+    "policy_class",
+]
 
-POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (ReSTKV, SnapKV, FullCache)}
+POLICIES: dict[str, type[Policy]] = {
+    cls.name: cls
+    for cls in (
+        ReSTKV,
+        SnapKV,
+        PyramidKV,
+        AdaKV,
+        H2O,
+        TOVA,
+        CAOTE,
+        ExpectedAttention,
+        KeyNorm,
+        KeyDiff,
+        StreamingLLM,
+        LaCache,
+        Random,
+        FullCache,
+    )
+}
+
+
+def known_policies() -> tuple[str, ...]:
+    """Names that get_policy takes: those of POLICIES, then those that installed packages register."""
+    return (*POLICIES, *(name for name in plugin_names() if name not in POLICIES))
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class behind a name; a plugin is imported when it is asked for, and cannot replace what is here.
+
+    Raises:
+        PolicyError: unknown name (the message lists the known ones), or a plugin that cannot be used.
+    """
+    cls = POLICIES.get(name) or load_plugin(name)
+    if cls is None:
+        raise PolicyError(f"method {name!r} is unknown; choose from {', '.join(known_policies())}")
+    return cls
 
 
 def get_policy(name: str, preset: str | None = None, **options: Any) -> Policy:
     """Build a policy from its name.
 
     Args:
-        name: a key of POLICIES.
+        name: one of known_policies().
         preset: a key of that policy's PRESETS; `options` override its values.
-        options: fields of the policy.
+        options: fields of the policy, such as budget, interval or budget_by.
 
     Raises:
         PolicyError: unknown name, preset or option (the message lists the known ones), or a value out of range.
@@ -30,9 +97,7 @@ def get_policy(name: str, preset: str | None = None, **options: Any) -> Policy:
     >>> get_policy("restkv", preset="paper-ruler", budget=1024).kernel_size
     21
     """
-    if name not in POLICIES:
-        raise PolicyError(f"method {name!r} is unknown; choose from {', '.join(POLICIES)}")
-    cls = POLICIES[name]
+    cls = policy_class(name)
     if preset is not None:
         if preset not in cls.PRESETS:
             known = f"choose from {', '.join(cls.PRESETS)}" if cls.PRESETS else "it has none"

@@ -1,0 +1,51 @@
+"""Random: a coin per entry, the floor every other policy must beat.
+
+Letters: B batch rows, X KV heads or query heads, C entries of one head (columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from restkv.observe import Observation
+from restkv.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Score = a hash of (seed, layer, head, position), uniform in [0, 1); nothing is protected.
+
+    Without a generator there is no state: a row of a batch draws as it would alone, and an entry keeps its number as long
+    as it lives, so that repeated evictions keep one random set and do not favour the newest.
+    """
+
+    name: ClassVar[str] = "random"
+    reductions: ClassVar[tuple[str, ...]] = ("mean",)
+
+    window: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fine = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        self._require(fine and 0 <= self.seed < 1 << 32, "seed", "give a whole number from 0 to 2^32 - 1")
+
+    def importance(self, obs: Observation) -> Tensor:
+        """[B, K, C], or [B, H, C] with a set per query head."""
+        pos_BXC = obs.held if self.granularity == "query" else obs.pos
+        head_X1 = torch.arange(pos_BXC.shape[1], device=pos_BXC.device)[:, None]
+        state = _mix(torch.full_like(head_X1, self.seed) ^ _mix(head_X1 * 4096 + obs.layer))
+        return (_mix(state ^ pos_BXC.long()) >> 8).to(obs.dtype) / (1 << 24)  # 24 bits: exact in float32
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3: 32 bits (in int64) to 32 bits, one to one, each output bit moved by every input bit."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * factor
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)

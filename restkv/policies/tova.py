@@ -1,0 +1,44 @@
+"""TOVA (Oren et al., 2024, arXiv 2401.06104): drop what the newest query attends to least, one choice for all heads.
+
+Letters: B batch rows, H query heads, K KV heads, C entries of one head (columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from restkv.observe import Observation, attention_BHWC
+from restkv.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """Score = the newest query's softmax weight, mean over ALL query heads of the layer (SPEC §2.4).
+
+    It evicts after every step, keeps one set per layer and protects nothing, not even the newest token (window = 0);
+    kvpress protects that one (window = 1).
+
+    Preset: "official" (the 512 entries of the authors' README).
+    """
+
+    name: ClassVar[str] = "tova"
+    granularities: ClassVar[tuple[str, ...]] = ("kv",)
+    reductions: ClassVar[tuple[str, ...]] = ("mean",)
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"budget": 512}}
+
+    window: int = 0
+    interval: int | None = 1
+
+    @property
+    def observed(self) -> int:
+        """The newest query decides alone."""
+        return 1
+
+    def importance(self, obs: Observation) -> Tensor:
+        """Mean attention [B, K, C], the same for every KV head."""
+        newest = replace(obs, q=obs.q[:, :, -1:], q_pos=obs.q_pos[:, -1:])
+        return attention_BHWC(newest).mean(1).expand(-1, obs.k.shape[1], -1)
