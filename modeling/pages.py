@@ -239,11 +239,17 @@ class LayerCache:
             keep_KC: bool [K, C]; False columns are skipped.
             companions: name -> [K, C, ...] values for the pool's companions; those not given become zero (True for `keep`).
         """
-        lists = slice(row * self.heads, (row + 1) * self.heads)
         pos_KC = pos_KC.expand(self.heads, -1)
         keep_KC = pos_KC >= 0 if keep_KC is None else keep_KC & (pos_KC >= 0)
         flat = {name: data[keep_KC] for name, data in (companions or {}).items()}
-        self._scatter(lists, keep_KC, k_KCD[keep_KC], v_KCD[keep_KC], pos_KC[keep_KC], flat)
+        self.append_chosen(row, keep_KC, k_KCD[keep_KC], v_KCD[keep_KC], pos_KC[keep_KC], flat)
+
+    def append_chosen(
+        self, row: int, keep_KC: Tensor, k_nD: Tensor, v_nD: Tensor, pos_n: Tensor, companions: dict[str, Tensor]
+    ) -> None:
+        """Like `append`, for the n entries marked in keep_KC alone, head after head."""
+        lists = slice(row * self.heads, (row + 1) * self.heads)
+        self._scatter(lists, keep_KC, k_nD, v_nD, pos_n, companions)
 
     def _scatter(
         self, lists: slice, keep_XC: Tensor, k_nD: Tensor, v_nD: Tensor, pos_n: Tensor, companions: dict[str, Tensor]

@@ -7,13 +7,15 @@ dim, W observed queries, R = B*K page lists, X heads with a kept set of their ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from modeling.layers import Decoder
 from modeling.pages import UNBOUNDED, Companions, KVCache, LayerCache
+from restkv.budgets import Global, GlobalCascade
 from restkv.errors import PolicyError
 from restkv.mass import column_mass
 from restkv.observe import Observation, cross_gram_of, gram_of, weighted_attention
@@ -77,6 +79,8 @@ class Evictor:
         self.states = [policy.start() for _ in lengths]
         # Queries before these positions have been counted into the companions' mass.
         self._counted_B = torch.zeros(len(lengths), dtype=torch.int32, device=model.device)
+        self._waiting: list[_Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
+        self._cascade: GlobalCascade | None = None
 
     def row(self, index: int) -> Evictor:
         """The evictor of one row alone (KVCache.row); states are shared with this one."""
@@ -127,9 +131,9 @@ class Evictor:
         device = k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
         budget = self.budgets[layer][0]
-        keep_1XL = None
+        keep_1XL = obs = None
         if budget < length:
-            q_1HWD = q_HWD[None, :, -max(self.policy.observed_prompt, 1) :]
+            q_1HWD = q_HWD[None, :, -min(max(self.policy.observed_prompt, 1), length) :]
             obs = self._observation(
                 layer,
                 q=q_1HWD,
@@ -141,6 +145,12 @@ class Evictor:
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
+        if cache.window:
+            cache.remember(layer, 0, q_HWD, length - 1)
+        if obs is not None and self.policy.allocation.across_layers:
+            self._compete(obs, mass_XL)
+            return
+        if obs is not None:
             keep_1XL = self.policy.keep(obs, self.states)
         keep_KL, companions = self._stored(keep_1XL, None if mass_XL is None else mass_XL[None], heads)
         if raw_KLD is not None:
@@ -154,12 +164,29 @@ class Evictor:
             None if keep_KL is None else keep_KL[0],
             {name: data[0] for name, data in companions.items()},
         )
-        if cache.window:
-            cache.remember(layer, 0, q_HWD, length - 1)
         self._moved(target, layer, keep_KL is not None)
+
+    def _compete(self, obs: Observation, mass_XL: Tensor | None) -> None:
+        """Let a layer's entries into the competition for the model's budget; earlier layers lose what they outrank."""
+        allocation = self.policy.allocation
+        assert isinstance(allocation, Global)
+        if obs.layer == 0:
+            self._waiting, self._cascade = [], allocation.cascade(obs.num_layers, self.budgets[0][0])
+        assert self._cascade is not None
+        score_1XL, pos_1XL, protected_1XL = self.policy.ranking(obs)
+        *earlier, keep_XL = self._cascade.add(score_1XL[0], pos_1XL[0], protected_1XL[0])
+        for waiting, stays_n in zip(self._waiting, earlier, strict=True):
+            waiting.narrow(stays_n)
+        mass_1XL = None if mass_XL is None else mass_XL[None]
+        self._waiting.append(_Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL))
 
     def prompt_done(self, cache: KVCache, length: int) -> None:
         """All layers of a one-row cache hold their share of the prompt."""
+        for layer, waiting in zip(cache.layers, self._waiting, strict=False):  # none waits unless layers compete
+            _, companions = self._stored(waiting.keep_XL[None], waiting.mass_1XL, layer.heads)
+            chosen = {name: data[0][waiting.any_KL] for name, data in companions.items()}
+            layer.append_chosen(0, waiting.any_KL, waiting.k_nD, waiting.v_nD, waiting.pos_n, chosen)
+        self._waiting, self._cascade = [], None
         cache.next_pos.fill_(length)
         self._counted_B.fill_(length)
         self._align(cache)
@@ -172,14 +199,12 @@ class Evictor:
         Args:
             compact: reclaim the pages of what goes (and of what was only marked before); else mark the losers dead.
         """
+        if self.policy.budget is None:
+            return False
         over_B = self._over(cache)
         if "mass" not in self.policy.needs and not any(over_B):
             return False
-        for index, layer in enumerate(cache.layers):
-            slot_RC, pos_RC = layer.slots()
-            budgets = [b if over else UNBOUNDED for b, over in zip(self.budgets[index], over_B, strict=True)]
-            obs = self._cached(cache, index, slot_RC, pos_RC, budgets)
-            keep_BXC = self.policy.keep(obs, self.states)
+        for index, (layer, obs, keep_BXC) in enumerate(self._choices(cache, over_B)):
             keep_BKC, companions = self._stored(keep_BXC, obs.mass, layer.heads)
             assert keep_BKC is not None
             keep_RC = keep_BKC.flatten(0, 1)
@@ -193,23 +218,37 @@ class Evictor:
         self._align(cache)
         return any(over_B)
 
-    def _over(self, cache: KVCache) -> list[bool]:
-        """Which rows have outgrown their budget (or the policy's high-water mark) in any head of any layer."""
-        over = [False] * cache.rows
-        mark = self.policy.high_water or 0
-        for layer, budgets in zip(cache.layers, self.budgets, strict=True):
-            used = layer.lengths()
-            if all(n <= max(budgets[i // layer.heads], mark) for i, n in enumerate(used)):
-                continue  # even counting the dead
-            live = layer.live_counts().amax(-1).tolist()  # sync: once per eviction, only when the lists are long
-            over = [o or n > max(b, mark) for o, n, b in zip(over, live, budgets, strict=True)]
-        return over
+    def _choices(self, cache: KVCache, over_B: Sequence[bool]) -> Iterator[tuple[LayerCache, Observation, Tensor]]:
+        """Every layer with what was seen and what stays of it; rows that are not over their budget keep everything."""
+        allocation = self.policy.allocation
+        observed = (self._cached(cache, index, over_B) for index in range(len(cache.layers)))
+        if not isinstance(allocation, Global):
+            for layer, obs in zip(cache.layers, observed, strict=True):
+                yield layer, obs, self.policy.keep(obs, self.states)
+            return
+        everything = list(observed)
+        assert isinstance(everything[0].budget_B, Tensor)
+        score, pos, protected = zip(*(self.policy.ranking(obs) for obs in everything), strict=True)
+        keeps = allocation.select_layers(score, pos, protected, everything[0].budget_B)
+        yield from zip(cache.layers, everything, keeps, strict=True)
 
-    def _cached(
-        self, cache: KVCache, index: int, slot_RC: Tensor, pos_RC: Tensor, budgets: Sequence[int]
-    ) -> Observation:
+    def _over(self, cache: KVCache) -> list[bool]:
+        """Which rows have outgrown their budget, or the policy's high-water mark: heads, layers or all, as they share it."""
+        allocation, mark = self.policy.allocation, self.policy.high_water or 0
+        excess = []
+        for layer, budgets in zip(cache.layers, self.budgets, strict=True):
+            limit_B = torch.tensor([max(budget, mark) for budget in budgets], device=layer.used.device)
+            live_BK = layer.live_counts()
+            excess.append(live_BK.sum(-1) - layer.heads * limit_B if allocation.ragged else live_BK.amax(-1) - limit_B)
+        excess_NB = torch.stack(excess)
+        over_B = (excess_NB.sum(0) if allocation.across_layers else excess_NB.amax(0)) > 0
+        return over_B.tolist()  # sync: once per eviction
+
+    def _cached(self, cache: KVCache, index: int, over_B: Sequence[bool]) -> Observation:
         """The observation of one layer's pages."""
         layer = cache.layers[index]
+        slot_RC, pos_RC = layer.slots()
+        budgets = [budget if over else UNBOUNDED for budget, over in zip(self.budgets[index], over_B, strict=True)]
         pool, shape = layer.pool, (layer.rows, layer.heads, slot_RC.shape[1])
         per_slot = {
             name: pool.companions[name][slot_RC].view(*shape, -1).transpose(2, 3)
@@ -232,15 +271,11 @@ class Evictor:
         if "mass" not in per_slot:
             return obs
         fresh_BW = (q_pos_BW >= self._counted_B[:, None]) & (q_pos_BW >= 0)
-        everything = copy.copy(obs)
-        object.__setattr__(everything, "q", q_BHWD)
-        object.__setattr__(everything, "q_pos", q_pos_BW)
-        gained_BHC = weighted_attention(everything, fresh_BW.float())
+        gained_BHC = weighted_attention(replace(obs, q=q_BHWD, q_pos=q_pos_BW), fresh_BW.float())
         mass_BXC = per_slot["mass"].flatten(1, 2)
         if mass_BXC.shape[1] != gained_BHC.shape[1]:
             gained_BHC = gained_BHC.unflatten(1, (layer.heads, -1)).mean(2)
-        object.__setattr__(obs, "mass", mass_BXC + gained_BHC)
-        return obs
+        return replace(obs, mass=mass_BXC + gained_BHC)
 
     # -- what both share
 
@@ -300,15 +335,40 @@ class Evictor:
             num_layers=config.num_layers,
             keep=keep,
             mass=mass,
-            protected=_protected(self.policy, pos, next_pos_B),
+            protected=_protected(self.policy, pos, budget_B, next_pos_B),
             budget_B=budget_B,
             rotary=self._rotary(layer) if "rotary" in self.policy.needs else None,
         )
 
 
-def _protected(policy: Policy, pos_BKC: Tensor, next_pos_B: Tensor) -> Tensor:
-    """Bool [B, K, C]: sinks, the newest `window` entries and the user's spans, which no score can evict."""
-    kept_BKC = (pos_BKC >= (next_pos_B - policy.window)[:, None, None]) | (pos_BKC < policy.sinks)
+class _Waiting:
+    """What is left of one layer's prompt while later layers may still outrank it.
+
+    Attributes:
+        keep_XL: bool, the entries each head (or query head) still has.
+        any_KL: bool, those any head of a group still has, n in all; k_nD, v_nD, pos_n are theirs, head after head.
+        mass_1XL: accumulated attention of all columns.
+    """
+
+    def __init__(self, keep_XL: Tensor, k_KLD: Tensor, v_KLD: Tensor, pos_KL: Tensor, mass_1XL: Tensor | None) -> None:
+        self.keep_XL, self.mass_1XL = keep_XL, mass_1XL
+        self.any_KL = keep_XL.unflatten(0, (len(k_KLD), -1)).any(1)
+        self.k_nD, self.v_nD, self.pos_n = k_KLD[self.any_KL], v_KLD[self.any_KL], pos_KL[self.any_KL]
+
+    def narrow(self, stays_m: Tensor) -> None:
+        """Only some of the entries marked in keep_XL (in its order) stay."""
+        before_KL = self.any_KL
+        self.keep_XL = self.keep_XL.masked_scatter(self.keep_XL, stays_m)
+        self.any_KL = self.keep_XL.unflatten(0, (len(before_KL), -1)).any(1)
+        still_n = self.any_KL[before_KL]
+        self.k_nD, self.v_nD, self.pos_n = self.k_nD[still_n], self.v_nD[still_n], self.pos_n[still_n]
+
+
+def _protected(policy: Policy, pos_BKC: Tensor, budget_B: Tensor, next_pos_B: Tensor) -> Tensor:
+    """Bool [B, K, C]: sinks, the newest entries and the user's spans, which no score can evict."""
+    newest = [policy.newest(budget) for budget in budget_B.tolist()]  # sync: once per layer and eviction
+    oldest_B = next_pos_B - torch.tensor(newest, device=pos_BKC.device)
+    kept_BKC = (pos_BKC >= oldest_B[:, None, None]) | (pos_BKC < policy.sinks)
     for start, end in policy.protect:
         kept_BKC = kept_BKC | ((pos_BKC >= start) & (pos_BKC < end))
     return kept_BKC & (pos_BKC >= 0)
@@ -316,7 +376,7 @@ def _protected(policy: Policy, pos_BKC: Tensor, next_pos_B: Tensor) -> Tensor:
 
 def _check_protected(policy: Policy, length: int, budget: int) -> None:
     """Refuse spans that leave the budget no room: what is protected must fit into it."""
-    positions = set(range(min(policy.sinks, length))) | set(range(max(0, length - policy.window), length))
+    positions = set(range(min(policy.sinks, length))) | set(range(max(0, length - policy.newest(budget)), length))
     for start, end in policy.protect:
         positions |= set(range(min(start, length), min(end, length)))
     if len(positions) > budget < length:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling.masks import visible
-from restkv.observe import CHUNK_ELEMENTS
+from restkv.observe import chunk_elements
 
 
 def column_mass(
@@ -17,7 +17,7 @@ def column_mass(
 ) -> Tensor:
     """Softmax weight every column receives from queries start ... start + T - 1, summed: [H, C] float32.
 
-    Causal; computed in blocks of queries, so that the largest temporary is CHUNK_ELEMENTS numbers.
+    Causal; computed in blocks of queries, so that the largest temporary has chunk_elements numbers.
 
     Args:
         q_THD, k_KCD: after RoPE; column c is position c, and C = start + T.
@@ -27,7 +27,7 @@ def column_mass(
     mass_HC = torch.zeros(H, C, device=q_THD.device)
     column_C = torch.arange(C, device=q_THD.device)
     k_K1CD = k_KCD[:, None].float()
-    rows = max(1, CHUNK_ELEMENTS // (H * C))
+    rows = max(1, chunk_elements(q_THD.device) // (H * C))
     for first in range(0, T, rows):
         q_HtD = q_THD[first : first + rows].transpose(0, 1).float()
         logits_HtC = (q_HtD.view(K, H // K, -1, D) @ k_K1CD.mT).flatten(0, 1) * scale

@@ -19,6 +19,11 @@ from torch import Tensor
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU = 1 << 21, 1 << 25
 
 
+def chunk_elements(device: torch.device) -> int:
+    """How many elements a temporary may have."""
+    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
+
+
 @dataclass(frozen=True, eq=False)
 class Observation:
     """One layer at the moment of eviction.
@@ -89,14 +94,10 @@ class Observation:
             return torch.zeros_like(self.pos, dtype=torch.bool)
         return self.pos <= self.q_pos[:, -1, None, None] + 1 - self.window
 
-    @property
-    def _chunk_elements(self) -> int:
-        return CHUNK_ELEMENTS_CPU if self.k.device.type == "cpu" else CHUNK_ELEMENTS_GPU
-
     def chunks(self, per_column: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the columns and their indices, so long that `per_column` elements for each column stay affordable."""
         columns = self.k.shape[2]
-        step = max(1, self._chunk_elements // per_column)
+        step = max(1, chunk_elements(self.k.device) // per_column)
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             yield slice(start, stop), torch.arange(start, stop, device=self.k.device)
@@ -109,7 +110,7 @@ class Observation:
     def query_chunks(self) -> Iterator[slice]:
         """Slices of the queries for which [B, H, W, C] is affordable (one query at least)."""
         B, H, W, _ = self.q.shape
-        step = max(1, self._chunk_elements // (B * H * self.k.shape[2]))
+        step = max(1, chunk_elements(self.k.device) // (B * H * self.k.shape[2]))
         for start in range(0, W, step):
             yield slice(start, start + step)
 

@@ -103,7 +103,7 @@ class Policy(ABC):
             mend = f"the model has {num_layers} layers; give one budget per layer"
             self._require(len(self.budget) == num_layers, "budget", mend)
             return list(self.budget)
-        return self.allocation.layers(self.budget_for(length), self.window, num_layers, length)
+        return self.allocation.layers(self.budget_for(length), self.window + self.sinks, num_layers, length)
 
     def newest(self, budget: int) -> int:
         """How many of the newest entries a head that may keep `budget` keeps whatever their score."""
@@ -144,11 +144,15 @@ class Policy(ABC):
             states: what `start` returned for each row, for a policy whose choices depend on earlier ones. Layers come in
                 order; a state is shared by all of them.
         """
+        assert isinstance(obs.budget_B, Tensor)
+        return self.allocation.select(*self.ranking(obs), obs.budget_B)
+
+    def ranking(self, obs: Observation) -> tuple[Tensor, Tensor, Tensor]:
+        """What an allocation selects by: score, position and protection, each [B, K, C] or (granularity "query") [B, H, C]."""
+        assert obs.protected is not None
         score_BXC = self.score(obs)
-        assert obs.protected is not None and isinstance(obs.budget_B, Tensor)
         pos_BXC = obs.held if self.granularity == "query" else obs.pos
-        protected_BXC = obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
-        return self.allocation.select(score_BXC, pos_BXC, protected_BXC, obs.budget_B)
+        return score_BXC, pos_BXC, obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
 
     def start(self) -> Any:
         """State of a new row; `keep` is given one for every row. None: the policy has no memory."""
