@@ -90,11 +90,15 @@ def _show_warning(otherwise: Callable[..., None], message: Warning | str, catego
 # -- options that several commands share
 
 
-def _budget(text: str) -> int | float:
+def _budget(text: str) -> int | float | tuple[int, ...]:
     try:
+        if "," in text:
+            return tuple(map(int, text.split(",")))
         return float(text) if any(sign in text for sign in ".e") else int(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number of entries nor a fraction of the prompt") from None
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of entries, nor one per layer with commas, nor a fraction of the prompt"
+        ) from None
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -120,7 +124,7 @@ KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt 
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A Hugging Face checkpoint folder, or org/name to download it (extra: hub).",
         show_default="the tiny model that comes with restkv",
     ),
@@ -131,7 +135,7 @@ BudgetOption = Annotated[
         parser=_budget,
         metavar="N|FRACTION",
         rich_help_panel=KEEP,
-        help="Entries kept per layer and KV head, or a fraction of the prompt such as 0.1.",
+        help="Entries kept per KV head (N,N,...: by layer), or a fraction of the prompt such as 0.1.",
         show_default=str(DEFAULT_BUDGET),
     ),
 ]
@@ -188,6 +192,12 @@ def generate(
         str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
     ] = None,
     budget: BudgetOption = None,
+    budget_by: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=KEEP, help="How layers and heads share the budget: uniform, pyramid, adakv, global."
+        ),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option(rich_help_panel=KEEP, help="Newest entries always kept; their queries are the ones observed."),
@@ -224,7 +234,16 @@ def generate(
             help="Any other option of the method. May be repeated.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE)] = 128,
+    prefill: Annotated[
+        str,
+        typer.Option(rich_help_panel=KEEP, help="dense, or chunked: evict between chunks, for prompts of any length."),
+    ] = "dense",
+    chunk: Annotated[
+        int | None, typer.Option(rich_help_panel=KEEP, help="Tokens per chunk of a chunked prefill.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE, help="Length of the answer, at most.")
+    ] = 128,
     temperature: Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(rich_help_panel=SAMPLE, help="Sample from the k likeliest; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="Sample from this much of the mass.")] = 1.0,
@@ -254,7 +273,15 @@ def generate(
 ) -> None:
     """Continue a prompt while keeping only part of its KV cache."""
     text = _read_prompt(prompt, prompt_file)
-    given = {"budget": budget, "window": window, "sinks": sinks, "granularity": granularity, "gqa": gqa, "alpha": alpha}
+    given = {
+        "budget": budget,
+        "budget_by": budget_by,
+        "window": window,
+        "sinks": sinks,
+        "granularity": granularity,
+        "gqa": gqa,
+        "alpha": alpha,
+    }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if protect:
         options["protect"] = tuple(map(_span, protect))
@@ -285,7 +312,9 @@ def generate(
             min_p=min_p,
             seed=seed,
             stop=stop or (),
+            prefill=prefill,
             progress=progress,
+            **({} if chunk is None else {"chunk": chunk}),
         )
         for piece in stream:
             if not json_output:
