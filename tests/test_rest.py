@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,37 @@ def test_mean_over_a_group_is_not_the_change_of_the_group():
     measured = measured_removal(obs, w_o, range(4))
     assert (mean >= measured * (1 - 1e-9)).all()
     assert np.median(mean / measured) > 1.2
+
+
+def planted(seed, share, common, columns=512, queries=32):
+    """Independent keys and values, but `share` of the attention goes to the window and values have a mean of `common`."""
+    obs, _ = observation(seed, kv_heads=2, group=2, queries=queries, columns=columns, head_dim=64, width=256)
+    q, k = obs.q.clone(), obs.k.clone()
+    if share:
+        q[..., 0], k[..., 0] = 1, 0
+        k[:, :, -queries:, 0] = math.log(share / (1 - share) * (columns - queries) / (queries / 2)) * 64**0.5
+    mean = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * common
+    return replace(obs, q=q, k=k, v=obs.v + mean)
+
+
+@pytest.mark.parametrize(
+    ("share", "common", "error", "same"),
+    # docs/methods.md: median error of a score, and how many of the 96 best past entries are the same.
+    [(0, 0, 0.002, 0.997), (0.1, 1, 0.022, 0.970), (0.5, 1, 0.21, 0.916), (0.5, 3, 1.34, 0.891), (0.9, 3, 2.19, 0.890)],
+)
+def test_attention_first_is_biased_by_what_the_window_takes(share, common, error, same):
+    policy = ReSTKV(None, pooling="none", granularity="query")
+    errors, overlaps = [], []
+    for seed in range(5):
+        obs = planted(seed, share, common)
+        first, exact = (
+            replace(policy, aggregate=aggregate).score(obs)[..., :-32] for aggregate in ("attention", "indicator")
+        )
+        errors.append((first / exact - 1).abs().median())
+        best_first, best = first.topk(96).indices, exact.topk(96).indices
+        overlaps.append((best_first[..., None] == best[..., None, :]).any(-1).double().mean())
+    assert torch.stack(errors).mean() == pytest.approx(error, rel=0.15)
+    assert torch.stack(overlaps).mean() == pytest.approx(same, abs=0.015)
 
 
 options = st.fixed_dictionaries(
