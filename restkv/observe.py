@@ -48,9 +48,7 @@ class Observation:
     mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
-    budget_most: int | None = (
-        None  # at least every one of budget_B, where the host knows it: bounds what has to be ranked
-    )
+    budget_most: int | None = None  # at least every one of budget_B: what the host knows, so that ranking stops there
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )

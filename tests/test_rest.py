@@ -263,7 +263,7 @@ def test_a_sink_that_takes_all_attention_stays_finite(aggregate, gqa):
 
 @pytest.mark.parametrize("gap", [3.0, 9.0, 15.0, 30.0])
 def test_float32_knows_the_score_of_a_sink_that_leaves_little(gap):
-    """1 - a is 5e-2 .. 1e-13, of which float32 loses all: a/(1-a) * (o - v) would be noise, then 0, and the sink evicted."""
+    """1 - a is 1e-1 .. 2e-13, of which float32 loses all: a/(1-a) * (o - v) would be noise, then 0, and the sink evicted."""
     policy = ReSTKV(None, aggregate="indicator", granularity="query", **UNSMOOTHED)
     obs, w_o = observation(queries=1, columns=40, head_dim=8, width=32, spread=0.5)
     k = obs.k.clone()
