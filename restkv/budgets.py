@@ -135,7 +135,6 @@ class AdaKV(Allocation):
         exists_BXC = pos_BXC >= 0
         keep_BXC = protected_BXC & exists_BXC
         past_BXC = exists_BXC & ~keep_BXC
-        score_BXC = score_BXC.masked_fill(score_BXC.isnan(), -torch.inf)
         total_B = (X * budget_B - keep_BXC.sum((1, 2))).clamp(0)
         base_B1 = (total_B // X)[:, None]
         value_BXC = self._weighted(score_BXC, pos_BXC, past_BXC, base_B1) if self.normalize else score_BXC
@@ -143,9 +142,9 @@ class AdaKV(Allocation):
 
         won_BX = top(value_BS, pos_BS, past_BXC.flatten(1), total_B).view(B, X, C).sum(-1).double()
         if self.exact:
-            capacity_BX = _whole(won_BX * (1 - self.floor) + total_B[:, None] * (self.floor / X))
+            capacity_BX = _whole(won_BX * (1 - self.floor) + total_B[:, None].double() * (self.floor / X))
         else:
-            capacity_BX = (won_BX * (1 - self.floor) + _whole(base_B1 * self.floor)).round().long()
+            capacity_BX = (won_BX * (1 - self.floor) + _whole(base_B1.double() * self.floor)).round().long()
         # The floor is no reason to keep what a sliding window has hidden (-inf).
         capacity_BX = capacity_BX.minimum((past_BXC & (score_BXC > -torch.inf)).sum(-1))
         keep_BXC = keep_BXC | top(score_BXC, pos_BXC, past_BXC, capacity_BX)
@@ -223,7 +222,7 @@ class Global(Allocation):
         exists_BXC = pos_BXC >= 0
         protected_BXC = protected_BXC & exists_BXC
         visible_BXC = exists_BXC & ~protected_BXC & (score_BXC > -torch.inf)  # NaN is not
-        floor_BX = _whole((budget_B[:, None] - protected_BXC.sum(-1)) * self.floor)
+        floor_BX = _whole((budget_B[:, None] - protected_BXC.sum(-1)).double() * self.floor)
         return protected_BXC | top(score_BXC, pos_BXC, visible_BXC, floor_BX, most)
 
 
@@ -271,8 +270,9 @@ class GlobalCascade:
 
 
 def _whole(x: Tensor) -> Tensor:
-    """Rounded down to int64, where 2.9999999 is a 3 that floating point missed."""
-    return (x.double() + 1e-6).floor().long()
+    """Float64 rounded down to int64, where 2.9999999 is a 3 that floating point missed."""
+    assert x.dtype == torch.float64, "int64 * float is float32, which loses whole entries of large budgets"
+    return (x + 1e-6).floor().long()
 
 
 ALLOCATIONS: dict[str, type[Allocation]] = {cls.name: cls for cls in (Allocation, Pyramid, AdaKV, Global)}

@@ -63,7 +63,7 @@ def adakv(score, pos, protected, budget, floor=0.2, normalize=False, exact=True)
         if exact:
             capacity = math.floor(won * (1 - floor) + Fraction(total, len(heads)) * floor)
         else:
-            capacity = round(won * (1 - floor) + math.floor(base * floor))
+            capacity = round(won * (1 - float(floor)) + math.floor(base * floor))  # floating point, as released
         mine = best_first((e for e in past if e[0] == x), value)
         keep |= {e for e in mine[:capacity] if value[e] > NOTHING}
     if exact:

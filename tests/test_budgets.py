@@ -17,7 +17,7 @@ from restkv.errors import PolicyError
 from restkv.observe import Observation
 from restkv.policies import SnapKV
 
-FLOORS = (0, 0.1, 0.2, 0.25, 0.5, 0.55, 1)
+FLOORS = (0, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 # Multiples of 1/8, few of them: ties are the rule, and sums are exact in any order.
 VALUES = torch.tensor([0.0, -0.0, 0.125, 0.5, 1.0, 3.0, math.inf, -math.inf, math.nan])
 MILD = torch.tensor([0.0, 0.125, 0.25, 0.5, 0.625, 1.0, 3.0, -math.inf, math.nan])
@@ -98,6 +98,7 @@ def test_pyramid_vectors_of_the_spec(budget, length, first, last, mean):
 
 def test_pyramid_regimes():
     assert Pyramid().layers(96, 32, 4, 127) == [96] * 4
+    assert Pyramid().layers(96, 32, 4, 128) == [128, 107, 86, 65]
     assert Pyramid().layers(96, 32, 4, 400) == [157, 117, 77, 37]
     assert Pyramid(exact=True).layers(96, 32, 4, 400) == [157, 117, 75, 35]
     assert Pyramid(middle_regime=False).layers(96, 32, 4, 127) == [127, 107, 87, 67]
@@ -176,6 +177,13 @@ def test_adakv_normalised_scores_favour_the_concentrated_head():
     assert AdaKV(floor=0, normalize=True).select(score, pos, free, budget).sum(-1).tolist() == [[1, 1]]
 
 
+def test_adakv_a_head_of_zeros_weighs_nothing_but_is_no_error():
+    score = torch.tensor([[[0.0, 0], [1, 0]]])
+    pos, free = torch.arange(2).expand(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool)
+    keep = AdaKV(floor=0, normalize=True).select(score, pos, free, torch.tensor([1]))
+    assert keep.tolist() == [[[False, True], [True, False]]]
+
+
 def test_adakv_what_one_head_cannot_use_goes_to_the_best_of_the_others():
     score = torch.tensor([[[1.0, 1, 1, 1, 1, 1], [9, -math.inf, -math.inf, -math.inf, -math.inf, -math.inf]]])
     pos, free = torch.arange(6).expand(1, 2, 6), torch.zeros(1, 2, 6, dtype=torch.bool)
@@ -251,6 +259,24 @@ def test_global_spends_where_the_scores_are_but_leaves_every_head_its_floor():
     for floor, kept in ((0, [[1, 1], [9, 9]]), (0.5, [[3, 3], [7, 7]]), (1, [[5, 5], [5, 5]])):
         layers = Global(floor=floor).select_layers([quiet, loud], [pos] * 2, [protected] * 2, torch.tensor([5]))
         assert [layer[0].sum(-1).tolist() for layer in layers] == kept
+
+
+def test_a_floor_that_is_a_whole_number_loses_nothing_to_floating_point():
+    assert 0.29 * 100 < 29
+    pos = torch.arange(50).expand(1, 1, 50)
+    sure = Global(floor=0.29).sure(torch.rand(1, 1, 50), pos, pos < 0, torch.tensor([100]))
+    assert sure.sum() == 29
+    # The best 18 are 12 of the first head and 6 of the second, whose capacity is thus 6 * (1 - 0.3) + 6 * 0.3 = 6.
+    assert 6 * (1 - 0.3) + 18 * (0.3 / 3) < 6
+    pos = torch.arange(12).expand(1, 3, 12)
+    score = pos + torch.tensor([200.0, 100, 0])[:, None]
+    assert AdaKV(floor=0.3).select(score, pos, pos < 0, torch.tensor([6])).sum(-1).tolist() == [[11, 6, 1]]
+
+
+def test_shares_of_budgets_too_large_for_float32():
+    assert torch.tensor(10_001) * 0.9999 >= 10_000, "a whole number times a share is float32 unless asked otherwise"
+    pos = torch.arange(10_001).expand(1, 1, -1)
+    assert Global(floor=0.9999).sure(pos.float(), pos, pos < 0, torch.tensor([10_001])).sum() == 9999
 
 
 def test_global_keeps_nothing_hidden_in_preference_to_something_visible():
