@@ -423,12 +423,13 @@ class KVCache:
         window: int = 0,
         companions: Companions | None = None,
         spare: int = 0,
+        ragged: bool = False,
         shared: bool = False,
     ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head on average, one layer per entry of `windows`.
 
-        `spare` pages per list lie ready for lists that outgrow the average. With `shared`, all layers draw on one pool, so
-        that layers too may keep different numbers of entries.
+        `spare` pages per list lie ready besides. `ragged` lists may differ within a layer; with `shared`, all layers draw on
+        one pool and may differ too.
         """
         max_pages = -(-entries // page)
         per_layer = rows * num_kv_heads * (max_pages + spare)
@@ -443,7 +444,9 @@ class KVCache:
                 reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
             pool = pools[0 if shared else index]
             # Ragged lists may take any share of the pool; a table that never grows never recompiles.
-            layers.append(LayerCache(pool, rows, num_kv_heads, pool.num_pages if spare or shared else max_pages, reach))
+            layers.append(
+                LayerCache(pool, rows, num_kv_heads, pool.num_pages if ragged or shared else max_pages, reach)
+            )
         return cls(layers, window, num_heads)
 
     def reserve(self, extra: int | Sequence[int]) -> None:

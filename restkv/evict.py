@@ -64,6 +64,8 @@ class Evictor:
         PolicyError: the protected entries of a row do not fit into its budget.
     Attributes:
         budgets: [N][B] entries per head (UNBOUNDED for a policy without budget).
+        states: the policy's memory of each row.
+        counted_B: [B] int32; queries before these positions have been counted into the entries' mass.
     """
 
     def __init__(self, model: Decoder, policy: Policy, grams: Grams, lengths: Sequence[int]) -> None:
@@ -77,8 +79,7 @@ class Evictor:
             _check_protected(policy, length, min(budgets))
         self.budgets = [list(column) for column in zip(*per_row, strict=True)]
         self.states = [policy.start() for _ in lengths]
-        # Queries before these positions have been counted into the companions' mass.
-        self._counted_B = torch.zeros(len(lengths), dtype=torch.int32, device=model.device)
+        self.counted_B = torch.zeros(len(lengths), dtype=torch.int32, device=model.device)
         self._waiting: list[_Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
         self._cascade: GlobalCascade | None = None
 
@@ -87,12 +88,12 @@ class Evictor:
         part = copy.copy(self)
         part.budgets = [[column[index]] for column in self.budgets]
         part.states = self.states[index : index + 1]
-        part._counted_B = self._counted_B[index : index + 1]
+        part.counted_B = self.counted_B[index : index + 1]
         return part
 
     def fork(self) -> Evictor:
         twin = copy.copy(self)
-        twin.states, twin._counted_B = copy.deepcopy(self.states), self._counted_B.clone()
+        twin.states, twin.counted_B = copy.deepcopy(self.states), self.counted_B.clone()
         return twin
 
     # -- after a prompt
@@ -188,7 +189,7 @@ class Evictor:
             layer.append_chosen(0, waiting.any_KL, waiting.k_nD, waiting.v_nD, waiting.pos_n, chosen)
         self._waiting, self._cascade = [], None
         cache.next_pos.fill_(length)
-        self._counted_B.fill_(length)
+        self.counted_B.fill_(length)
         self._align(cache)
 
     # -- while decoding
@@ -214,7 +215,7 @@ class Evictor:
             else:
                 layer.mark(~keep_RC, flat)
             self._moved(layer, index, any(over_B))
-        self._counted_B.copy_(cache.next_pos)
+        self.counted_B.copy_(cache.next_pos)
         self._align(cache)
         return any(over_B)
 
@@ -270,7 +271,7 @@ class Evictor:
         )
         if "mass" not in per_slot:
             return obs
-        fresh_BW = (q_pos_BW >= self._counted_B[:, None]) & (q_pos_BW >= 0)
+        fresh_BW = (q_pos_BW >= self.counted_B[:, None]) & (q_pos_BW >= 0)
         gained_BHC = weighted_attention(replace(obs, q=q_BHWD, q_pos=q_pos_BW), fresh_BW.float())
         mass_BXC = per_slot["mass"].flatten(1, 2)
         if mass_BXC.shape[1] != gained_BHC.shape[1]:

@@ -6,8 +6,9 @@ Text lives in lm.py and cli.py. Letters: B batch rows, T new tokens, V vocabular
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,17 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.device
 
-    def new_cache(self, policy: Policy, rows: int, entries: int, queries: int, ragged: bool, shared: bool) -> KVCache:
+    def new_cache(
+        self, policy: Policy, rows: int, entries: int, queries: int, ragged: bool, shared: bool, forks: int, page: int
+    ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head.
 
         Args:
             queries: last queries to remember.
             ragged: heads may keep different numbers of entries.
             shared: layers too.
+            forks: copies of the cache to have pages ready for.
+            page: slots per page.
         """
         config = self.model.config
         return KVCache.create(
@@ -70,10 +75,11 @@ class Engine:
             dtype=self.model.dtype,
             device=self.device,
             entries=entries,
-            page=page_size(entries),
+            page=page,
             window=queries,
             companions=companions_of(policy, self.model),
-            spare=1 if ragged or shared else 0,
+            spare=int(ragged or shared) + forks * -(-entries // page),
+            ragged=ragged,
             shared=shared,
         )
 
@@ -110,6 +116,7 @@ class Session:
         prefill: "dense": each prompt in one piece, evicted when a layer is through (the paper); "chunked": `chunk` tokens at a
             time, each chunk attending before it is evicted, so that memory is bounded for prompts of any length.
         extends: more tokens than one at a time will be appended later (`extend`).
+        forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.
     Raises:
         PolicyError: the protected entries of a row do not fit into its budget.
     """
@@ -124,21 +131,31 @@ class Session:
         prefill: str = "dense",
         chunk: int = CHUNK,
         extends: bool = False,
+        forks: int = 0,
     ) -> None:
         if prefill not in PREFILLS:
             raise PromptError(f"prefill {prefill!r} is not known; give {' or '.join(PREFILLS)}")
         if chunk < 1:
             raise PromptError(f"chunk={chunk}: a chunk has at least 1 token")
         self.engine, self.policy = engine, policy
+        self._job = {
+            "lengths": list(lengths),
+            "max_new_tokens": max_new_tokens,
+            "prefill": prefill,
+            "chunk": chunk,
+            "extends": extends,
+            "forks": forks,
+        }
         self._chunked, self._chunk = prefill == "chunked", chunk
-        self._evictor = Evictor(engine.model, policy, engine.grams, lengths)
+        self.evictor = Evictor(engine.model, policy, engine.grams, lengths)
         self._interval = policy.interval if policy.budget is not None else None
         # Very frequent evictions only mark; the pages are reclaimed every so many tokens.
         self._period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
         if self._interval and self._interval >= COMPACT_EVERY // 4:
             self._period = self._interval
-        self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked)
+        self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks)
         self.logits_BV = torch.empty(0)
+        self.last_ids: list[int] = []  # drawn last, one per row: in the cache once they have been fed
         self.active = [True] * len(lengths)
         self.evictions = 0
         self.max_live = 0  # most entries a head held when an eviction was due
@@ -147,7 +164,7 @@ class Session:
         self._room = 0  # tokens for which the lists have pages of their own
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
 
-    def _new_cache(self, lengths: Sequence[int], max_new_tokens: int, extends: bool) -> KVCache:
+    def _new_cache(self, lengths: Sequence[int], max_new_tokens: int, extends: bool, forks: int) -> KVCache:
         """A cache for this job. Its shape is a constant of the policy when that bounds the cache: then nothing recompiles.
 
         Unbounded needs are rounded up by at most a quarter, so that jobs of similar length share a compiled graph.
@@ -156,7 +173,7 @@ class Session:
         layers = self.engine.model.config.num_layers
         union = group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
         room = self._period + (self._chunk if extends else 0)
-        budgets = [-(-sum(row) // layers) for row in zip(*self._evictor.budgets, strict=True)]
+        budgets = [-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)]
         if self._interval and not isinstance(policy.budget, float):
             entries = max(max(budgets), policy.high_water or 0) * union + room
         else:
@@ -176,13 +193,15 @@ class Session:
             queries,
             ragged=policy.allocation.ragged or union > 1,
             shared=policy.allocation.across_layers or uneven,
+            forks=forks,
+            page=page_size(entries - room),
         )
 
     def prefill(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Run the prompts, one row at a time (a row of a batch is the same computation as the prompt alone)."""
         engine, logits = self.engine, []
         for row, ids in enumerate(prompts):
-            cache, evictor = self.cache.row(row), self._evictor.row(row)
+            cache, evictor = self.cache.row(row), self.evictor.row(row)
             first = ids[: self._chunk] if self._chunked else ids
             layers_done = None if self._chunked else progress
             logits_1V = engine.model.head(prefill(engine.model, cache, evictor, first, layers_done))
@@ -223,11 +242,14 @@ class Session:
 
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
-        return sample(self.logits_BV, sampling, generators)
+        ids_B = sample(self.logits_BV, sampling, generators)
+        self.last_ids = ids_B.tolist()  # sync: text goes out, and is looked through for its end, token by token
+        return ids_B
 
     def feed(self, ids_B: Tensor) -> None:
         """Append one token per active row and compute the next logits; evicts when the interval is over."""
         cache, engine = self.cache, self.engine
+        self.last_ids = []
         if self._room == 0:
             self._room = self._period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
@@ -248,14 +270,36 @@ class Session:
         if self._interval and self._since_eviction >= self._interval:
             self._since_eviction = 0
             self.max_live = max(self.max_live, *(int(layer.live_counts().max()) for layer in self.cache.layers))
-            self.evictions += self._evictor.round(self.cache, compact)
+            self.evictions += self.evictor.round(self.cache, compact)
             if compact:
                 self._since_compaction = self._room = 0
 
-    def fork(self) -> Session:
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready: what `restore` needs besides the cache's contents."""
+        counters = {"since_eviction": self._since_eviction, "evictions": self.evictions, "max_live": self.max_live}
+        return {"job": self._job, "counters": counters, "last_ids": self.last_ids}
+
+    @classmethod
+    def restore(cls, engine: Engine, policy: Policy, described: Mapping[str, Any]) -> Session:
+        """A session with an empty cache, otherwise as it was described (its pages hold no dead entries)."""
+        job = dict(described["job"])
+        session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), **job)
+        session._since_eviction = described["counters"]["since_eviction"]
+        session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
+        session.last_ids = list(described["last_ids"])
+        return session
+
+    def resume(self, max_new_tokens: int) -> None:
+        """Let all rows go on, for about so many tokens."""
+        self.active = [True] * len(self.active)
+        self._active_B.fill_(True)
+        self._planned = max_new_tokens
+
+    def fork(self, max_new_tokens: int = 0) -> Session:
         """A session that goes on from here on its own; pages are shared until one of the two writes."""
         twin = copy.copy(self)
-        twin.cache, twin._evictor = self.cache.fork(), self._evictor.fork()
+        twin._planned = max_new_tokens
+        twin.cache, twin.evictor = self.cache.fork(), self.evictor.fork()
         self._room = twin._room = 0  # the page both would write to next is shared now
         twin.active, twin._active_B = list(self.active), self._active_B.clone()
         return twin

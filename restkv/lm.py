@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,82 +14,16 @@ from torch import Tensor
 from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
-from modeling.tokenizer import Stream, Tokenizer
+from modeling.tokenizer import Tokenizer
+from restkv.context import CompressedContext
 from restkv.errors import PromptError
 from restkv.generate import CHUNK, Engine, Session
-from restkv.memory import PeakMemory
+from restkv.memory import Meter
 from restkv.policies import FullCache, Policy, ReSTKV
 from restkv.prefill import Progress, dense_hidden
-from restkv.sampling import Sampling
+from restkv.results import Decoding, Generation, Row, Stats, TextStream
 
 Prompt = str | Sequence[int]
-
-
-@dataclass
-class Stats:
-    """What a generation cost; every figure is measured.
-
-    Attributes:
-        method, budget: the policy's name and budget as given (None: no budget).
-        prompt_tokens, new_tokens: per row.
-        ttft_s: seconds from the call to the first token of the last row to start (prefill of all rows, eviction, first sample).
-        tpot_s: median seconds per decode step after the first token, all rows together; 0 when there was none.
-        tokens_per_s: new tokens after the first, of all rows, per second of decoding.
-        seen: entries a full cache would hold per KV head at the end, per row.
-        kept: per layer, per row: live entries per KV head (mean over heads) at the end.
-        max_kept: the largest number of live entries any KV head of any layer held when it was looked at (each eviction, end).
-        live_bytes, allocated_bytes, full_bytes: cache bytes of live entries, of pages held, and of a full cache, at the end.
-        peak_bytes: peak memory of the process (CPU) or the allocator (CUDA) during the call, weights included.
-        evictions: decode-time evictions.
-        graphs: graphs torch.compile made during the call.
-    """
-
-    method: str
-    budget: int | float | tuple[int, ...] | None
-    prompt_tokens: list[int]
-    new_tokens: list[int] = field(default_factory=list)
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
-    tokens_per_s: float = 0.0
-    seen: list[int] = field(default_factory=list)
-    kept: list[list[float]] = field(default_factory=list)
-    max_kept: int = 0
-    live_bytes: int = 0
-    allocated_bytes: int = 0
-    full_bytes: int = 0
-    peak_bytes: int = 0
-    evictions: int = 0
-    graphs: int = 0
-
-    def asdict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class Generation:
-    """One row's answer: text, its new token ids, why it ended ("eos", "stop" or "length"), and the call's stats."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    stats: Stats
-
-
-class TextStream:
-    """Iterator over the pieces of one row's text; `.generation` is there once it is exhausted."""
-
-    def __init__(self, pieces: Iterator[tuple[int, str]], results: list[Generation]) -> None:
-        self._pieces, self._results = pieces, results
-
-    def __iter__(self) -> Iterator[str]:
-        for _, piece in self._pieces:
-            yield piece
-
-    @property
-    def generation(self) -> Generation:
-        if not self._results:
-            raise RuntimeError("the stream has not ended yet: iterate over it first, then read .generation")
-        return self._results[0]
 
 
 def load(
@@ -194,9 +127,9 @@ class LM:
         Args:
             prompts: a string, a list of token ids, or a list of either (then a list comes back, in the same order).
             policy: what to keep of the cache; ReSTKV(budget=1024) when none is given.
-            options: max_new_tokens (128), temperature (0: greedy), top_k, top_p, min_p, seed (see Sampling), stop (strings that
-                end the text, themselves left out), ignore_eos (False), prefill ("dense" or "chunked") and chunk (see Session),
-                progress (called with what is done and what there is in all: layers, or tokens of a chunked prefill).
+            options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense" or "chunked") and chunk
+                (see Session); progress (called with what is done and what there is in all: layers, or tokens of a chunked
+                prefill).
         Returns:
             Generation: text, tokens (the new ids), finish_reason and stats; rows of a batch share the stats object.
         Raises:
@@ -221,63 +154,55 @@ class LM:
         policy: Policy | None,
         results: list[Generation],
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
         prefill: str = "dense",
         chunk: int = CHUNK,
         progress: Progress | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """Yield (row, piece of text); fill `results` at the end."""
         policy = ReSTKV(budget=1024) if policy is None else policy
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        if max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens={max_new_tokens} makes nothing; give at least 1")
+        decoding = Decoding(**options)
         ids = [self.encode(prompt) for prompt in prompts]
-        self._remark(ids, policy, max_new_tokens)
+        self._remark(ids, policy, decoding.max_new_tokens)
         stats = Stats(policy.name, policy.budget, [len(row) for row in ids])
-        peak = PeakMemory(self.device)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        started = time.perf_counter()
-        session = Session(self.engine, policy, stats.prompt_tokens, max_new_tokens, prefill=prefill, chunk=chunk)
+        meter = Meter(self.device)
+        session = Session(
+            self.engine, policy, stats.prompt_tokens, decoding.max_new_tokens, prefill=prefill, chunk=chunk
+        )
         session.prefill(ids, progress)
-        rows = [
-            _Row(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids, max_new_tokens) for _ in ids
-        ]
-        generators = sampling.generators(len(ids))
-        ids_B = session.sample(sampling, generators)
+        yield from self.decode(session, decoding, stats, meter, results)
+
+    @torch.no_grad()
+    def decode(
+        self, session: Session, decoding: Decoding, stats: Stats, meter: Meter, results: list[Generation]
+    ) -> Iterator[tuple[int, str]]:
+        """Draw every row's answer from a session that holds its prompt: (row, piece of text); fills `stats`, `results`."""
+        rows = [Row(self.tokenizer, decoding, self.config.eos_token_ids) for _ in session.active]
+        generators = decoding.sampling.generators(len(rows))
         laps: list[float] = []
         lap = 0.0
         while True:
-            tokens = ids_B.tolist()  # sync: the text goes out token by token
-            now = time.perf_counter()
-            if not laps and not stats.ttft_s:
-                stats.ttft_s = now - started
+            ids_B = session.sample(decoding.sampling, generators)
+            if not stats.ttft_s:
+                stats.ttft_s = meter.seconds()
             else:
-                laps.append(now - lap)
-            lap = now
+                laps.append(time.perf_counter() - lap)
             for index, row in enumerate(rows):
                 if session.active[index]:
-                    piece = row.push(tokens[index])
+                    piece = row.push(session.last_ids[index])
                     if row.reason:
                         session.finish(index)
                     if piece:
                         yield index, piece
             if not any(session.active):
                 break
+            lap = time.perf_counter()
             session.feed(ids_B)
-            ids_B = session.sample(sampling, generators)
         self._finish(stats, session, rows, laps)
-        stats.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-        stats.peak_bytes = peak.bytes()
+        stats.graphs, stats.peak_bytes = meter.graphs(), meter.peak_bytes()
         results.extend(Generation(row.text, row.tokens, row.reason, stats) for row in rows)
 
-    def _finish(self, stats: Stats, session: Session, rows: list[_Row], laps: list[float]) -> None:
+    def _finish(self, stats: Stats, session: Session, rows: list[Row], laps: list[float]) -> None:
         cache = session.cache
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:
@@ -326,6 +251,23 @@ class LM:
             raise PromptError("the prompt is empty; give at least one token")
         return ids
 
+    @torch.no_grad()
+    def compress(
+        self, context: Prompt, policy: Policy | None = None, *, prefill: str = "dense", chunk: int = CHUNK
+    ) -> CompressedContext:
+        """Prefill a text and keep what the policy keeps of it, to be asked many questions (query-agnostic).
+
+        Args:
+            context: text or token ids.
+            policy: ReSTKV(budget=1024) when none is given.
+            prefill, chunk: see Session.
+        """
+        policy = ReSTKV(budget=1024) if policy is None else policy
+        ids = self.encode(context)
+        session = Session(self.engine, policy, [len(ids)], chunk, prefill=prefill, chunk=chunk, extends=True, forks=1)
+        session.prefill([ids])
+        return CompressedContext(self, session, len(ids))
+
     # -- logits and log-probabilities
 
     @torch.no_grad()
@@ -343,12 +285,17 @@ class LM:
         """
         policy = FullCache() if policy is None else policy
         ids = self.encode(context)
-        targets = [self._encode_continuation(text) for text in continuations]
-        session = Session(self.engine, policy, [len(ids)], max(map(len, targets), default=1))
+        session = Session(self.engine, policy, [len(ids)], 1)
         session.prefill([ids])
+        return self.score(session, continuations)
+
+    @torch.no_grad()
+    def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:
+        """Summed log-probability (nats) of each continuation on its own fork of a one-row session."""
+        targets = [self.encode_continuation(text) for text in continuations]
         sums = []
         for target in targets:
-            fork = session.fork()
+            fork = session.fork(len(target))
             total = 0.0
             for index, token in enumerate(target):
                 total += float(fork.logits_BV[0].log_softmax(-1)[token])  # sync: a score is a number
@@ -358,53 +305,10 @@ class LM:
             sums.append(total)
         return sums
 
-    def _encode_continuation(self, continuation: Prompt) -> list[int]:
+    def encode_continuation(self, continuation: Prompt) -> list[int]:
+        """Token ids of text that goes on after other text: like `encode`, without a BOS."""
         if isinstance(continuation, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer; give token ids instead of text")
             return self.encode(self.tokenizer.encode(continuation, bos=False))
         return self.encode(continuation)
-
-
-class _Row:
-    """One row's tokens and text as they come: end-of-sequence ids, stop strings, length."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: str | Sequence[str], eos: Sequence[int], limit: int) -> None:
-        self.tokens: list[int] = []
-        self.text = ""
-        self.reason = ""
-        self._stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
-        self._eos, self._limit = frozenset(eos), limit
-        self._held = ""  # text that may turn out to be the start of a stop string
-        self._decoder = Stream(tokenizer) if tokenizer is not None else None
-
-    def push(self, token: int) -> str:
-        """Take one token; returns the text that is now certain."""
-        self.tokens.append(token)
-        if token in self._eos:
-            self.reason = "eos"
-        elif len(self.tokens) == self._limit:
-            self.reason = "length"
-        if self._decoder is None:
-            return ""
-        if self.reason != "eos":
-            self._held += self._decoder.push(token)
-        if self.reason:
-            self._held += self._decoder.flush()
-        return self._release()
-
-    def _release(self) -> str:
-        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if ends:
-            self.reason, piece, self._held = "stop", self._held[: min(ends)], ""
-        else:
-            hold = 0 if self.reason else max((_overlap(self._held, stop) for stop in self._stop), default=0)
-            cut = len(self._held) - hold
-            piece, self._held = self._held[:cut], self._held[cut:]
-        self.text += piece
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper start of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

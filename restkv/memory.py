@@ -1,10 +1,11 @@
-"""Peak memory of a piece of work, as the operating system or the CUDA allocator saw it."""
+"""What a piece of work costs: seconds, peak memory as the operating system or the CUDA allocator saw it, compiled graphs."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -36,3 +37,26 @@ class PeakMemory:
         except (OSError, IndexError):
             unit = 1 if sys.platform == "darwin" else 1024
             return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Meter:
+    """Seconds, peak memory and compiled graphs since `__init__`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._peak = PeakMemory(device)
+        self._graphs = _compiled()
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def peak_bytes(self) -> int:
+        return self._peak.bytes()
+
+    def graphs(self) -> int:
+        """Graphs torch.compile has made since."""
+        return _compiled() - self._graphs
+
+
+def _compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,0 +1,158 @@
+"""What a generation gives back: options in, text, tokens and measured costs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from modeling.tokenizer import Stream, Tokenizer
+from restkv.errors import PromptError
+from restkv.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is drawn and where it ends: the options of LM.generate and its kin.
+
+    Args:
+        max_new_tokens: at least 1.
+        temperature, top_k, top_p, min_p, seed: see Sampling.
+        stop: strings that end the text, themselves left out.
+        ignore_eos: go on after an end-of-sequence id.
+    Raises:
+        PromptError: an impossible value.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens={self.max_new_tokens} makes nothing; give at least 1")
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+
+
+@dataclass
+class Stats:
+    """What a generation cost; every figure is measured.
+
+    Attributes:
+        method, budget: the policy's name and budget as given (None: no budget).
+        question: "aware" when what is asked was part of the prompt that was evicted, "agnostic" when the context had been
+            evicted before it was asked.
+        prompt_tokens, new_tokens: per row.
+        ttft_s: seconds from the call to the first token of the last row to start (prefill of all rows, eviction, first sample).
+        tpot_s: median seconds per decode step after the first token, all rows together; 0 when there was none.
+        tokens_per_s: new tokens after the first, of all rows, per second of decoding.
+        seen: entries a full cache would hold per KV head at the end, per row.
+        kept: per layer, per row: live entries per KV head (mean over heads) at the end.
+        max_kept: the largest number of live entries any KV head of any layer held when it was looked at (each eviction, end).
+        live_bytes, allocated_bytes, full_bytes: cache bytes of live entries, of pages held, and of a full cache, at the end.
+        peak_bytes: peak memory of the process (CPU) or the allocator (CUDA) during the call, weights included.
+        evictions: decode-time evictions.
+        graphs: graphs torch.compile made during the call.
+    """
+
+    method: str
+    budget: int | float | tuple[int, ...] | None
+    prompt_tokens: list[int]
+    question: str = "aware"
+    new_tokens: list[int] = field(default_factory=list)
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    tokens_per_s: float = 0.0
+    seen: list[int] = field(default_factory=list)
+    kept: list[list[float]] = field(default_factory=list)
+    max_kept: int = 0
+    live_bytes: int = 0
+    allocated_bytes: int = 0
+    full_bytes: int = 0
+    peak_bytes: int = 0
+    evictions: int = 0
+    graphs: int = 0
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Generation:
+    """One row's answer: text, its new token ids, why it ended ("eos", "stop" or "length"), and the call's stats."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+class TextStream:
+    """Iterator over the pieces of one row's text; `.generation` is there once it is exhausted."""
+
+    def __init__(self, pieces: Iterator[tuple[int, str]], results: list[Generation]) -> None:
+        self._pieces, self._results = pieces, results
+
+    def __iter__(self) -> Iterator[str]:
+        for _, piece in self._pieces:
+            yield piece
+
+    @property
+    def generation(self) -> Generation:
+        if not self._results:
+            raise RuntimeError("the stream has not ended yet: iterate over it first, then read .generation")
+        return self._results[0]
+
+
+class Row:
+    """One row's tokens and text as they come: end-of-sequence ids, stop strings, length."""
+
+    def __init__(self, tokenizer: Tokenizer | None, options: Decoding, eos: Sequence[int]) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.reason = ""
+        self._stop = [s for s in ([options.stop] if isinstance(options.stop, str) else options.stop) if s]
+        self._eos = frozenset(() if options.ignore_eos else eos)
+        self._limit = options.max_new_tokens
+        self._held = ""  # text that may turn out to be the start of a stop string
+        self._decoder = Stream(tokenizer) if tokenizer is not None else None
+
+    def push(self, token: int) -> str:
+        """Take one token; returns the text that is now certain."""
+        self.tokens.append(token)
+        if token in self._eos:
+            self.reason = "eos"
+        elif len(self.tokens) == self._limit:
+            self.reason = "length"
+        if self._decoder is None:
+            return ""
+        if self.reason != "eos":
+            self._held += self._decoder.push(token)
+        if self.reason:
+            self._held += self._decoder.flush()
+        return self._release()
+
+    def _release(self) -> str:
+        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.reason, piece, self._held = "stop", self._held[: min(ends)], ""
+        else:
+            hold = 0 if self.reason else max((_overlap(self._held, stop) for stop in self._stop), default=0)
+            cut = len(self._held) - hold
+            piece, self._held = self._held[:cut], self._held[cut:]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper start of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
