@@ -177,11 +177,11 @@ def keynorm(obs, b, k_head):
 
 
 def keydiff(obs, b, k_head):
-    """-cosine between a key and the mean of the normalised keys."""
+    """-cosine between a key and the mean of the normalised keys; 0 where that mean is 0."""
     keys = numbers(obs.k[b, k_head])
     units = [key / np.linalg.norm(key) for key, p in zip(keys, obs.pos[b, k_head].tolist(), strict=True) if p >= 0]
-    anchor = sum(units) / max(1, len(units)) if units else np.ones(keys.shape[1])
-    return np.array([-(key @ anchor) / np.linalg.norm(key) / np.linalg.norm(anchor) for key in keys])
+    anchor = sum(units, np.zeros(keys.shape[1])) / max(1, len(units))
+    return np.array([-(key @ anchor) / np.linalg.norm(key) / (np.linalg.norm(anchor) or 1) for key in keys])
 
 
 def random(policy, obs, b, head, k_head):
@@ -206,14 +206,18 @@ def newest(obs, heads):
 
 
 def caote(policy, obs, heads, h, w_o_EHD):
-    """Length of the change of one head's output when an entry is really deleted, for the newest query."""
+    """Length of the change of one head's output when an entry is really deleted, for the newest query.
+
+    Without the only entry it sees, its output is 0.
+    """
     head, out = heads[h], np.zeros(obs.pos.shape[-1])
     if not head.attention:
         return out
     attention, everything = head.attention[-1], range(len(head.pos))
     whole = head.output(attention, everything)
     for i, c in enumerate(head.columns):
-        change = head.output(reference.without(attention, i), everything) - whole if attention[i] else 0 * whole
+        rest = reference.without(attention, i) if attention[i] < sum(attention) else [0.0] * len(attention)
+        change = head.output(rest, everything) - whole
         out[c] = np.linalg.norm(w_o_EHD[:, h].numpy() @ change if policy.output_weight else change)
     return out
 

@@ -28,7 +28,9 @@ def call(policy, num_layers, rows, states, budget=None):
             protected = protected | ((pos >= start) & (pos < end))
         empty = torch.zeros(len(rows), 2, C, 4)
         obs = Observation(empty[:, :, :1], newest, empty, empty, pos, None, 1.0, layer=layer, num_layers=num_layers)
-        obs = replace(obs, protected=protected & (pos >= 0), budget_B=torch.tensor([budget or policy.budget] * len(rows)))
+        obs = replace(
+            obs, protected=protected & (pos >= 0), budget_B=torch.tensor([budget or policy.budget] * len(rows))
+        )
         keep = policy.keep(obs, states)
         assert torch.equal(keep[:, 0], keep[:, 1])
         for out, positions, stays in zip(after, held, keep[:, 0].tolist(), strict=True):
@@ -172,7 +174,9 @@ def test_a_cache_too_small_for_ladders_or_a_span_of_all_layers_is_refused_by_nam
         LaCache(64).layer_budgets(100, 1)
     with pytest.raises(PolicyError, match=r"lacache: overlap 2: half of the model's layers are 2"):
         LaCache(64, overlap=2).layer_budgets(100, 5)
-    with pytest.raises(PolicyError, match=r"lacache: overlap 9: in a model of 12 layers, ladders of span 10 then drop nothing"):
+    with pytest.raises(
+        PolicyError, match=r"lacache: overlap 9: in a model of 12 layers, ladders of span 10 then drop nothing"
+    ):
         LaCache(64, span=10, overlap=9).layer_budgets(100, 12)
     with pytest.raises(PolicyError, match=r"lacache: budget 9: ladders need 10"):
         LaCache(9).layer_budgets(100, 5)

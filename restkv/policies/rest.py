@@ -248,12 +248,13 @@ def _outputs(obs: Observation, attention: Callable[[slice], Tensor], top_BHQ: Te
     o_BKGQD = torch.zeros(*top_BKGQ1.shape[:4], D, dtype=obs.dtype, device=obs.q.device)
     rest_BKGQD, mass_BKGQ1 = o_BKGQD, o_BKGQD[..., :1]
     for columns, index_C in obs.attention_chunks():
-        v_BK1CD = obs.v[:, :, None, columns].to(obs.dtype)
+        v_BKCD = obs.v[:, :, columns].to(obs.dtype)
         part_BKG1C = part_BHC[:, :, None, columns].unflatten(1, (K, G))
         a_BKGQC = attention(columns).unflatten(1, (K, G))
         others_BKGQC = a_BKGQC.masked_fill(index_C == top_BKGQ1, 0)
-        o_BKGQD = o_BKGQD + (a_BKGQC * part_BKG1C) @ v_BK1CD
-        rest_BKGQD = rest_BKGQD + (others_BKGQC * part_BKG1C) @ v_BK1CD
+        # The group as rows of one product: broadcasting v over it would copy v G times.
+        o_BKGQD = o_BKGQD + ((a_BKGQC * part_BKG1C).flatten(2, 3) @ v_BKCD).view_as(o_BKGQD)
+        rest_BKGQD = rest_BKGQD + ((others_BKGQC * part_BKG1C).flatten(2, 3) @ v_BKCD).view_as(o_BKGQD)
         mass_BKGQ1 = mass_BKGQ1 + others_BKGQC.sum(-1, keepdim=True)
     rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).tiny)
     return _Outputs(o_BKGQD, rest_BKGQD, mass_BKGQ1, top_BKGQ1)
