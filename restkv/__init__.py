@@ -13,14 +13,63 @@ from typing import TYPE_CHECKING, Any
 from restkv.errors import RestKVError
 
 if TYPE_CHECKING:
+    from restkv.chat import Chat
+    from restkv.context import CompressedContext
     from restkv.lm import LM, load
-    from restkv.policies import POLICIES, FullCache, Policy, ReSTKV, SnapKV, get_policy
+    from restkv.policies import (
+        CAOTE,
+        H2O,
+        POLICIES,
+        TOVA,
+        AdaKV,
+        ExpectedAttention,
+        FullCache,
+        KeyDiff,
+        KeyNorm,
+        LaCache,
+        Policy,
+        PyramidKV,
+        Random,
+        ReSTKV,
+        SnapKV,
+        StreamingLLM,
+        get_policy,
+    )
 
-__all__ = ["LM", "POLICIES", "FullCache", "Policy", "ReSTKV", "RestKVError", "SnapKV", "get_policy", "load"]
+__all__ = [
+    "CAOTE",
+    "H2O",
+    "LM",
+    "POLICIES",
+    "TOVA",
+    "AdaKV",
+    "Chat",
+    "CompressedContext",
+    "ExpectedAttention",
+    "FullCache",
+    "KeyDiff",
+    "KeyNorm",
+    "LaCache",
+    "Policy",
+    "PyramidKV",
+    "Random",
+    "ReSTKV",
+    "RestKVError",
+    "SnapKV",
+    "StreamingLLM",
+    "get_policy",
+    "load",
+]
 
 __version__ = "0.1.0"
 
-_HOME = {"LM": "restkv.lm", "load": "restkv.lm"}  # the rest of __all__ is in restkv.policies
+# Where the names of __all__ live that are not policies.
+_HOME = {
+    "LM": "restkv.lm",
+    "load": "restkv.lm",
+    "Chat": "restkv.chat",
+    "CompressedContext": "restkv.context",
+}
 
 
 def __getattr__(name: str) -> Any:

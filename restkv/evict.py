@@ -142,7 +142,7 @@ class Evictor:
                 k=k_KLD[None],
                 v=v_KLD[None],
                 pos=pos_KL[None],
-                budget_B=torch.tensor([budget], device=device),
+                budgets=[budget],
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
@@ -266,7 +266,7 @@ class Evictor:
             v=pool.v[0, 0, slot_RC].view(*shape, -1),
             pos=pos_RC.view(shape).long(),
             keep=per_slot["keep"].flatten(1, 2) if "keep" in per_slot else None,
-            budget_B=torch.tensor(budgets, device=pos_RC.device),
+            budgets=budgets,
             next_pos_B=cache.next_pos,
         )
         if "mass" not in per_slot:
@@ -316,7 +316,7 @@ class Evictor:
         k: Tensor,
         v: Tensor,
         pos: Tensor,
-        budget_B: Tensor,
+        budgets: Sequence[int],
         next_pos_B: Tensor,
         keep: Tensor | None = None,
         mass: Tensor | None = None,
@@ -336,8 +336,9 @@ class Evictor:
             num_layers=config.num_layers,
             keep=keep,
             mass=mass,
-            protected=_protected(self.policy, pos, budget_B, next_pos_B),
-            budget_B=budget_B,
+            protected=_protected(self.policy, pos, budgets, next_pos_B),
+            budget_B=torch.tensor(budgets, device=pos.device),
+            budget_most=max(budgets),
             rotary=self._rotary(layer) if "rotary" in self.policy.needs else None,
         )
 
@@ -365,10 +366,9 @@ class _Waiting:
         self.k_nD, self.v_nD, self.pos_n = self.k_nD[still_n], self.v_nD[still_n], self.pos_n[still_n]
 
 
-def _protected(policy: Policy, pos_BKC: Tensor, budget_B: Tensor, next_pos_B: Tensor) -> Tensor:
+def _protected(policy: Policy, pos_BKC: Tensor, budgets: Sequence[int], next_pos_B: Tensor) -> Tensor:
     """Bool [B, K, C]: sinks, the newest entries and the user's spans, which no score can evict."""
-    newest = [policy.newest(budget) for budget in budget_B.tolist()]  # sync: once per layer and eviction
-    oldest_B = next_pos_B - torch.tensor(newest, device=pos_BKC.device)
+    oldest_B = next_pos_B - torch.tensor([policy.newest(budget) for budget in budgets], device=pos_BKC.device)
     kept_BKC = (pos_BKC >= oldest_B[:, None, None]) | (pos_BKC < policy.sinks)
     for start, end in policy.protect:
         kept_BKC = kept_BKC | ((pos_BKC >= start) & (pos_BKC < end))
