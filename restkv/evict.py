@@ -204,6 +204,8 @@ class Evictor:
             return False
         over_B = self._over(cache)
         if "mass" not in self.policy.needs and not any(over_B):
+            if compact:
+                self._reclaim(cache)
             return False
         for index, (layer, obs, keep_BXC) in enumerate(self._choices(cache, over_B)):
             keep_BKC, companions = self._stored(keep_BXC, obs.mass, layer.heads)
@@ -218,6 +220,12 @@ class Evictor:
         self.counted_B.copy_(cache.next_pos)
         self._align(cache)
         return any(over_B)
+
+    def _reclaim(self, cache: KVCache) -> None:
+        """Compact what earlier rounds marked: with a high-water mark, rows are seldom over it just when pages are due."""
+        for layer in cache.layers:
+            if (layer.live_counts().flatten() < layer.used).any():  # sync: once per compaction
+                layer.compact()
 
     def _choices(self, cache: KVCache, over_B: Sequence[bool]) -> Iterator[tuple[LayerCache, Observation, Tensor]]:
         """Every layer with what was seen and what stays of it; rows that are not over their budget keep everything."""

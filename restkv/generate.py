@@ -284,7 +284,8 @@ class Session:
         """A session with an empty cache, otherwise as it was described (its pages hold no dead entries)."""
         job = dict(described["job"])
         session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), **job)
-        session._since_eviction = described["counters"]["since_eviction"]
+        # Pages are reserved from one compaction to the next, which has to fall on an eviction.
+        session._since_eviction = session._since_compaction = described["counters"]["since_eviction"]
         session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
         session.last_ids = list(described["last_ids"])
         return session
