@@ -77,6 +77,12 @@ class Policy(ABC):
         self._require(
             fine, "budget", "give at least 1 entry (one number, or a tuple of one per layer), or a fraction in (0, 1]"
         )
+        single = not isinstance(self.budget, tuple)
+        shared = self.allocation.across_layers or type(self.allocation).layers is not Allocation.layers
+        mend = (
+            f"budget_by {self.allocation.name} shares one number out among layers; give one, or choose uniform or adakv"
+        )
+        self._require(single or not shared, "budget", mend)
         least = self.window + self.sinks
         mend = f"window ({self.window}) + sinks ({self.sinks}) are always kept; give at least {least} or lower them"
         self._require(min(budgets) >= least, "budget", mend)
