@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from small import VOCAB, small_model
 from torch import Tensor
 
-from modeling.forward import extend
+from modeling.forward import extend, step
 from modeling.pages import EMPTY, SINK_PAGE, UNBOUNDED, KVCache, LayerCache, PagePool
 
 CPU = torch.device("cpu")
@@ -67,8 +67,8 @@ class Entry(NamedTuple):
 class Life(RuleBasedStateMachine):
     """A cache of two layers over one pool that starts too small, and its forks; every list has a model, a list of Entry."""
 
-    @initialize(rows=st.integers(1, 2), heads=st.integers(1, 2))
-    def create(self, rows, heads):
+    @initialize(rows=st.integers(1, 2), heads=st.integers(1, 2), seed=st.integers(0, 2**32))
+    def create(self, rows, heads, seed):
         cache = cache_of((None, None), rows, heads, companions=COMPANIONS, shared=True)
         self.pool = cache.layers[0].pool
         self.caches = [(cache, [[[] for _ in range(rows * heads)] for _ in cache.layers])]
@@ -78,6 +78,9 @@ class Life(RuleBasedStateMachine):
         for block in self.model.blocks:
             block.o_proj.weight.zero_()
             block.down_proj.weight.zero_()
+        for layer in (0, 1):  # a life that starts with something to lose
+            self.append(layer, seed + layer, 10, True)
+        self.fork(0, seed, 2)
 
     def pick(self, which):
         """A cache, one of its layers, and that layer's models."""
@@ -116,20 +119,18 @@ class Life(RuleBasedStateMachine):
         by_row=st.booleans(),
     )
     def decode(self, which, seed, tokens, ahead, by_row):
-        """All layers write; padding is trailing, whole rows may be finished, room may have been reserved ahead."""
+        """All layers write; padding is trailing and has no room reserved, whole rows may be finished."""
         cache, models = self.caches[which // 2 % len(self.caches)]
         dice = random.Random(seed)
         real = [dice.choice([0, dice.randint(0, tokens), tokens]) for _ in range(cache.rows)]
         ids_BT = torch.tensor([[dice.randrange(VOCAB) for _ in range(tokens)] for _ in real])
         pos_T = torch.tensor(self.fresh_positions(tokens), dtype=torch.int32)
         pos_BT = pos_T.where(torch.arange(tokens) < torch.tensor(real)[:, None], EMPTY)
-        cache.reserve(ahead)
-        if by_row:
-            for b in range(cache.rows):
-                extend(self.model, cache.row(b), ids_BT[b : b + 1], pos_BT[b : b + 1])
-            cache.refresh()
-        else:
-            extend(self.model, cache, ids_BT, pos_BT)
+        parts = [(cache.row(b), [b]) for b in range(cache.rows)] if by_row else [(cache, list(range(cache.rows)))]
+        for part, rows in parts:
+            part.reserve([real[b] + ahead * (real[b] > 0) for b in rows])
+            step(self.model, ids_BT[rows], pos_BT[rows], part.lag, part.views(), part.queries, 0, "sdpa")
+        cache.refresh()
         x_BTE, rotary = self.model.embed(ids_BT), self.model.rotary(pos_BT, pos_BT.amax(-1) + 1)
         for block, lists in zip(self.model.blocks, models, strict=True):
             _, k_BTKD, v_BTKD = block.project(x_BTE, *rotary[block.rope])
@@ -141,7 +142,7 @@ class Life(RuleBasedStateMachine):
     @rule(
         which=st.integers(0, 9),
         seed=st.integers(0, 2**32),
-        share=st.sampled_from([0.0, 0.2, 1.0]),
+        share=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
         replaced=st.booleans(),
     )
     def mark(self, which, seed, share, replaced):
@@ -189,12 +190,13 @@ class Life(RuleBasedStateMachine):
             self.caches.append((cache.fork(chosen), [[list(model[r]) for r in lists] for model in models]))
             assert self.pool.free_pages == free, "a fork takes no pages"
 
-    @rule(which=st.integers(0, 9))
-    def clear(self, which):
+    @rule(which=st.integers(0, 9), seed=st.integers(0, 2**32), count=st.integers(1, 10))
+    def clear(self, which, seed, count):
         layer, lists = self.pick(which)
         layer.clear()
         for entries in lists:
             entries.clear()
+        self.append(which, seed, count, False)
 
     @rule(which=st.integers(0, 9))
     def free(self, which):
@@ -252,7 +254,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 class LongLife(Life):
