@@ -354,10 +354,11 @@ def _interval(text: str) -> int | None:
 
 
 def _policy(method: str, preset: str | None, options: dict[str, Any]) -> Policy:
-    from restkv.policies import POLICIES, get_policy
+    from restkv.policies import get_policy, policy_class
 
-    if method in POLICIES and "budget" not in options:
-        by_name = {field.name: field for field in fields(POLICIES[method])}
+    cls = policy_class(method)
+    if "budget" not in {**cls.PRESETS.get(preset or "", {}), **options}:
+        by_name = {field.name: field for field in fields(cls)}
         if by_name["budget"].default is MISSING:
             options = {"budget": DEFAULT_BUDGET, **options}
     return get_policy(method, preset, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from restkv.errors import PolicyError, RestKVWarning
 
 if TYPE_CHECKING:
     from modeling.layers import Decoder
@@ -67,15 +70,22 @@ def prefill_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 
 def methods_table() -> tuple[Table, str]:
-    """Every method with its idea (first paragraph of its module), own options and presets; and the common options."""
-    from restkv.policies import POLICIES, Policy
+    """Every method with its idea (first paragraph of its module), own options and presets; and what all take."""
+    from restkv.policies import Policy, known_policies, policy_class
 
     common = fields(Policy)
-    shared = {field.name for field in common}
-    table = Table("method", "what stays", "options of its own", "presets", show_lines=True)
-    for name, cls in POLICIES.items():
+    shared = {field.name: field.default for field in common}
+    table = Table("method", "what stays", "options and defaults of its own", "presets", show_lines=True)
+    for name in known_policies():
+        try:
+            cls = policy_class(name)
+        except PolicyError as error:  # a broken plugin is no reason to hide the rest
+            warnings.warn(str(error), RestKVWarning, stacklevel=2)
+            continue
         idea = (getdoc(getmodule(cls)) or "").split("\n\n")[0]
-        own = [_option(field) for field in fields(cls) if field.name not in shared]
+        own = [
+            _option(field) for field in fields(cls) if field.name not in shared or field.default != shared[field.name]
+        ]
         table.add_row(name, " ".join(idea.split()), "\n".join(own), "\n".join(cls.PRESETS))
     return table, f"Every method takes {', '.join(map(_option, common))}."
 

@@ -18,7 +18,7 @@ from modeling.rope import rotate
 from restkv.observe import Observation
 from restkv.policies.base import Policy
 
-QUERIES = 1024  # turned back at a time: bounds the temporary copies of a prompt's queries
+QUERIES = 256  # turned back at a time: few enough for a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,16 @@ class ExpectedAttention(Policy):
         B, H, _, D = obs.q.shape
         K, G = obs.k.shape[1], obs.group
         mu_BHD, sigma_BHDD = self._future_queries(obs)
-        mu_BKGD, sigma_BKGDD = mu_BHD.unflatten(1, (K, G)), sigma_BHDD.unflatten(1, (K, G))
+        # A group's D x G and D x G*D matrices side by side: one product each, and k is not copied G times.
+        mu_BKDG = mu_BHD.unflatten(1, (K, G)).mT
+        sigma_BKDQ = sigma_BHDD.unflatten(1, (K, G)).transpose(2, 3).flatten(3)
         parts = []
         for columns, _ in obs.chunks(B * H * D):
-            k_BK1CD = obs.k[:, :, None, columns].to(obs.dtype)
-            mean_BKGC = (k_BK1CD @ mu_BKGD[..., None])[..., 0] * obs.scale
-            variance_BKGC = ((k_BK1CD @ sigma_BKGDD) * k_BK1CD).sum(-1) * obs.scale**2
-            parts.append((mean_BKGC + variance_BKGC / 2).flatten(1, 2))
+            k_BKCD = obs.k[:, :, columns].to(obs.dtype)
+            turned_BKCGD = (k_BKCD @ sigma_BKDQ).unflatten(-1, (G, D))
+            variance_BKCG = (turned_BKCGD * k_BKCD[:, :, :, None]).sum(-1) * obs.scale**2
+            e_BKCG = k_BKCD @ mu_BKDG * obs.scale + variance_BKCG / 2
+            parts.append(e_BKCG.mT.flatten(1, 2))
         counted_BHC = obs.held >= self.sinks
         e_BHC = torch.cat(parts, -1).masked_fill(~counted_BHC, torch.finfo(obs.dtype).min)
         score_BHC = e_BHC.softmax(-1) * counted_BHC
@@ -109,10 +112,10 @@ class ExpectedAttention(Policy):
         for start in range(0, obs.q.shape[2], QUERIES):
             pos_BT = obs.q_pos[:, start : start + QUERIES]
             cos_BTD, sin_BTD = self._rotary(obs, pos_BT)
+            counted_BT1 = (pos_BT >= self.sinks)[..., None]
+            inverse_BTD = counted_BT1 / (cos_BTD**2 + sin_BTD**2)  # the sum is not 1 where RoPE also scales (YaRN)
             q_BTHD = obs.q[:, :, start : start + QUERIES].transpose(1, 2).to(obs.dtype)
-            length_BT1D = (cos_BTD**2 + sin_BTD**2)[:, :, None]  # not 1 where RoPE also scales (YaRN)
-            counted_BT11 = (pos_BT >= self.sinks)[..., None, None]
-            yield rotate(q_BTHD, cos_BTD, -sin_BTD) / length_BT1D * counted_BT11, counted_BT11
+            yield rotate(q_BTHD, cos_BTD * inverse_BTD, -sin_BTD * inverse_BTD), counted_BT1[..., None]
 
     def _rotary(self, obs: Observation, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
         assert obs.rotary is not None, "this policy needs RoPE at any position (Policy.needs)"

@@ -33,10 +33,15 @@ class KeyDiff(Policy):
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C]."""
         B, K, _, D = obs.k.shape
-        exists_BK1C = (obs.pos >= 0)[:, :, None].to(obs.dtype)
         chunks = [columns for columns, _ in obs.chunks(B * K * D)]
+        exists_BK1C = (obs.pos >= 0)[:, :, None].to(obs.dtype)
         # The sum in place of the mean: a cosine does not see the length.
         anchor_BK1D = torch.zeros(B, K, 1, D, dtype=obs.dtype, device=obs.k.device)
         for c in chunks:
-            anchor_BK1D = anchor_BK1D + exists_BK1C[..., c] @ F.normalize(obs.k[:, :, c].to(obs.dtype), dim=-1)
-        return -torch.cat([F.cosine_similarity(obs.k[:, :, c].to(obs.dtype), anchor_BK1D, dim=-1) for c in chunks], -1)
+            anchor_BK1D = anchor_BK1D + exists_BK1C[..., c] @ _unit(obs, c)
+        anchor_BKD1 = F.normalize(anchor_BK1D, dim=-1).mT
+        return -torch.cat([_unit(obs, c) @ anchor_BKD1 for c in chunks], 2)[..., 0]
+
+
+def _unit(obs: Observation, columns: slice) -> Tensor:
+    return F.normalize(obs.k[:, :, columns].to(obs.dtype), dim=-1)
