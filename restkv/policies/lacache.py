@@ -158,6 +158,7 @@ class LaCache(Slotted):
         stays_BC = self._rungs(obs, slot_BC, length_B, cursor_B, count_B, 1)
         cursor_B = cursor_B + count_B * after
 
+        # Start over: what is still too much goes in a second pass over what the first one left, from the oldest slot on.
         left_B = (excess_B - room_B * drop).clamp_min(1)
         stretch_B = _ceil(left_B, ((size_B - N) // after).clamp_min(1) * drop)
         again_B = _ceil(left_B, stretch_B * (before - 1) + 1 - after) * over_B

@@ -20,8 +20,7 @@ class StreamingLLM(Slotted):
     """Keep `sinks` first positions and the budget - sinks newest, in every head of every layer (SPEC §2.2).
 
     It evicts after every step and renumbers: an entry has the RoPE phase of its slot, so that no distance is ever larger
-    than the cache. positions="original" leaves the phases of the text. Content decides nothing: `window` and the group
-    reduction have no meaning here.
+    than the cache. positions="original" leaves the phases of the text.
 
     Presets: "official" (4 + 512, the class default of the authors' repository), "chat" (4 + 2000) and "perplexity"
     (1 + 255), its two scripts; "paper" (one eviction after a dense prefill, original positions, as the ReST-KV paper's
