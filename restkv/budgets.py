@@ -66,7 +66,7 @@ class Pyramid(Allocation):
     a prompt too short for the first layer flattens the pyramid to what there is.
 
     The released code steps down by whole numbers, rounded towards the first layer's count, so the layers together keep
-    more than their budget (SPEC: 15% more for 32 layers of 128). `exact` rounds the same line to whole numbers whose sum
+    more than their budget (11% more for 32 layers of 128). `exact` rounds the same line to whole numbers whose sum
     is num_layers * budget: up in the first half of the layers, down in the second.
     """
 
@@ -179,7 +179,7 @@ class Global(Allocation):
     ragged: ClassVar[bool] = True
     across_layers: ClassVar[bool] = True
 
-    floor: float = 0.1  # the share of a uniform budget that every head is sure of
+    floor: float = 0.2  # the share of a uniform budget that every head is sure of
 
     def __post_init__(self) -> None:
         self._require_share("floor")
