@@ -328,15 +328,16 @@ class LayerCache:
             pages.clear()
         self.used.zero_()
 
-    def rerotate(self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Give every live key the RoPE phase of its rank in its list, from the unrotated keys kept beside (`raw`)."""
+    def rerotate(self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]], rows_B: Tensor | None = None) -> None:
+        """Give every live key (bool [B]: of some rows) the RoPE phase of its rank in its list, from the unrotated `raw`."""
         self.own()
         slot_RC, pos_RC = self.slots()
         live_RC = pos_RC >= 0
+        turned_RC = live_RC if rows_B is None else live_RC & rows_B.repeat_interleave(self.heads)[:, None]
         cos_RCD, sin_RCD = rotary(live_RC.cumsum(-1) - 1)
-        raw_RC1D = self.pool.companions["raw"][slot_RC][:, :, None].float()
+        raw_RC1D = self.pool.companions["raw"][slot_RC][:, :, None]  # cos and sin make the product float32 at least
         k_RCD = rotate(raw_RC1D, cos_RCD, sin_RCD)[:, :, 0].to(self.pool.k.dtype)
-        self.pool.k.index_copy_(2, slot_RC[live_RC], k_RCD[live_RC][None, None])
+        self.pool.k.index_copy_(2, slot_RC[turned_RC], k_RCD[turned_RC][None, None])
 
     # -- sharing
 

@@ -165,7 +165,8 @@ class Evictor:
             None if keep_KL is None else keep_KL[0],
             {name: data[0] for name, data in companions.items()},
         )
-        self._moved(target, layer, keep_KL is not None)
+        if keep_KL is not None:
+            self._moved(target, layer)
 
     def _compete(self, obs: Observation, mass_XL: Tensor | None) -> None:
         """Let a layer's entries into the competition for the model's budget; earlier layers lose what they outrank."""
@@ -194,15 +195,16 @@ class Evictor:
 
     # -- while decoding
 
-    def round(self, cache: KVCache, compact: bool) -> bool:
+    def round(self, cache: KVCache, compact: bool, active: Sequence[bool] | None = None) -> bool:
         """Bring every head of every row back to its budget; True if a row was over it.
 
         Args:
+            active: rows that go on; the others lose nothing. None: all of them.
             compact: reclaim the pages of what goes (and of what was only marked before); else mark the losers dead.
         """
         if self.policy.budget is None:
             return False
-        over_B = self._over(cache)
+        over_B = [over and on for over, on in zip(self._over(cache), active or [True] * cache.rows, strict=True)]
         if "mass" not in self.policy.needs and not any(over_B):
             if compact:
                 self._reclaim(cache)
@@ -216,7 +218,8 @@ class Evictor:
                 layer.compact(keep_RC, flat)
             else:
                 layer.mark(~keep_RC, flat)
-            self._moved(layer, index, any(over_B))
+            if any(over_B):
+                self._moved(layer, index, torch.tensor(over_B, device=layer.used.device))
         self.counted_B.copy_(cache.next_pos)
         self._align(cache)
         return any(over_B)
@@ -280,11 +283,11 @@ class Evictor:
         if "mass" not in per_slot:
             return obs
         fresh_BW = (q_pos_BW >= self.counted_B[:, None]) & (q_pos_BW >= 0)
-        gained_BHC = weighted_attention(replace(obs, q=q_BHWD, q_pos=q_pos_BW), fresh_BW.float())
+        gained_BHC = weighted_attention(replace(obs, q=q_BHWD, q_pos=q_pos_BW), fresh_BW.to(obs.dtype))
         mass_BXC = per_slot["mass"].flatten(1, 2)
         if mass_BXC.shape[1] != gained_BHC.shape[1]:
             gained_BHC = gained_BHC.unflatten(1, (layer.heads, -1)).mean(2)
-        return replace(obs, mass=mass_BXC + gained_BHC)
+        return replace(obs, mass=mass_BXC + gained_BHC.to(mass_BXC.dtype))
 
     # -- what both share
 
@@ -301,10 +304,10 @@ class Evictor:
         companions["keep"] = keep_BKGC.transpose(2, 3)
         return keep_BKGC.any(2), companions  # entries live once per KV head: the union of its query heads' sets
 
-    def _moved(self, layer: LayerCache, index: int, changed: bool) -> None:
-        """Slots are the positions of such a policy: give the survivors the phase of their new rank."""
-        if changed and self.policy.slot_positions:
-            layer.rerotate(self._rotary(index))
+    def _moved(self, layer: LayerCache, index: int, rows_B: Tensor | None = None) -> None:
+        """Where slots are the positions, the survivors get the phase of their new rank (rows_B: in these rows)."""
+        if self.policy.slot_positions:
+            layer.rerotate(self._rotary(index), rows_B)
 
     def _align(self, cache: KVCache) -> None:
         """Where slots are the positions, the next token's phase is the number of entries its row still has."""

@@ -270,7 +270,7 @@ class Session:
         if self._interval and self._since_eviction >= self._interval:
             self._since_eviction = 0
             self.max_live = max(self.max_live, *(int(layer.live_counts().max()) for layer in self.cache.layers))
-            self.evictions += self.evictor.round(self.cache, compact)
+            self.evictions += self.evictor.round(self.cache, compact, self.active)
             if compact:
                 self._since_compaction = self._room = 0
 
