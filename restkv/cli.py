@@ -139,6 +139,9 @@ BudgetOption = Annotated[
         show_default=str(DEFAULT_BUDGET),
     ),
 ]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
+]
 DtypeOption = Annotated[
     str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
 ]
@@ -407,20 +410,34 @@ class _Sink:
 
 
 @app.command()
-def methods() -> None:
-    """List the methods with their options, defaults and presets."""
-    from restkv.display import methods_table, table_console
+def methods(
+    sizes_of: Annotated[
+        str | None, typer.Option("--bytes", metavar="MODEL", help="Show what each method's cache of this model holds.")
+    ] = None,
+    context: ContextOption = None,
+    budget: BudgetOption = None,
+) -> None:
+    """List the methods with their options, defaults and presets; or, with --bytes, what their caches hold."""
+    from restkv.display import bytes_table, methods_table, table_console
 
-    table, common = methods_table()
-    table_console().print(table, common)
+    if sizes_of is None:
+        table, common = methods_table()
+        table_console().print(table, common)
+        return
+    from modeling.loading import load_outline, resolve
+    from restkv.policies import known_policies
+
+    outline = load_outline(resolve(sizes_of))
+    context = context or outline.config.max_positions
+    given = {} if budget is None else {"budget": budget}
+    policies = [_policy(name, None, {} if name == "full" else given) for name in known_policies()]
+    table_console().print(bytes_table(sizes_of, outline, context, policies))
 
 
 @app.command()
 def inspect(
     model: ModelArgument = str(TINY),
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
-    ] = None,
+    context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from inspect import getdoc, getmodule
@@ -18,7 +19,8 @@ from restkv.errors import PolicyError, RestKVWarning
 
 if TYPE_CHECKING:
     from modeling.layers import Decoder
-    from restkv.lm import Generation
+    from restkv.policies import Policy
+    from restkv.results import Generation
 
 
 def table_console() -> Console:
@@ -88,6 +90,35 @@ def methods_table() -> tuple[Table, str]:
         ]
         table.add_row(name, " ".join(idea.split()), "\n".join(own), "\n".join(cls.PRESETS))
     return table, f"Every method takes {', '.join(map(_option, common))}."
+
+
+def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Policy]) -> Table:
+    """What the cache of each policy holds after a prompt of `context` tokens.
+
+    "Held here" counts live entries with their positions and companions (accumulated attention, unrotated keys, kept bits);
+    pages add at most one page per head. "Per query head" is the same choice stored as the papers' released code does, one
+    copy of keys and values for every query head. For granularity "query" the entries are the most that a group can hold.
+    """
+    from torch import int32
+
+    from restkv.evict import companions_of
+
+    config, dtype = outline.config, outline.dtype
+    pair = 2 * config.head_dim * dtype.itemsize
+    full = context * config.kv_bytes_per_token(dtype)
+    table = Table("method", "entries per KV head", "held here", "of a full cache", "per query head", title=Text(name))
+    for policy in policies:
+        companions = companions_of(policy, outline).values()
+        slot = pair + int32.itemsize + sum(math.prod(shape) * kind.itemsize for shape, kind in companions)
+        budgets = [context] * config.num_layers
+        if policy.budget is not None:
+            budgets = [min(budget, context) for budget in policy.layer_budgets(context, config.num_layers)]
+        union = config.group if policy.granularity == "query" and policy.budget is not None else 1
+        entries = [min(budget * union, context) for budget in budgets]
+        held, copied = sum(entries) * config.num_kv_heads * slot, sum(budgets) * config.num_heads * pair
+        mean = sum(entries) / len(entries)
+        table.add_row(policy.name, f"{mean:,.0f}", byte_text(held), f"{held / full:.1%}", byte_text(copied))
+    return table
 
 
 def _option(field: Field[Any]) -> str:

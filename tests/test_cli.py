@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import restkv
 from restkv.cli import TINY, main
+from restkv.display import byte_text
 from restkv.policies import POLICIES
 
 STORY = (
@@ -206,6 +207,18 @@ def test_methods_lists_every_method_option_and_preset(run: Callable[..., Ran]) -
     for name, cls in POLICIES.items():
         assert {name, *cls.PRESETS, *(field.name for field in fields(cls))} <= words
     assert "arXiv" in ran.out
+
+
+@pytest.mark.parametrize("method", ["full", "restkv", "h2o", "streamingllm", "tova"])
+def test_methods_bytes_are_what_a_prompt_leaves(run: Callable[..., Ran], lm: restkv.LM, method: str) -> None:
+    length, budget = len(lm.encode(STORY)), 36
+    ran = run("methods", "--bytes", TINY, "--context", length, "--budget", budget)
+    assert ran.code == 0
+    (row,) = re.findall(rf"│ {method} +│ +(\d+) +│ (\S+ \S+) +│ [\d.]+% +│ (\S+ \S+)", ran.out)
+    policy = restkv.get_policy(method, **({} if method == "full" else {"budget": budget}))
+    stats = lm.generate(STORY, policy, max_new_tokens=1).stats
+    copied = lm.config.group * stats.kept[0][0] * lm.config.kv_bytes_per_token(lm.dtype)
+    assert row == (f"{stats.kept[0][0]:.0f}", byte_text(stats.live_bytes), byte_text(copied))
 
 
 def test_inspect_counts_parameters_and_bytes(run: Callable[..., Ran], lm: restkv.LM) -> None:
