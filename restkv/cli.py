@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,14 +20,38 @@ import typer
 
 from modeling.errors import RestKVError, RestKVWarning
 from restkv import __version__
-from restkv.errors import OutputError, PolicyError, PromptError
+from restkv.errors import OutputError, PromptError
+from restkv.options import (
+    KEEP,
+    MODEL,
+    OUTPUT,
+    SAMPLE,
+    TINY,
+    BackendOption,
+    BudgetOption,
+    CompileOption,
+    ContextOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    MethodOption,
+    MinPOption,
+    ModelArgument,
+    PresetOption,
+    SeedOption,
+    SetOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    make_policy,
+    parse_field,
+    parse_interval,
+    parse_span,
+)
 
 if TYPE_CHECKING:
     from restkv.lm import LM
-    from restkv.policies import Policy
 
-TINY = Path(__file__).parent / "assets" / "tiny"
-DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
 
 app = typer.Typer(
     name="restkv",
@@ -87,66 +111,6 @@ def _show_warning(otherwise: Callable[..., None], message: Warning | str, catego
         otherwise(message, category, *place)
 
 
-# -- options that several commands share
-
-
-def _budget(text: str) -> int | float | tuple[int, ...]:
-    try:
-        if "," in text:
-            return tuple(map(int, text.split(",")))
-        return float(text) if any(sign in text for sign in ".e") else int(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is neither a number of entries, nor one per layer with commas, nor a fraction of the prompt"
-        ) from None
-
-
-def _span(text: str) -> tuple[int, int]:
-    try:
-        start, end = map(int, text.split(":"))
-    except ValueError:
-        raise PolicyError(f"--protect {text!r} is not START:END, two positions such as 0:20") from None
-    return start, end
-
-
-def _field(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value is read as JSON, or as a word where it is none ("none" and "null" mean None)."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise PolicyError(f"--set {text!r} is not NAME=VALUE, such as kernel_size=7")
-    try:
-        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
-    except ValueError:
-        return name, None if value.lower() == "none" else value
-
-
-KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt and output"
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A Hugging Face checkpoint folder, or org/name to download it (extra: hub).",
-        show_default="the tiny model that comes with restkv",
-    ),
-]
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        parser=_budget,
-        metavar="N|FRACTION",
-        rich_help_panel=KEEP,
-        help="Entries kept per KV head (N,N,...: by layer), or a fraction of the prompt such as 0.1.",
-        show_default=str(DEFAULT_BUDGET),
-    ),
-]
-ContextOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
-]
-DtypeOption = Annotated[
-    str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
-]
-
-
 def _version(asked: bool) -> None:
     if asked:
         print("restkv", __version__)
@@ -188,12 +152,8 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="Write to a file, not to stdout.")
     ] = None,
-    method: Annotated[
-        str, typer.Option(rich_help_panel=KEEP, help="What decides which entries stay; see `restkv methods`.")
-    ] = "restkv",
-    preset: Annotated[
-        str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
-    ] = None,
+    method: MethodOption = "restkv",
+    preset: PresetOption = None,
     budget: BudgetOption = None,
     budget_by: Annotated[
         str | None,
@@ -228,15 +188,7 @@ def generate(
     alpha: Annotated[
         float | None, typer.Option(rich_help_panel=KEEP, help="restkv: weight of the newest query in its average.")
     ] = None,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            rich_help_panel=KEEP,
-            help="Any other option of the method. May be repeated.",
-        ),
-    ] = None,
+    field: SetOption = None,
     prefill: Annotated[
         str,
         typer.Option(rich_help_panel=KEEP, help="dense, or chunked: evict between chunks, for prompts of any length."),
@@ -244,32 +196,19 @@ def generate(
     chunk: Annotated[
         int | None, typer.Option(rich_help_panel=KEEP, help="Tokens per chunk of a chunked prefill.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE, help="Length of the answer, at most.")
-    ] = 128,
-    temperature: Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(rich_help_panel=SAMPLE, help="Sample from the k likeliest; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="Sample from this much of the mass.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(rich_help_panel=SAMPLE, help="Drop tokens less likely than this fraction of the likeliest.")
-    ] = 0.0,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=SAMPLE, help="Makes sampling repeatable.")] = None,
+    max_new_tokens: LengthOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
     stop: Annotated[
         list[str] | None, typer.Option(rich_help_panel=SAMPLE, help="End before this text. May be repeated.")
     ] = None,
     dtype: DtypeOption = "auto",
-    device: Annotated[
-        str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention), sdpa, or auto: flex where it is compiled.")
-    ] = "auto",
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            rich_help_panel=MODEL, help="Compile the decode step, for long answers.", show_default="on CUDA only"
-        ),
-    ] = None,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    compile: CompileOption = None,
     check_weights: Annotated[
         bool, typer.Option("--check-weights", rich_help_panel=MODEL, help="Refuse weights that hold NaN or infinity.")
     ] = False,
@@ -287,14 +226,15 @@ def generate(
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if protect:
-        options["protect"] = tuple(map(_span, protect))
+        options["protect"] = tuple(map(parse_span, protect))
     if interval is not None:
-        options["interval"] = _interval(interval)
-    policy = _policy(method, preset, options | dict(map(_field, field or ())))
+        options["interval"] = parse_interval(interval)
+    policy = make_policy(method, preset, options | dict(map(parse_field, field or ())))
     sink = _Sink(output)
 
     from restkv.display import prefill_bar, summary
     from restkv.lm import load
+    from restkv.store import policy_to_dict
 
     lm = load(
         model,
@@ -324,7 +264,7 @@ def generate(
                 sink.write(piece)
     generation = stream.generation
     if json_output:
-        shown = {"model": model, "policy": {"method": policy.name, **asdict(policy)}, **asdict(generation)}
+        shown = {"model": model, "policy": policy_to_dict(policy), **asdict(generation)}
         sink.write(json.dumps(shown, ensure_ascii=False))
     sink.write("\n")
     print(summary(generation), file=sys.stderr)
@@ -345,26 +285,6 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     except OSError as error:
         raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def _interval(text: str) -> int | None:
-    if text.lower() == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise PolicyError(f"interval {text!r} is neither a number of tokens nor none") from None
-
-
-def _policy(method: str, preset: str | None, options: dict[str, Any]) -> Policy:
-    from restkv.policies import get_policy, policy_class
-
-    cls = policy_class(method)
-    if "budget" not in {**cls.PRESETS.get(preset or "", {}), **options}:
-        by_name = {field.name: field for field in fields(cls)}
-        if by_name["budget"].default is MISSING:
-            options = {"budget": DEFAULT_BUDGET, **options}
-    return get_policy(method, preset, **options)
 
 
 def _encode(lm: LM, text: str, chat: bool | None) -> str | list[int]:
@@ -406,6 +326,52 @@ class _Sink:
         return OutputError(f"{self._path}: cannot be written ({error.strerror}); choose another place")
 
 
+# -- restkv chat
+
+
+@app.command()
+def chat(
+    model: ModelArgument = str(TINY),
+    system: Annotated[str | None, typer.Option(help="Instructions; never evicted.")] = None,
+    load_file: Annotated[
+        Path | None, typer.Option("--load", help="Go on with a conversation that /save has written.")
+    ] = None,
+    method: MethodOption = "restkv",
+    preset: PresetOption = None,
+    budget: BudgetOption = None,
+    field: SetOption = None,
+    max_new_tokens: LengthOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    compile: CompileOption = None,
+) -> None:
+    """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
+    given: dict[str, Any] = {} if budget is None else {"budget": budget}
+    policy = make_policy(method, preset, given | dict(map(parse_field, field or ())))
+
+    from restkv.chat import Chat
+    from restkv.lm import load
+    from restkv.talk import Talk
+
+    lm = load(model, device=device, dtype=dtype, backend=backend, compile="auto" if compile is None else compile)
+    decoding = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    conversation = Chat(lm, policy, system) if load_file is None else Chat.load(load_file, lm)
+    Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
+
+
 # -- restkv methods, restkv inspect
 
 
@@ -430,7 +396,7 @@ def methods(
     outline = load_outline(resolve(sizes_of))
     context = context or outline.config.max_positions
     given = {} if budget is None else {"budget": budget}
-    policies = [_policy(name, None, {} if name == "full" else given) for name in known_policies()]
+    policies = [make_policy(name, None, {} if name == "full" else given) for name in known_policies()]
     table_console().print(bytes_table(sizes_of, outline, context, policies))
 
 
@@ -447,7 +413,7 @@ def inspect(
 
     outline = load_outline(resolve(model), dtype)
     context = context or outline.config.max_positions
-    policy = _policy("restkv", None, {} if budget is None else {"budget": budget})
+    policy = make_policy("restkv", None, {} if budget is None else {"budget": budget})
     table_console().print(checkpoint_table(model, outline, context, min(context, policy.budget_for(context))))
 
 

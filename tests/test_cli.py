@@ -94,7 +94,7 @@ def test_json_holds_text_tokens_policy_and_stats(run: Callable[..., Ran], lm: re
     expected = lm.generate(STORY, restkv.SnapKV(budget=0.5, window=4), max_new_tokens=10)
     shown = json.loads(ran.out)
     assert (shown["text"], shown["tokens"]) == (expected.text, expected.tokens)
-    assert (shown["model"], shown["policy"]["method"], shown["policy"]["budget"]) == (str(TINY), "snapkv", 0.5)
+    assert (shown["model"], shown["policy"]["name"], shown["policy"]["budget"]) == (str(TINY), "snapkv", 0.5)
     assert shown["stats"]["kept"] == expected.stats.kept
     assert shown["stats"]["prompt_tokens"] == [len(lm.encode(STORY))]
 
@@ -102,8 +102,8 @@ def test_json_holds_text_tokens_policy_and_stats(run: Callable[..., Ran], lm: re
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", {"method": "restkv", "budget": 1024, "window": 32, "interval": 128}),
-        ("--method full", {"method": "full", "budget": None}),
+        ("", {"name": "restkv", "budget": 1024, "window": 32, "interval": 128}),
+        ("--method full", {"name": "full", "budget": None}),
         (
             "--preset paper-ruler --budget 40",
             {"granularity": "query", "kernel_size": 21, "interval": None, "budget": 40},
@@ -116,6 +116,8 @@ def test_json_holds_text_tokens_policy_and_stats(run: Callable[..., Ran], lm: re
             {"kernel_size": 7, "aggregate": "indicator", "ema": False},
         ),
         ("--budget 1.0", {"budget": 1.0}),
+        ("--budget 40,41,42,43", {"budget": [40, 41, 42, 43]}),
+        ("--budget-by adakv", {"budget_by": {"name": "adakv", "floor": 0.2, "normalize": False, "exact": True}}),
     ],
 )
 def test_options_reach_the_policy(run: Callable[..., Ran], arguments: str, expected: dict[str, object]) -> None:
@@ -195,6 +197,63 @@ def test_remarks_are_one_line_each(run: Callable[..., Ran], lm: restkv.LM) -> No
     (note,) = (line for line in ran.lines() if line.startswith("restkv: note:"))
     assert f"the model's {lm.config.max_positions} positions" in note
     assert len(ran.lines()) == 3
+
+
+# -- chat
+
+
+def test_chat_answers_line_by_line_from_one_cache(run: Callable[..., Ran], lm: restkv.LM) -> None:
+    policy = restkv.ReSTKV(budget=40)
+    turns = ["Once upon a time, there was a boy named Tom. Tom has a blue kite.", "The colour of Tom's kite is"]
+    ran = run("chat", "--budget", 40, "-n", 12, stdin="\n".join([*turns, "/stats"]))
+    chat = restkv.Chat(lm, policy)
+    answers = []
+    for turn in turns:
+        stream = chat.send(turn, max_new_tokens=12)
+        answers.append("".join(stream))
+    assert (ran.code, ran.out) == (0, "".join(answer + "\n" for answer in answers))
+    assert f"of {stream.generation.stats.seen[0]} entries per KV head" in ran.err
+
+
+def test_chat_saves_loads_and_changes_its_method(run: Callable[..., Ran], tmp_path: Path) -> None:
+    file, options = tmp_path / "talk.safetensors", ("chat", "--budget", 40, "-n", 8)
+    hello = "Once upon a time, there was a little girl named Mia."
+    both = run(*options, stdin=f"{hello}\nThe dog was happy.\n").out.splitlines()
+    first = run(*options, stdin=f"{hello}\n/save {file}\n/quit\nnever said\n")
+    assert first.out.splitlines() == both[:1] and file.is_file()
+    assert run(*options, "--load", file, stdin="The dog was happy.\n").out.splitlines() == both[1:]
+    ran = run(
+        *options,
+        stdin=f"{hello}\n/load {file}\nThe dog was happy.\n/method snapkv budget=36 window=8\n{hello}\n/stats\n",
+    )
+    assert ran.out.splitlines() == [*both, both[0]]
+    assert "a new conversation, with snapkv" in ran.err and "snapkv: kept" in ran.err
+
+
+def test_a_mistake_costs_a_line_and_not_the_chat(run: Callable[..., Ran]) -> None:
+    mistakes = [
+        "/method magic",
+        "/method restkv budget=0",
+        "/load no/such/file",
+        "/save no/such/folder/file",
+        "/dance",
+        "/save",
+    ]
+    ran = run("chat", "-n", 3, stdin="\n".join([*mistakes, "Lily"]))
+    assert ran.code == 0 and ran.out.strip()
+    assert [line.startswith("restkv: error: ") for line in ran.lines()] == [True] * len(mistakes)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
+    with start("chat", "--budget", "64", "--set", "interval=16", "-n", "900", stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"Once upon a time\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"/method full\nLily\n/quit\n", timeout=120)
+    assert process.returncode == 0
+    assert "a new conversation, with full" in err.decode() and out.decode().count("\n") >= 2
 
 
 # -- methods, inspect, help

@@ -1,0 +1,135 @@
+"""What the commands have in common: options, and how their texts become values and a policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from restkv.errors import PolicyError
+
+if TYPE_CHECKING:
+    from restkv.policies import Policy
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
+
+
+def parse_budget(text: str) -> int | float | tuple[int, ...]:
+    """Entries, entries per layer with commas, or (with a point) a fraction of the prompt."""
+    try:
+        if "," in text:
+            return tuple(map(int, text.split(",")))
+        return float(text) if any(sign in text for sign in ".e") else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of entries, nor one per layer with commas, nor a fraction of the prompt"
+        ) from None
+
+
+KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt and output"
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face checkpoint folder, or org/name to download it (extra: hub).",
+        show_default="the tiny model that comes with restkv",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_budget,
+        metavar="N|FRACTION",
+        rich_help_panel=KEEP,
+        help="Entries kept per KV head (N,N,...: by layer), or a fraction of the prompt such as 0.1.",
+        show_default=str(DEFAULT_BUDGET),
+    ),
+]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
+]
+DtypeOption = Annotated[
+    str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+
+MethodOption = Annotated[
+    str, typer.Option(rich_help_panel=KEEP, help="What decides which entries stay; see `restkv methods`.")
+]
+PresetOption = Annotated[
+    str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        rich_help_panel=KEEP,
+        help="Any other option of the method. May be repeated.",
+    ),
+]
+LengthOption = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE, help="Length of the answer, at most.")
+]
+TemperatureOption = Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="0 takes the likeliest token.")]
+TopKOption = Annotated[int, typer.Option(rich_help_panel=SAMPLE, help="Sample from the k likeliest; 0: from all.")]
+TopPOption = Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="Sample from this much of the mass.")]
+MinPOption = Annotated[
+    float, typer.Option(rich_help_panel=SAMPLE, help="Drop tokens less likely than this fraction of the likeliest.")
+]
+SeedOption = Annotated[int | None, typer.Option(rich_help_panel=SAMPLE, help="Makes sampling repeatable.")]
+DeviceOption = Annotated[
+    str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+]
+BackendOption = Annotated[
+    str, typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention), sdpa, or auto: flex where it is compiled.")
+]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(rich_help_panel=MODEL, help="Compile the decode step, for long answers.", show_default="on CUDA only"),
+]
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """START:END."""
+    try:
+        start, end = map(int, text.split(":"))
+    except ValueError:
+        raise PolicyError(f"--protect {text!r} is not START:END, two positions such as 0:20") from None
+    return start, end
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is read as JSON, or as a word where it is none ("none" and "null" mean None)."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise PolicyError(f"--set {text!r} is not NAME=VALUE, such as kernel_size=7")
+    try:
+        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except ValueError:
+        return name, None if value.lower() == "none" else value
+
+
+def parse_interval(text: str) -> int | None:
+    """A number of tokens, or "none"."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise PolicyError(f"interval {text!r} is neither a number of tokens nor none") from None
+
+
+def make_policy(method: str, preset: str | None, options: dict[str, Any]) -> Policy:
+    """get_policy, with the default budget where the method needs one and none is given."""
+    from restkv.policies import get_policy, policy_class
+
+    cls = policy_class(method)
+    if "budget" not in {**cls.PRESETS.get(preset or "", {}), **options}:
+        by_name = {field.name: field for field in fields(cls)}
+        if by_name["budget"].default is MISSING:
+            options = {"budget": DEFAULT_BUDGET, **options}
+    return get_policy(method, preset, **options)
