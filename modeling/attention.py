@@ -108,13 +108,14 @@ def masked_attention(
 ) -> Tensor:
     """Plain attention with a bool mask (broadcast over X); a query that sees nothing returns zeros.
 
-    Without a soft cap this is SDPA; with one the logits are formed in float32, as no fused CPU kernel caps them.
+    Without a soft cap this is SDPA; with one the logits are formed in float32 at least, as no fused CPU kernel caps them.
     """
     if softcap is None:
         blind = ~seen_XTC.any(-1, keepdim=True)  # a softmax over nothing is NaN; let such rows see all, then zero them
         out_XTD = F.scaled_dot_product_attention(q_XTD, k_XCD, v_XCD, attn_mask=seen_XTC | blind, scale=scale)
         return out_XTD.masked_fill(blind, 0)
-    logits_XTC = torch.matmul(q_XTD, k_XCD.transpose(-1, -2)).float() * scale
+    logits_XTC = torch.matmul(q_XTD, k_XCD.transpose(-1, -2))
+    logits_XTC = logits_XTC.to(torch.promote_types(logits_XTC.dtype, torch.float32)) * scale
     logits_XTC = softcap * torch.tanh(logits_XTC / softcap)
     weights_XTC = torch.softmax(logits_XTC.masked_fill(~seen_XTC, float("-inf")), dim=-1).nan_to_num(0.0)
     return torch.matmul(weights_XTC.to(v_XCD.dtype), v_XCD)
