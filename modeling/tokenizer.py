@@ -85,6 +85,18 @@ class Tokenizer:
             return ids
         return self._prefix + ids
 
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of a text that goes on after another: no BOS, and no space that a beginning would get.
+
+        SentencePiece tokenizers put a space before every text; in the middle of one it would be a token too many.
+        """
+        ids = self.encode(text, bos=False)
+        if not self._opens_with_space:
+            return ids
+        opening = self.encode("\n", bos=False)
+        joined = self.encode("\n" + text, bos=False)
+        return joined[len(opening) :] if joined[: len(opening)] == opening else ids
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
@@ -134,6 +146,11 @@ class Tokenizer:
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         assert self._template is not None
         return environment.from_string(self._template)
+
+    @cached_property
+    def _opens_with_space(self) -> bool:
+        opening = self.encode("\n", bos=False)
+        return self.encode("\na", bos=False)[len(opening) :] != self.encode("a", bos=False)
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from restkv.generate import Session
 from restkv.memory import Meter
 from restkv.results import Decoding, Generation, Stats, TextStream
@@ -48,6 +50,7 @@ class CompressedContext:
         results: list[Generation] = []
         return TextStream(self._answer(question, results, Decoding(**options)), results)
 
+    @torch.no_grad()
     def _answer(self, question: Prompt, results: list[Generation], decoding: Decoding) -> Iterator[tuple[int, str]]:
         ids = self.lm.encode_continuation(question)
         stats = Stats(self.policy.name, self.policy.budget, [self.tokens + len(ids)], question="agnostic")

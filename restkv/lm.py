@@ -306,9 +306,9 @@ class LM:
         return sums
 
     def encode_continuation(self, continuation: Prompt) -> list[int]:
-        """Token ids of text that goes on after other text: like `encode`, without a BOS."""
+        """Token ids of text that goes on after other text: like `encode`, without a BOS or a first space."""
         if isinstance(continuation, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer; give token ids instead of text")
-            return self.encode(self.tokenizer.encode(continuation, bos=False))
+            return self.encode(self.tokenizer.encode_more(continuation))
         return self.encode(continuation)

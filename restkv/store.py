@@ -2,15 +2,17 @@
 
 Letters: N layers, R = B*K page lists of a layer, n entries of all lists, list after list, D head dim.
 Tensors: `k.N`, `v.N` [n, D], `pos.N` [n], `count.N` [R], companions `NAME.N` [n, ...], `queries.N` (ring buffers), `state.B.NAME`
-(a policy's memory), `next_pos`, `lag`, `counted`, `logits`. The metadata hold everything else as JSON.
+(a policy's memory), `next_pos`, `lag`, `counted`, `logits`. The metadata hold everything else as JSON, and a checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.generate import Engine, Session
 from restkv.policies import Policy, policy_class
 
-FORMAT = 1
+FORMAT = "1"  # of the file; other versions are refused
 
 
 def fingerprint(model: Decoder) -> str:
@@ -59,24 +61,53 @@ def policy_from_dict(saved: Mapping[str, Any]) -> Policy:
     kind: type[Allocation] | None = ALLOCATIONS.get(allocation.pop("name"))
     if kind is None:
         raise PolicyError(f"budget_by {saved['budget_by']['name']!r} is unknown; choose from {', '.join(ALLOCATIONS)}")
-    if isinstance(values.get("budget"), list):
-        values["budget"] = tuple(values["budget"])
-    values["protect"] = tuple(tuple(span) for span in values["protect"])
     try:
-        return cls(**values, budget_by=kind(**allocation))
+        return cls(**{name: _tuples(value) for name, value in values.items()}, budget_by=kind(**allocation))
     except TypeError as error:
         raise PolicyError(f"{cls.name}: the saved options do not fit this version ({error})") from None
 
 
+def _tuples(value: Any) -> Any:
+    """JSON has lists where options have tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -> None:
-    """Write a session and JSON-ready remarks about it to one safetensors file.
+    """Write a session and JSON-ready remarks about it to one safetensors file; an older one is replaced at the very end.
 
     Raises:
         OutputError: the file cannot be written.
+        PolicyError: the policy's memory is no dataclass of tensors.
     """
-    path, cache = Path(path), session.cache
-    tensors: dict[str, Tensor] = {"logits": session.logits_BV, "next_pos": cache.next_pos, "lag": cache.lag}
-    tensors["counted"] = session.evictor.counted_B
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(session).items()}
+    meta = json.dumps(
+        {
+            "model": fingerprint(session.engine.model),
+            "policy": policy_to_dict(session.policy),
+            "session": session.describe(),
+            "about": dict(about),
+        }
+    )
+    part = path.parent / f"{path.name}.part"
+    try:
+        save_file(tensors, part, {"restkv": FORMAT, "about": meta, "checksum": _checksum(meta, tensors)})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OutputError(f"{path}: cannot be written ({error}); choose another place") from None
+
+
+def _tensors(session: Session) -> dict[str, Tensor]:
+    """Everything a session holds besides what describe() says; dead entries are left out."""
+    cache = session.cache
+    tensors = {
+        "logits": session.logits_BV,
+        "next_pos": cache.next_pos,
+        "lag": cache.lag,
+        "counted": session.evictor.counted_B,
+    }
     for index, layer in enumerate(cache.layers):
         slot_RC, pos_RC = layer.slots()
         live_RC = pos_RC >= 0
@@ -88,46 +119,61 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
     for index, ring in enumerate(cache.queries):
         tensors[f"queries.{index}"] = ring
     for row, state in enumerate(session.evictor.states):
-        tensors.update({f"state.{row}.{name}": value for name, value in (vars(state) if state else {}).items()})
-    meta = {
-        "format": FORMAT,
-        "model": fingerprint(session.engine.model),
-        "policy": policy_to_dict(session.policy),
-        "session": session.describe(),
-        "about": dict(about),
-    }
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, {"restkv": json.dumps(meta)}
-        )
-        part.replace(path)  # a reader never sees half a file, nor does a failed write cost an older one
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written ({error}); choose another place") from None
+        for name in _state_fields(session.policy, state):
+            tensors[f"state.{row}.{name}"] = getattr(state, name)
+    return tensors
+
+
+def _state_fields(policy: Policy, state: Any) -> list[str]:
+    """Names of what a policy remembers of a row."""
+    if state is None:
+        return []
+    names = [field.name for field in fields(state)] if is_dataclass(state) else []
+    if not names or not all(isinstance(getattr(state, name), Tensor) for name in names):
+        raise PolicyError(f"{policy.name}: its memory is no dataclass of tensors, and cannot be saved")
+    return names
+
+
+def _checksum(meta: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of metadata and all tensors; safetensors checks lengths only."""
+    total = zlib.crc32(meta.encode())
+    for _, tensor in sorted(tensors.items()):
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
 
 
 def load_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, Any]]:
     """Read what save_session wrote: the session, ready to go on, and the remarks.
 
     Raises:
-        PromptError: no such file, not a file of ours, or one of another model (both are named).
+        PromptError: no such file, a damaged one, not one of ours, or one of another model (both are named).
     """
     path = Path(path)
     try:
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("restkv", "null"))
+            labels = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise PromptError(f"{path}: no such file; save a context there first") from None
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise PromptError(f"{path}: not a saved context ({error}); save it again") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise PromptError(f"{path}: not a context saved by this version of restkv; compress the text again")
+        raise PromptError(f"{path}: no such file; save to it first, or give another") from None
+    except (OSError, SafetensorError) as error:
+        raise PromptError(f"{path}: cannot be read as a saved context ({error}); save it again") from None
+    version, meta = labels.get("restkv"), labels.get("about", "")
+    if version is None:
+        raise PromptError(f"{path}: not written by restkv; give a file that a context or a chat was saved to")
+    if version != FORMAT:
+        raise PromptError(f"{path}: has format {version}, this version of restkv reads {FORMAT}; save it again")
+    if labels.get("checksum") != _checksum(meta, tensors):
+        raise PromptError(f"{path}: damaged since it was saved (its checksum is wrong); save it again")
+    return _revived(engine, path, json.loads(meta), tensors)
+
+
+def _revived(
+    engine: Engine, path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Session, dict[str, Any]]:
     ours = fingerprint(engine.model)
     if meta["model"] != ours:
         raise PromptError(f"{path}: made with the model {meta['model']}, this one is {ours}; load it with that model")
-    policy = policy_from_dict(meta["policy"])
-    session = Session.restore(engine, policy, meta["session"])
+    session = Session.restore(engine, policy_from_dict(meta["policy"]), meta["session"])
     cache, device = session.cache, engine.device
     here = {name: tensor.to(device) for name, tensor in tensors.items()}
     for index, layer in enumerate(cache.layers):
@@ -147,6 +193,6 @@ def load_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, A
     session.logits_BV = here["logits"]
     session.evictor.counted_B.copy_(here["counted"])
     for row, state in enumerate(session.evictor.states):
-        for name in vars(state) if state else ():
+        for name in _state_fields(session.policy, state):
             setattr(state, name, here[f"state.{row}.{name}"])
     return session, meta["about"]
