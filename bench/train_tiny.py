@@ -1,6 +1,7 @@
 """Trains the checkpoint that ships in restkv/assets/tiny on the stories of bench/stories.py.
 
-    python -m bench.train_tiny                  # about twelve minutes on one idle core; overwrites restkv/assets/tiny
+    python -m bench.train_tiny                  # about ten minutes in one thread; overwrites restkv/assets/tiny
+    python -m bench.train_tiny --recall         # measure the model in restkv/assets/tiny
     python -m bench.train_tiny --story 7        # print story number 7 and stop
 
 The folder's config.json has the architecture; docs/tiny.md says what came out.
@@ -33,8 +34,9 @@ from modeling.loading import load_model, tensor_slots
 FOLDER = Path(__file__).parent.parent / "restkv" / "assets" / "tiny"
 BOS, EOS = "<s>", "</s>"
 # (tokens per sequence, steps, share of filler sentences): dense facts in short texts first, until copying works.
-SCHEDULE = ((128, 250, 0.2), (128, 250, 0.7), (256, 200, 0.8), (512, 150, 0.85), (1024, 80, 0.9))
+SCHEDULE = ((128, 160, 0.2), (128, 150, 0.7), (256, 120, 0.8), (512, 90, 0.85), (1024, 50, 0.9))
 TOKENS_PER_STEP = 4096
+HELD_OUT = 1_000_003  # added to the seed for stories that measure
 ANSWER_WEIGHT = 5.0  # of the loss at a value that the story has told before
 
 
@@ -145,14 +147,14 @@ def train(model: Decoder, stories: Stories, scale: float) -> None:
 
 @torch.no_grad()
 def recall(model: Decoder, stories: Stories) -> None:
-    """Print how often a told value is repeated rightly in held-out stories, by rivals and by the tokens read before."""
+    """Print how often a value is repeated rightly in held-out stories, by its rivals and by the tokens read before."""
     hits: dict[tuple[int, int], list[bool]] = defaultdict(list)
-    for _ in range(12):
+    for _ in range(60):
         ids, rivals = stories.batch(8, 1024, 0.9)
         right = logits(model, ids[:, :-1]).argmax(-1) == ids[:, 1:]
-        for row, place in (rivals[:, 1:] >= 0).nonzero().tolist():
-            start = max(i for i, token in enumerate(ids[row, : place + 1].tolist()) if token == stories.bos)
-            edge = next(edge for edge in (128, 256, 512, 1024) if place - start < edge)
+        first = (ids == stories.eos).cumsum(-1) == 0  # a prompt is one story, not the second of a row
+        for row, place in ((rivals[:, 1:] >= 0) & first[:, 1:]).nonzero().tolist():
+            edge = next(edge for edge in (128, 256, 512, 1024) if place < edge)
             hits[min(int(rivals[row, place + 1]), 3), edge].append(bool(right[row, place]))
     for (rival, edge), found in sorted(hits.items()):
         print(f"{rival}{'+' * (rival == 3)} rivals, below {edge} tokens: {sum(found) / len(found):.3f} of {len(found)}")
@@ -163,12 +165,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="has config.json; gets weights and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--story", type=int, help="print this story and stop")
+    parser.add_argument("--recall", action="store_true", help="measure the folder's model instead of training one")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a quick try")
     args = parser.parse_args()
     if args.story is not None:
         print(text_of(args.story, 0.8))
         return
     torch.set_num_threads(1)
+    if args.recall:
+        recall(
+            load_model(args.folder),
+            Stories(Tokenizer.from_file(str(args.folder / "tokenizer.json")), args.seed + HELD_OUT),
+        )
+        return
     torch.manual_seed(args.seed)
     config = read_config(args.folder)
     tokenizer = make_tokenizer(config.vocab_size)
@@ -185,7 +194,7 @@ def main() -> None:
     tokenizer.save(str(args.folder / "tokenizer.json"))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
     (args.folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
-    recall(load_model(args.folder), Stories(tokenizer, args.seed + 1_000_003))
+    recall(load_model(args.folder), Stories(tokenizer, args.seed + HELD_OUT))
 
 
 if __name__ == "__main__":
