@@ -1,0 +1,111 @@
+"""A measured process: loads one model its own way, then does what the bench asks, one JSON line in, one out.
+
+Ours and our peers' run through the same loop, each in a process (and, for peers, an environment) of its own, so that nobody's
+imports, thread pools or allocators touch another's figures. This file imports neither restkv nor transformers: peers that have
+only one of them run it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+
+class Worker(ABC):
+    """What a measured process can be asked to do. Seconds are wall clock, synchronised where the device is not the host."""
+
+    @abstractmethod
+    def prefill(self, context: int) -> None:
+        """Run a random prompt of so many tokens into a fresh cache."""
+
+    @abstractmethod
+    def decode(self) -> None:
+        """Generate one token, greedily, from the cache prefill left."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What is in the cache: `kept` entries per KV head, `cache_bytes`; anything else worth a row."""
+
+
+def serve(worker: Worker) -> None:
+    """Answer commands on stdin until it ends: {"op": "prefill", "context": n} or {"op": "decode", "tokens": n}."""
+    for line in sys.stdin:
+        command = json.loads(line)
+        laps = []
+        if command["op"] == "prefill":
+            before = _resident()
+            _reset_peak()
+            start = time.perf_counter()
+            worker.prefill(command["context"])
+            laps.append(time.perf_counter() - start)
+            answer = {"seconds": laps, "peak_above": _peak() - before}
+        else:
+            for _ in range(command["tokens"]):
+                start = time.perf_counter()
+                worker.decode()
+                laps.append(time.perf_counter() - start)
+            answer = {"seconds": laps}
+        print(json.dumps({**answer, **worker.describe()}), flush=True)
+
+
+class Process:
+    """The bench's end of a worker: `ask` sends a command and waits for its answer."""
+
+    def __init__(
+        self, name: str, module: str, arguments: list[str], python: str | None = None, threads: int = 1
+    ) -> None:
+        self.name = name
+        # Threads that wait must not spin, or two workers on few cores measure each other (FLEX §2).
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        self._process = subprocess.Popen(
+            [python or sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    def ask(self, op: str, **values: Any) -> dict[str, Any]:
+        """Raises RuntimeError when the process died; its own traceback is on stderr."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **values}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(
+                f"the worker {self.name} died (exit status {self._process.wait()}); see its message above"
+            )
+        return json.loads(line)
+
+    def close(self) -> None:
+        with self._process:  # closes the pipes: the worker's loop ends with its stdin
+            pass
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}; this bench needs Linux")
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
