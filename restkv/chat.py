@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from restkv.errors import PromptError
-from restkv.generate import Session
+import torch
+
+from restkv.errors import PolicyError, PromptError, RestKVWarning
+from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
 from restkv.results import Decoding, Generation, Stats, TextStream
@@ -18,95 +21,222 @@ if TYPE_CHECKING:
     from restkv.lm import LM
 
 Message = dict[str, str]
+EVER = 1 << 30  # tokens: longer than any conversation
 
 
 class Chat:
     """Turns between a user and the model.
 
-    With a chat template in the checkpoint turns are rendered by it; without one they are joined as they are, line by line.
+    A chat template renders each new turn, and only that: what earlier turns became in the cache stays, even where the template
+    would now write them differently (some drop old reasoning). Without a template, turns are lines.
 
     Args:
         lm: the model.
-        policy: what is evicted as the conversation grows.
-        system: instructions; their tokens are protected from eviction.
+        policy: what is evicted as the conversation grows; its budget is a number of entries.
+        system: instructions; their tokens, and those that come before the user's first words, are never evicted.
+        template: use the checkpoint's chat template. None: if there is one.
+        prefill, chunk: how the first turn is read, and everything again after a change of policy (see Session).
+    Raises:
+        PolicyError: a fractional budget.
+        PromptError: the model has no tokenizer.
+    Attributes:
+        lm, policy: from the first turn on, the policy protects the system prompt.
+        messages: what was said.
+        tokens: ids of all that was said, as they were read and drawn. The cache holds what was kept of them, less the last one
+            drawn, which the next turn reads. An end-of-sequence id that ends an answer is left out: templates write their own.
     """
 
-    def __init__(self, lm: LM, policy: Policy, system: str | None = None) -> None:
-        self.lm, self._base = lm, policy
-        self.policy = policy
+    def __init__(
+        self,
+        lm: LM,
+        policy: Policy,
+        system: str | None = None,
+        *,
+        template: bool | None = None,
+        prefill: str = "dense",
+        chunk: int = CHUNK,
+    ) -> None:
+        if lm.tokenizer is None:
+            raise PromptError(
+                "this model has no tokenizer, which a chat needs; ask with LM.compress and token ids instead"
+            )
+        self.lm, self.policy = lm, _unbroken(policy)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._session: Session | None = None
-        self._text = ""  # everything in the cache, as the template wrote it and the model answered
-        self._unfed: list[int] = []  # the answer's last token, which has not been through the model
+        self.tokens: list[int] = []
+        self._tokenizer = lm.tokenizer
+        self._template = lm.tokenizer.has_chat_template if template is None else template
+        self._reading: dict[str, Any] = {"prefill": prefill, "chunk": chunk}
+        self._spared = 0  # leading tokens that are never evicted
+        self._session: Session | None = None  # None before the first turn, during each, and after one that failed
+        self._turn: Generator[tuple[int, str]] | None = None
+
+    # -- talking
 
     def send(self, text: str, **options: Any) -> TextStream:
-        """Say something; the answer comes as pieces of text. A turn that is broken off is kept as far as it came.
+        """Say something; the answer comes as pieces of text. One that is broken off is kept as far as it came.
 
         Args:
-            options: the fields of Decoding.
+            options: the fields of Decoding. A stop string that ends an answer stays in the cache.
+        Raises:
+            PromptError: an empty message, an impossible option, or a template that cannot show this turn.
+            PolicyError: the system prompt does not fit into the budget.
         """
         if not text.strip():
             raise PromptError("the message is empty; say something")
+        self.stop()
         results: list[Generation] = []
-        return TextStream(self._turn(text, results, Decoding(**options)), results)
+        self._turn = self._answer(text, results, Decoding(**options))
+        return TextStream(self._turn, results)
 
-    def _turn(self, text: str, results: list[Generation], decoding: Decoding) -> Iterator[tuple[int, str]]:
-        lm = self.lm
-        new = self._rendered([*self.messages, {"role": "user", "content": text}])
-        ids = [*self._unfed, *lm.encode_continuation(new)] if self._session else lm.encode(new)
+    def stop(self) -> None:
+        """Break off the answer under way, if there is one."""
+        if self._turn is not None:
+            self._turn.close()
+
+    @torch.no_grad()
+    def _answer(self, text: str, results: list[Generation], decoding: Decoding) -> Generator[tuple[int, str]]:
+        lm, meter, answer = self.lm, Meter(self.lm.device), self.lm.answer(decoding)
+        new = lm.encode(self._rendered(text))
+        self._remark(len(new) + decoding.max_new_tokens)
+        known = "agnostic" if self._session else "aware"  # whether the turn itself was there when the rest was evicted
+        session = self._read(new, text, decoding.max_new_tokens)
         self.messages.append({"role": "user", "content": text})
-        self._text, self._unfed = self._text + new, []
-        meter = Meter(lm.device)
-        if self._session is None:
-            self.policy = self._protecting()
-            self._session = Session(lm.engine, self.policy, [len(ids)], decoding.max_new_tokens, extends=True)
-            self._session.prefill([ids])
-        else:
-            self._session.resume(decoding.max_new_tokens)
-            self._session.extend([ids])
-        stats = Stats(self.policy.name, self.policy.budget, [int(self._session.cache.next_pos[0])], question="agnostic")
-        answer: list[str] = []
+        self.tokens += new
+        stats = Stats(self.policy.name, self.policy.budget, [len(self.tokens)], question=known)
         try:
-            for row, piece in lm.decode(self._session, decoding, stats, meter, results):
-                answer.append(piece)
-                yield row, piece
+            yield from lm.decode(session, decoding, stats, meter, results, [answer])
+            self._session = session
+        except GeneratorExit:  # nobody listens any more; we are between two tokens
+            self._session = session
+            raise
         finally:
-            # Also when the answer is broken off: the last drawn token is not in the cache, an end of sequence never will be.
-            last = self._session.last_ids
-            self._unfed = [token for token in last if token not in lm.config.eos_token_ids]
-            self._text += "".join(answer)
-            self.messages.append({"role": "assistant", "content": "".join(answer)})
+            ended = answer.tokens[-1:] and answer.tokens[-1] in lm.config.eos_token_ids
+            self.tokens += answer.tokens[:-1] if ended else answer.tokens
+            self.messages.append({"role": "assistant", "content": answer.text})
 
-    def _rendered(self, messages: list[Message]) -> str:
-        """The text that has to be appended to what the cache holds for the model to answer the last message."""
-        tokenizer = self.lm.tokenizer
-        assert tokenizer is not None, "a chat needs a tokenizer"
-        if not tokenizer.has_chat_template:
-            fresh = messages if self._session is None else messages[-1:]
-            return ("\n" if self._session else "") + "\n".join(message["content"] for message in fresh) + "\n"
-        whole = tokenizer.render(messages, add_generation_prompt=True)
-        if whole.startswith(self._text):
-            return whole[len(self._text) :]
-        # The template rewrites what was said (it strips spaces, say); the new message alone is what is left to add.
-        before = tokenizer.render(messages[:-1])
-        after = tokenizer.render(messages, add_generation_prompt=True)
-        if not after.startswith(before):
-            raise PromptError("this chat template rewrites earlier turns; start the chat anew, or use --no-chat")
-        return after[len(before) :]
+    def _read(self, new: list[int], text: str, max_new_tokens: int) -> Session:
+        """A session that has read the new tokens after all others.
 
-    def _protecting(self) -> Policy:
-        """The policy with the system prompt's positions among its protected spans."""
-        tokenizer = self.lm.tokenizer
-        if not self.messages or self.messages[0]["role"] != "system" or self._base.budget is None:
-            return self._base
-        assert tokenizer is not None
-        plain = self.messages[0]["content"] + "\n"
-        text = tokenizer.render(self.messages[:1]) if tokenizer.has_chat_template else plain
-        return replace(self._base, protect=(*self._base.protect, (0, len(self.lm.encode(text)))))
+        While it works, self._session is None. An exception within a step leaves layers with different tokens: then it stays
+        None, and the next turn reads everything anew.
+        """
+        if self._session is None:
+            if not self.tokens:
+                self._spared = self._system_tokens(new, text)
+            policy = self._sparing(self.policy)
+            session = self._prefilled(policy, self.tokens + new, max_new_tokens)
+            self.policy = policy
+            return session
+        session, self._session = self._session, None
+        session.resume(max_new_tokens)
+        session.extend([self.tokens[int(session.cache.next_pos[0]) :] + new])  # sync: once per turn
+        return session
+
+    def _prefilled(self, policy: Policy, ids: list[int], max_new_tokens: int) -> Session:
+        session = Session(self.lm.engine, policy, [len(ids)], max_new_tokens, extends=True, **self._reading)
+        session.prefill([ids])
+        return session
+
+    # -- what a turn adds
+
+    def _rendered(self, text: str) -> list[int]:
+        """Token ids to append to all others for the model to answer `text`."""
+        tokenizer, user = self._tokenizer, {"role": "user", "content": text}
+        if not self._template:
+            lines = [] if self.tokens else [message["content"] for message in self.messages]
+            written = "\n".join([*lines, text, ""])
+            return tokenizer.encode_more("\n" + written) if self.tokens else tokenizer.encode(written)
+        if not self.tokens:
+            return tokenizer.chat([*self.messages, user])
+        mark = "3141592653589793"
+        while any(mark in message["content"] for message in [*self.messages, user]):
+            mark += "2"
+        whole = tokenizer.render([*self.messages[:-1], {"role": "assistant", "content": mark}, user])
+        if whole.count(mark) != 1:
+            raise PromptError(
+                "the chat template does not repeat the last answer, so the next turn cannot be appended; "
+                "talk without it (template=False, or --no-template)"
+            )
+        return tokenizer.encode_more(whole.partition(mark)[2])
+
+    def _remark(self, more: int) -> None:
+        """Warn once, when positions run out."""
+        most = self.lm.config.max_positions
+        if not self.policy.slot_positions and len(self.tokens) <= most < len(self.tokens) + more:
+            warnings.warn(
+                f"the conversation outgrows the model's {most} positions; the text may degrade (streamingllm and lacache "
+                "count slots instead)",
+                RestKVWarning,
+                stacklevel=2,
+            )
+
+    # -- the system prompt
+
+    def _system_tokens(self, new: Sequence[int], text: str) -> int:
+        """How many of the first turn's tokens are there whatever the user says; 0 without a system prompt."""
+        if not self.messages:
+            return 0
+        other = self._rendered("1" if text.lstrip().startswith("0") else "0")
+        same = next((i for i, (a, b) in enumerate(zip(new, other, strict=False)) if a != b), min(len(new), len(other)))
+        shown = self._tokenizer.decode(new[:same], skip_special=False)
+        if self.messages[0]["content"].strip().casefold() not in shown.casefold():
+            warnings.warn(
+                "the chat template does not put the system prompt first; it can be evicted", RestKVWarning, stacklevel=2
+            )
+        return same
+
+    def _sparing(self, policy: Policy) -> Policy:
+        """The policy with the system prompt among its protected spans.
+
+        Raises:
+            PolicyError: it does not fit into the budget.
+        """
+        span = (0, self._spared)
+        if policy.budget is None or not self._spared or span in policy.protect:
+            return policy
+        policy = replace(policy, protect=(*policy.protect, span))
+        least = min(policy.layer_budgets(EVER, self.lm.config.num_layers))
+        newest = policy.newest(least)
+        if self._spared + newest > least:
+            raise PolicyError(
+                f"budget {policy.budget}: no room for the system prompt's {self._spared} tokens and the {newest} newest entries "
+                f"in a layer of {least}; raise the budget, or shorten the prompt"
+            )
+        return policy
+
+    # -- another policy, another day
+
+    @torch.no_grad()
+    def change(self, policy: Policy) -> None:
+        """Go on under another policy: all that was said is read anew, and evicted as it says.
+
+        Raises:
+            PolicyError: a fractional budget, or one without room for the system prompt; the chat stays as it was.
+        """
+        self.stop()
+        policy = self._sparing(_unbroken(policy))
+        if self.tokens:
+            self._session = self._prefilled(policy, self.tokens, 1)
+        self.policy = policy
+
+    def anew(self) -> Chat:
+        """A conversation that begins like this one did, with nothing said but the system prompt."""
+        spans = tuple(span for span in self.policy.protect if span != (0, self._spared))
+        system = next((message["content"] for message in self.messages[:1] if message["role"] == "system"), None)
+        return Chat(self.lm, replace(self.policy, protect=spans), system, template=self._template, **self._reading)
+
+    @property
+    def stats(self) -> Stats | None:
+        """What the cache holds now, its timings zero; None while nothing has been said, and during a turn."""
+        if self._session is None:
+            return None
+        stats = Stats(self.policy.name, self.policy.budget, [len(self.tokens)])
+        self.lm.measure(self._session, stats)
+        return stats
 
     @property
     def session(self) -> Session | None:
-        """The cache and its schedule; None before the first turn."""
+        """The cache and its schedule; None while nothing has been said, and during a turn."""
         return self._session
 
     def save(self, path: str | Path) -> None:
@@ -116,9 +246,20 @@ class Chat:
             PromptError: nothing has been said yet.
             OutputError: the file cannot be written.
         """
-        if self._session is None:
+        self.stop()
+        if not self.tokens:
             raise PromptError("nothing has been said yet; there is nothing to save")
-        about = {"messages": self.messages, "text": self._text, "unfed": self._unfed}
+        if self._session is None:
+            self.change(self.policy)
+        assert self._session is not None
+        about = {
+            "kind": "chat",
+            "messages": self.messages,
+            "tokens": self.tokens,
+            "template": self._template,
+            "reading": self._reading,
+            "spared": self._spared,
+        }
         save_session(self._session, path, about)
 
     @classmethod
@@ -126,12 +267,21 @@ class Chat:
         """Go on with a saved conversation.
 
         Raises:
-            PromptError: no such file, not a chat, or one of another model, which is named.
+            PromptError: no such file, a damaged one, not a chat, or one of another model (both are named).
         """
         session, about = load_session(lm.engine, path)
-        if "messages" not in about:
-            raise PromptError(f"{path}: a compressed context, not a chat; ask it with CompressedContext")
-        chat = cls(lm, session.policy)
-        chat.messages, chat._text, chat._unfed = about["messages"], about["text"], about["unfed"]
+        if about["kind"] != "chat":
+            raise PromptError(f"{path}: holds a context, not a chat; ask it questions with CompressedContext.load")
+        chat = cls(lm, session.policy, template=about["template"], **about["reading"])
+        chat.messages, chat.tokens, chat._spared = about["messages"], about["tokens"], about["spared"]
         chat._session = session
         return chat
+
+
+def _unbroken(policy: Policy) -> Policy:
+    """The policy, unless its budget is a fraction: a conversation has no length to take it of."""
+    if isinstance(policy.budget, float):
+        raise PolicyError(
+            f"budget {policy.budget}: a chat grows, and has no length to keep a fraction of; give a number of entries"
+        )
+    return policy

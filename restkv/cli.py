@@ -25,7 +25,6 @@ from restkv.options import (
     KEEP,
     MODEL,
     OUTPUT,
-    SAMPLE,
     TINY,
     BackendOption,
     BudgetOption,
@@ -40,6 +39,7 @@ from restkv.options import (
     PresetOption,
     SeedOption,
     SetOption,
+    StopOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
@@ -202,9 +202,7 @@ def generate(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     seed: SeedOption = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(rich_help_panel=SAMPLE, help="End before this text. May be repeated.")
-    ] = None,
+    stop: StopOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
@@ -332,9 +330,16 @@ class _Sink:
 @app.command()
 def chat(
     model: ModelArgument = str(TINY),
-    system: Annotated[str | None, typer.Option(help="Instructions; never evicted.")] = None,
+    system: Annotated[str | None, typer.Option(rich_help_panel=OUTPUT, help="Instructions; never evicted.")] = None,
     load_file: Annotated[
-        Path | None, typer.Option("--load", help="Go on with a conversation that /save has written.")
+        Path | None,
+        typer.Option("--load", rich_help_panel=OUTPUT, help="Go on with a conversation that /save has written."),
+    ] = None,
+    template: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"
+        ),
     ] = None,
     method: MethodOption = "restkv",
     preset: PresetOption = None,
@@ -346,6 +351,7 @@ def chat(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     seed: SeedOption = None,
+    stop: StopOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
@@ -354,6 +360,8 @@ def chat(
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
     given: dict[str, Any] = {} if budget is None else {"budget": budget}
     policy = make_policy(method, preset, given | dict(map(parse_field, field or ())))
+    if load_file is not None and (system is not None or template is not None):
+        raise PromptError(f"{load_file}: a saved chat has its system prompt and template; drop --system and --template")
 
     from restkv.chat import Chat
     from restkv.lm import load
@@ -367,8 +375,14 @@ def chat(
         "top_p": top_p,
         "min_p": min_p,
         "seed": seed,
+        "stop": stop or (),
     }
-    conversation = Chat(lm, policy, system) if load_file is None else Chat.load(load_file, lm)
+    if load_file is None:
+        conversation = Chat(lm, policy, system, template=template)
+    else:
+        conversation = Chat.load(load_file, lm)
+        if (given or field or preset or method != "restkv") and policy != conversation.anew().policy:
+            conversation.change(policy)
     Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.memory import Meter
 from restkv.results import Decoding, Generation, Stats, TextStream
@@ -82,14 +83,16 @@ class CompressedContext:
         Raises:
             OutputError: the file cannot be written.
         """
-        save_session(self._session, path, {"tokens": self.tokens})
+        save_session(self._session, path, {"kind": "context", "tokens": self.tokens})
 
     @classmethod
     def load(cls, path: str | Path, lm: LM) -> CompressedContext:
         """Read a saved context.
 
         Raises:
-            PromptError: no such file, not a context, or one of another model, which is named.
+            PromptError: no such file, a damaged one, not a context, or one of another model (both are named).
         """
         session, about = load_session(lm.engine, path)
+        if about["kind"] != "context":
+            raise PromptError(f"{path}: holds a chat, not a context; go on with it in Chat.load, or `restkv chat --load`")
         return cls(lm, session, about["tokens"])

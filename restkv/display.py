@@ -20,7 +20,7 @@ from restkv.errors import PolicyError, RestKVWarning
 if TYPE_CHECKING:
     from modeling.layers import Decoder
     from restkv.policies import Policy
-    from restkv.results import Generation
+    from restkv.results import Generation, Stats
 
 
 def table_console() -> Console:
@@ -39,14 +39,25 @@ def byte_text(count: float) -> str:
 
 def summary(generation: Generation) -> str:
     """What was kept, what it saved and how fast it was, in two lines."""
-    stats = generation.stats
+    return f"{holdings(generation.stats)}\n{pace(generation)}"
+
+
+def holdings(stats: Stats) -> str:
+    """What the cache keeps and what that saves, in a line."""
     per_layer = [sum(rows) / len(rows) for rows in stats.kept]
     kept, saved = sum(per_layer) / len(per_layer), 1 - stats.allocated_bytes / stats.full_bytes
     held, full = byte_text(stats.allocated_bytes), byte_text(stats.full_bytes)
     return (
         f"{stats.method}: kept {kept:.0f} of {stats.seen[0]} entries per KV head; "
-        f"cache {held}, full cache {full}" + (f" ({saved:.0%} saved)\n" if saved > 0 else "\n") + f"first token after "
-        f"{stats.ttft_s:.2f} s of {stats.prompt_tokens[0]} prompt tokens; "
+        f"cache {held}, full cache {full}" + (f" ({saved:.0%} saved)" if saved > 0 else "")
+    )
+
+
+def pace(generation: Generation) -> str:
+    """How fast an answer came, in a line."""
+    stats = generation.stats
+    return (
+        f"first token after {stats.ttft_s:.2f} s of {stats.prompt_tokens[0]} prompt tokens; "
         f"{stats.new_tokens[0]} new tokens, {stats.tokens_per_s:.0f}/s, ended by {generation.finish_reason}"
     )
 

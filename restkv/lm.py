@@ -174,10 +174,19 @@ class LM:
 
     @torch.no_grad()
     def decode(
-        self, session: Session, decoding: Decoding, stats: Stats, meter: Meter, results: list[Generation]
+        self,
+        session: Session,
+        decoding: Decoding,
+        stats: Stats,
+        meter: Meter,
+        results: list[Generation],
+        rows: Sequence[Row] = (),
     ) -> Iterator[tuple[int, str]]:
-        """Draw every row's answer from a session that holds its prompt: (row, piece of text); fills `stats`, `results`."""
-        rows = [Row(self.tokenizer, decoding, self.config.eos_token_ids) for _ in session.active]
+        """Draw every row's answer from a session that holds its prompt: (row, piece of text); fills `stats`, `results`.
+
+        `rows`, if given, gather the answers, so that whoever made them has also those that are broken off.
+        """
+        rows = rows or [self.answer(decoding) for _ in session.active]
         generators = decoding.sampling.generators(len(rows))
         laps: list[float] = []
         lap = 0.0
@@ -198,16 +207,21 @@ class LM:
                 break
             lap = time.perf_counter()
             session.feed(ids_B)
-        self._finish(stats, session, rows, laps)
-        stats.graphs, stats.peak_bytes = meter.graphs(), meter.peak_bytes()
-        results.extend(Generation(row.text, row.tokens, row.reason, stats) for row in rows)
-
-    def _finish(self, stats: Stats, session: Session, rows: list[Row], laps: list[float]) -> None:
-        cache = session.cache
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:
             stats.tpot_s = sorted(laps)[len(laps) // 2]
             stats.tokens_per_s = (sum(stats.new_tokens) - len(rows)) / sum(laps)
+        self.measure(session, stats)
+        stats.graphs, stats.peak_bytes = meter.graphs(), meter.peak_bytes()
+        results.extend(Generation(row.text, row.tokens, row.reason, stats) for row in rows)
+
+    def answer(self, decoding: Decoding) -> Row:
+        """An answer without tokens yet."""
+        return Row(self.tokenizer, decoding, self.config.eos_token_ids)
+
+    def measure(self, session: Session, stats: Stats) -> None:
+        """Write into `stats` what the cache of a session holds now."""
+        cache = session.cache
         stats.seen = cache.next_pos.tolist()  # sync: once, at the end
         stats.kept = session.kept()
         stats.max_kept = max(session.max_live, *(int(layer.live_counts().max()) for layer in cache.layers))

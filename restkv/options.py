@@ -81,6 +81,9 @@ MinPOption = Annotated[
     float, typer.Option(rich_help_panel=SAMPLE, help="Drop tokens less likely than this fraction of the likeliest.")
 ]
 SeedOption = Annotated[int | None, typer.Option(rich_help_panel=SAMPLE, help="Makes sampling repeatable.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option(rich_help_panel=SAMPLE, help="End before this text. May be repeated.")
+]
 DeviceOption = Annotated[
     str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -9,16 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from restkv.chat import Chat
-from restkv.display import summary
+from restkv.display import holdings, pace
 from restkv.errors import PromptError, RestKVError
 from restkv.policies import Policy
 from restkv.results import Generation
 
 HELP = """\
-/stats                          what the cache keeps after the last answer
-/method NAME [OPTION=VALUE ...] start anew under another method
-/save FILE, /load FILE          write the conversation with its cache, or go on with a saved one
-/help, /quit                    Ctrl-C stops an answer, Ctrl-D ends the chat"""
+/stats                           what the cache keeps now, and how fast the last answer came
+/method NAME [OPTION=VALUE ...]  go on under another method: all that was said is read anew and evicted by it
+/save FILE, /load FILE           write the conversation with its cache, or go on with a saved one
+/new                             forget everything but the system prompt
+/help, /quit                     a space before the first / makes a line a message
+Ctrl-C stops an answer; at the prompt it ends the chat, as Ctrl-D does."""
 
 
 class Talk:
@@ -32,7 +36,6 @@ class Talk:
 
     def __init__(self, chat: Chat, policy_of: Callable[[str, list[str]], Policy], decoding: dict[str, Any]) -> None:
         self._chat, self._policy_of, self._decoding = chat, policy_of, decoding
-        self._system = next((m["content"] for m in chat.messages if m["role"] == "system"), None)
         self._last: Generation | None = None
 
     def run(self) -> None:
@@ -42,56 +45,80 @@ class Talk:
                 break
             try:
                 if line.startswith("/"):
-                    self._command(*line[1:].split())
+                    self._command(*_words(line[1:]))
                 elif line.strip():
                     self._answer(line)
             except RestKVError as error:
-                _remark(f"restkv: error: {error}")
+                _remark(f"restkv: error: {' '.join(str(error).split())}")
+            except KeyboardInterrupt:  # the second one, or one in the middle of a command
+                _remark("stopped")
 
     def _answer(self, line: str) -> None:
         stream = self._chat.send(line, **self._decoding)
         with _noted_interrupt() as interrupted:
-            for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-                if interrupted():
-                    break
-            else:
-                self._last = stream.generation
-        del stream  # ends a broken-off answer, which the chat keeps as far as it came
-        print(flush=True)
+            try:
+                for piece in stream:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                    if interrupted():
+                        break
+                else:
+                    self._last = stream.generation
+            finally:
+                self._chat.stop()
+                print(flush=True)
 
     def _command(self, name: str = "help", *words: str) -> None:
-        if name == "stats":
-            _remark("nothing has been answered yet" if self._last is None else summary(self._last))
+        if name == "stats" and not words:
+            self._say_stats()
         elif name == "method" and words:
-            policy = self._policy_of(words[0], list(words[1:]))
-            self._chat, self._last = Chat(self._chat.lm, policy, self._system), None
-            _remark(f"a new conversation, with {policy.name}")
-        elif name in ("save", "load") and len(words) == 1:
-            if name == "save":
-                self._chat.save(words[0])
-            else:
-                self._chat, self._last = Chat.load(words[0], self._chat.lm), None
-            _remark(f"{name}: {words[0]}, {len(self._chat.messages)} messages, {self._chat.policy.name}")
+            self._chat.change(self._policy_of(words[0], list(words[1:])))
+            self._last = None
+            self._say_stats()
+        elif name == "save" and len(words) == 1:
+            self._chat.save(words[0])
+            _remark(f"saved to {words[0]}")
+        elif name == "load" and len(words) == 1:
+            self._chat, self._last = Chat.load(words[0], self._chat.lm), None
+            self._say_stats()
+        elif name == "new" and not words:
+            self._chat, self._last = self._chat.anew(), None
+            _remark(f"a new conversation, with {self._chat.policy.name}")
         elif name == "help":
             _remark(HELP)
         else:
             raise PromptError(f"/{' '.join((name, *words))}: no such command; /help lists them")
 
+    def _say_stats(self) -> None:
+        stats = self._chat.stats
+        _remark(f"{self._chat.policy.name}: nothing said yet" if stats is None else holdings(stats))
+        if self._last is not None:
+            _remark(pace(self._last))
+
+
+def _words(text: str) -> list[str]:
+    """As a shell splits them, for names with spaces."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise PromptError(f"/{text}: {error}; close the quotation, or put a backslash before the mark") from None
+
 
 def _lines() -> Iterator[str]:
-    """The person's lines, without their ends. Ctrl-C at the prompt discards what has been typed."""
-    terminal = sys.stdin.isatty()
+    """The person's lines, without their ends; a prompt is shown on a terminal only."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # neither a line that is no UTF-8 nor a terminal that cannot show a
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # character is a reason to stop
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         import readline  # noqa: F401 - importing it gives input() editing and history
+
+        _remark("/help lists the commands, Ctrl-D ends the chat")
     while True:
         try:
             line = input("> ") if terminal else sys.stdin.readline()
-        except KeyboardInterrupt:
-            print()
-            continue
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         if not terminal and not line:
@@ -101,7 +128,8 @@ def _lines() -> Iterator[str]:
 
 @contextmanager
 def _noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, a first Ctrl-C is noted instead of raised: broken off within a step, layers would hold different tokens."""
+    """Inside, a first Ctrl-C is noted, to stop between two tokens. A second one is raised: it stops at once, and what was
+    said is read anew in the next turn."""
     interrupted = False
 
     def note(*_: object) -> None:
