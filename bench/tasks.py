@@ -136,7 +136,7 @@ def make_sample(task: str, length: int, seed: int, index: int, frame: Frame, dep
     key = f"{task}/{length}/{seed}/{index}"
     draft = TASKS[task](random.Random(key), key, depth)
     room = frame.count(draft.target) + ANSWER_ROOM
-    context, units = _fit(draft, frame, length - room, f"task {task}: length {length}")
+    context, units = _fit(draft, frame, length, room, f"task {task}: length {length}")
     if not draft.clear(units):
         raise PromptError(f"task {task}: length {length} is too short for its counts to differ; ask for more")
     return Sample(
@@ -164,11 +164,12 @@ def score(output: str, answers: Sequence[str]) -> float:
 # -- length
 
 
-def _fit(draft: Draft, frame: Frame, length: int, what: str) -> tuple[str, int]:
-    """The context whose prompt comes nearest to `length` tokens without being longer, and its units of filler."""
+def _fit(draft: Draft, frame: Frame, length: int, room: int, what: str) -> tuple[str, int]:
+    """The context with which prompt and room come nearest to `length` tokens without being longer; its units of filler."""
 
     def tokens(units: int, pads: Sequence[str] = ()) -> int:
-        return sum(map(len, frame.ids(draft.context(units, pads), draft.question, draft.answer_prefix)))
+        context, asked = frame.ids(draft.context(units, pads), draft.question, draft.answer_prefix)
+        return len(context) + len(asked) + room
 
     low, at_low = 0, tokens(0)
     if at_low > length:

@@ -12,7 +12,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Read when torch starts its threads: those that spin while they wait slow a busy machine down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = typer.main.get_command(app)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("always", RestKVWarning)
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         try:
+            command = _command()
             with command.make_context("restkv", arguments) as context:
                 command.invoke(context)
             sys.stdout.flush()
@@ -92,6 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _silence_stdout()
             return _fail(str(error))
     return 0
+
+
+@cache
+def _command() -> Any:
+    """The commands of this file, and those that installed packages register, of which `bench` is one: each a typer app."""
+    for point in sorted(entry_points(group="restkv.commands"), key=lambda point: point.name):
+        try:
+            app.add_typer(point.load(), name=point.name)
+        except Exception as error:  # whatever a foreign module raises is no reason to refuse all other commands
+            warnings.warn(f"command {point.name!r} ({point.value}) cannot be used: {error}", RestKVWarning, stacklevel=2)
+    return typer.main.get_command(app)
 
 
 def _fail(text: str) -> int:

@@ -24,7 +24,7 @@ FRAMES = {
     "chat": Frame(word_tokenizer(chat=True), chat=True),
     "bytes": Frame(Tokenizer.from_folder(TINY)),
 }
-LENGTHS = (512, 700, 2048)
+LENGTHS = (512, 1100)
 NIAH = [task for task in TASKS if task.startswith("niah")]
 FRAME = FRAMES["words"]
 
@@ -49,7 +49,7 @@ def test_length_is_within_one_percent_of_what_was_asked(task: str, frame: Frame)
             assert 0.99 * length <= tokens(sample, frame) <= length
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     task=st.sampled_from(sorted(TASKS)),
     length=st.integers(600, 3000),
@@ -78,12 +78,12 @@ def test_a_length_without_room_for_the_question_is_refused(task: str) -> None:
 @pytest.mark.parametrize("task", NIAH)
 @pytest.mark.parametrize("index", range(5))
 def test_needles_are_in_the_context_once_each_where_they_should_be(task: str, index: int) -> None:
-    sample = make(task, length=2048, index=index)
+    sample = make(task, length=1100, index=index)
     assert len(sample.meta["needles"]) == (1 if task == "niah_single" else 4)
     for needle, depth in sample.meta["needles"]:
         assert sample.context.count(needle) == 1
         at = sample.context.index(needle) / (len(sample.context) - len(needle))
-        assert abs(at - depth) < 0.04
+        assert abs(at - depth) < 0.05
     assert (
         len(set(sample.answers)) == len(sample.answers) == (4 if task in ("niah_multivalue", "niah_multiquery") else 1)
     )
@@ -105,10 +105,10 @@ def test_the_prompt_ends_in_the_words_before_the_needles_value(task: str) -> Non
 @pytest.mark.parametrize("depth", (0.0, 0.25, 0.5, 1.0))
 def test_the_asked_needle_is_at_the_asked_depth(task: str, depth: float) -> None:
     for index in range(3):
-        sample = make(task, length=2048, index=index, depth=depth)
+        sample = make(task, length=1100, index=index, depth=depth)
         needle = f"{sample.answer_prefix} {sample.answers[0]}."
         filler_before = sample.context.index(needle)
-        assert abs(filler_before / (len(sample.context) - len(needle)) - depth) < 0.04
+        assert abs(filler_before / (len(sample.context) - len(needle)) - depth) < 0.05
         assert sample.depth == depth
 
 

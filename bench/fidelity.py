@@ -1,0 +1,227 @@
+"""How far a compressed cache is from the full one on any text, token by token, with the text itself as teacher.
+
+A text is cut into windows of `context` + `tail` tokens. Of every window the context is prefilled and evicted, the tail is fed one
+token at a time (with whatever eviction the policy has while decoding), and each next-token distribution is compared with
+the full cache's:
+
+    kl      KL(full || method), nats per token
+    top1    share of tokens whose most likely successor is the same
+    nll     negative log-likelihood of the true next token, nats; perplexity ratio = exp(mean nll - mean full_nll)
+    error   per layer, ||O - O_full|| / ||O_full|| of the attention's output (after W_O) over the tail's queries
+
+The layer error is that of the eviction alone: the full run's own queries, keys and values, less the context's entries
+that were evicted after the prompt, so that errors of earlier layers do not add up in it. It is computed outside of the model
+(bench/outputs.py). Policies that renumber positions have none.
+
+Letters: H query heads, P context, T tail, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kept import kept_masks
+from bench.methods import Method, check, equal_bytes, kept_mean
+from bench.oracle import Oracle
+from bench.outputs import LayerTrace, full_pass, observation, relative_error
+from bench.ruler import Report, describe
+from bench.runs import Run, open_run, versions_text
+from bench.together import prefill_together
+from restkv.errors import PromptError, RestKVWarning
+from restkv.generate import Session
+from restkv.lm import LM
+from restkv.policies import Policy
+from restkv.store import fingerprint
+
+Cell = tuple[Method, int | float]  # a method and what it was asked to keep
+
+
+@dataclass(frozen=True)
+class FidelityPlan:
+    """The arguments of a run.
+
+    Attributes:
+        text: what is read; only its hash goes into the manifest.
+        budgets: entries per KV head (whole numbers), or fractions of the context.
+        windows: how many, spread evenly over the text.
+        oracle: so many windows are compared with greedy backward elimination (0: none).
+        oracle_context: their context, short because elimination is slow.
+    """
+
+    text: str
+    methods: tuple[Method, ...]
+    budgets: tuple[int | float, ...]
+    context: int = 384
+    tail: int = 64
+    windows: int = 16
+    oracle: int = 4
+    oracle_context: int = 128
+
+    def entries(self, budget: int | float, context: int) -> int:
+        return max(1, round(budget * context)) if isinstance(budget, float) else budget
+
+    def arguments(self, lm: LM) -> dict[str, Any]:
+        """JSON-ready."""
+        plain = {name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context")}
+        return plain | {
+            "text": hashlib.sha256(self.text.encode()).hexdigest()[:16],
+            "methods": [method.label for method in self.methods],
+            "budgets": list(self.budgets),
+            "model": fingerprint(lm.model),
+            "device": lm.device.type,
+            "backend": lm.backend,
+        }
+
+
+def run_fidelity(lm: LM, plan: FidelityPlan, folder: Path, report: Report | None = None) -> Path:
+    """Run the plan, or what is missing of it, into a folder (bench/runs.py).
+
+    Raises:
+        PolicyError: a method that cannot work with one of the budgets. PromptError: the text is too short, or a plan without
+        sense. RunError: see open_run.
+    """
+    windows = _check(lm, plan)
+    most = max(plan.entries(budget, plan.context) for budget in plan.budgets)
+    with open_run(folder, "fidelity", plan.arguments(lm), describe(lm, plan.methods, most)) as results:
+        _fill(lm, plan, windows, results, report)
+    return folder
+
+
+def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
+    """The windows' token ids, each context + tail + 1 long, the first being what the tokenizer puts before a prompt."""
+    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+    for name, least in (("context", 2), ("tail", 1), ("windows", 1), ("oracle", 0), ("oracle_context", 2)):
+        if getattr(plan, name) < least:
+            raise PromptError(f"{name} {getattr(plan, name)}: give at least {least}")
+    if plan.oracle and (plan.oracle > plan.windows or plan.oracle_context > plan.context):
+        raise PromptError(
+            f"oracle {plan.oracle} of {plan.oracle_context} tokens: give no more than windows and context"
+        )
+    for method in plan.methods:
+        for budget in plan.budgets:
+            for context in {plan.context, plan.oracle_context} if plan.oracle else {plan.context}:
+                check(lm, method, plan.entries(budget, context), context, f"budget {budget} of {context} tokens")
+    before, ids = lm.tokenizer.encode(""), lm.tokenizer.encode(plan.text, bos=False)
+    size = plan.context + plan.tail + 1 - len(before)
+    if len(ids) < size:
+        raise PromptError(f"the text has {len(ids)} tokens; a window takes {size}: give more text, or less --context")
+    room = len(ids) - size
+    if room + 1 < plan.windows:
+        raise PromptError(f"the text has room for {room + 1} different windows, not for {plan.windows}; give more text")
+    if room < (plan.windows - 1) * plan.tail:
+        warnings.warn(
+            f"the text has {len(ids)} tokens: {plan.windows} windows share some of the tokens compared, so that intervals come "
+            "out too narrow",
+            RestKVWarning,
+            stacklevel=3,
+        )
+    starts = [round(i * room / max(plan.windows - 1, 1)) for i in range(plan.windows)]
+    return [lm.encode(before + ids[start : start + size]) for start in starts]
+
+
+@torch.no_grad()
+def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[list[int]], results: Run, report: Report | None) -> None:
+    cells = [(method, budget) for method in plan.methods for budget in ((1.0,) if method.full else plan.budgets)]
+    oracles = [cell for cell in cells if plan.entries(cell[1], plan.oracle_context) < plan.oracle_context]
+    total = len(windows) * len(cells) + plan.oracle * len(oracles)
+    policies: dict[tuple[str, int | float, int], Policy] = {}
+
+    def sessions(missing: Sequence[Cell], context: Sequence[int]) -> list[Session]:
+        """One per cell, prefilled; budgets that must be searched for are found on the first window."""
+        for method, budget in missing:
+            key = (method.label, budget, len(context))
+            if key not in policies:
+                first = windows[0][: len(context)]
+                entries = plan.entries(budget, len(context))
+                policies[key] = equal_bytes(lm, method, entries, lambda first=first: first)  # type: ignore[misc]
+        made = [
+            Session(lm.engine, policies[method.label, budget, len(context)], [len(context)], plan.tail)
+            for method, budget in missing
+        ]
+        prefill_together(lm, made, context)
+        return made
+
+    def add(key: str, row: dict[str, Any]) -> None:
+        results.add(key, row)
+        if report is not None:
+            report(len(results.done), total)
+
+    for number, ids in enumerate(windows):
+        keys = {cell: f"text/{number}/{cell[0].label}/{cell[1]!r}" for cell in cells}
+        missing = [cell for cell in cells if keys[cell] not in results.done]
+        if missing:
+            logits_TV, layers = full_pass(lm, ids[:-1], plan.tail)
+            for cell, session in zip(missing, sessions(missing, ids[: plan.context]), strict=True):
+                about = _about("text", number, cell, session, plan.entries(cell[1], plan.context))
+                error = layer_errors(lm, session, layers, plan.context)
+                compared = compare(lm, session, ids[plan.context :], logits_TV)
+                add(keys[cell], {**about, **compared, "error": error})
+                session.cache.free()
+        if number >= plan.oracle:
+            continue
+        keys = {cell: f"oracle/{number}/{cell[0].label}/{cell[1]!r}" for cell in oracles}
+        missing = [cell for cell in oracles if keys[cell] not in results.done]
+        if missing:
+            context = plan.oracle_context
+            _, layers = full_pass(lm, ids[: context + plan.tail], context + plan.tail)
+            oracle = Oracle(lm, layers, context)
+            for cell, session in zip(missing, sessions(missing, ids[:context]), strict=True):
+                about = _about("oracle", number, cell, session, plan.entries(cell[1], context))
+                add(keys[cell], {**about, **oracle.gap(session)})
+                session.cache.free()
+
+
+def _about(part: str, number: int, cell: Cell, session: Session, entries: int) -> dict[str, Any]:
+    method, budget = cell
+    policy = session.policy
+    return {
+        "part": part,
+        "window": number,
+        "method": method.label,
+        "preset": method.preset,
+        "granularity": policy.granularity,
+        "asked": budget,
+        "entries": entries,
+        "budget": policy.budget,
+        "observed": policy.window,
+        "kept": round(kept_mean(session), 3),
+        "bytes": session.cache.live_bytes,
+        "versions": versions_text(),
+    }
+
+
+@torch.no_grad()
+def compare(lm: LM, session: Session, tail: Sequence[int], full_TV: Tensor) -> dict[str, float]:
+    """Feed all but the last token of the tail; compare what is expected after each with the full cache's logits [T, V]."""
+    steps = []
+    for token in tail[:-1]:
+        session.feed(torch.tensor([token], device=lm.device))
+        steps.append(session.logits_BV[0])
+    log_TV, full_TV = (logits.double().log_softmax(-1) for logits in (torch.stack(steps), full_TV))
+    truth_T1 = torch.tensor(tail[1:], device=lm.device)[:, None]
+    return {
+        "kl": float((full_TV.exp() * (full_TV - log_TV)).sum(-1).mean()),
+        "top1": float((log_TV.argmax(-1) == full_TV.argmax(-1)).double().mean()),
+        "nll": float(-log_TV.gather(1, truth_T1).mean()),
+        "full_nll": float(-full_TV.gather(1, truth_T1).mean()),
+    }
+
+
+def layer_errors(lm: LM, session: Session, layers: Sequence[LayerTrace], context: int) -> list[float] | None:
+    """Relative error of every layer's attention output over the tail; None where positions are renumbered."""
+    if session.policy.slot_positions:
+        return None
+    errors = []
+    for index, (trace, keep_HP) in enumerate(zip(layers, kept_masks(session, context), strict=True)):
+        obs = observation(lm, index, trace, trace.k_KLD.shape[1])
+        tail_HT = keep_HP.new_ones(len(keep_HP), trace.k_KLD.shape[1] - context)
+        errors.append(relative_error(lm, obs, torch.cat([keep_HP, tail_HT], 1)))
+    return errors

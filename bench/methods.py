@@ -1,0 +1,143 @@
+"""What is compared: methods written as text, and policies of equal bytes.
+
+    restkv                                  the method with its defaults
+    snapkv@official                         a preset of it
+    restkv:aggregate=indicator:gqa=max      with options; several methods are separated by commas
+
+Entries per KV head are what a cache's bytes go by. A policy with one set per KV head gets that number as its budget; one with
+a set per query head stores the union of a group's sets, and gets the budget whose union costs as much.
+
+Letters: L prompt length, H query heads, K KV heads, G = H / K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+from bench.together import prefill_together
+from restkv.errors import PolicyError
+from restkv.evict import Evictor
+from restkv.generate import Session
+from restkv.lm import LM
+from restkv.options import parse_field
+from restkv.policies import Policy, get_policy, policy_class
+from restkv.store import policy_to_dict
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, its preset and its options; `label` is how they were written."""
+
+    label: str
+    name: str = field(compare=False)
+    preset: str | None = field(compare=False)
+    options: Mapping[str, Any] = field(compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """NAME[@PRESET][:OPTION=VALUE]...
+
+        Raises:
+            PolicyError: not of this form, or a budget, which the bench itself gives.
+        """
+        head, *rest = text.split(":")
+        name, at, preset = head.partition("@")
+        options: dict[str, Any] = {}
+        for part in rest:
+            option, equals, _ = part.partition("=")
+            if not (option and equals):
+                raise PolicyError(f"method {text!r}: {part!r} is not OPTION=VALUE, such as gqa=max")
+            if option == "budget":
+                raise PolicyError(f"method {text!r}: budgets are the bench's own option; leave them out here")
+            options |= [parse_field(part)]
+        policy_class(name)
+        return cls(text, name, preset if at else None, options)
+
+    @property
+    def full(self) -> bool:
+        return self.name == FULL
+
+    def policy(self, entries: int) -> Policy:
+        """The policy with a budget of so many entries per head.
+
+        A default window longer than half of that shrinks to it, or there would be nothing to choose among; and a pyramid
+        spends its budget exactly. What an option or a preset says stays as it is.
+
+        Raises:
+            PolicyError: unknown name, preset or option, or a budget they do not fit into.
+        """
+        if self.full:
+            return get_policy(self.name, self.preset, **self.options)
+        cls = policy_class(self.name)
+        given = {**cls.PRESETS.get(self.preset or "", {}), **self.options}
+        options = {**self.options, "budget": entries}
+        window = next(option.default for option in fields(cls) if option.name == "window")
+        if "window" not in given and window is not MISSING:
+            options["window"] = min(window, entries // 2)
+        policy = get_policy(self.name, self.preset, **options)
+        if self.preset is None and getattr(policy.allocation, "exact", True) is False:
+            policy = replace(policy, budget_by=replace(policy.allocation, exact=True))  # type: ignore[call-arg]
+        return policy
+
+    def describe(self, entries: int) -> dict[str, Any]:
+        """JSON-ready: what a manifest says of the method, for a budget of so many entries."""
+        return {"preset": self.preset, "policy": policy_to_dict(self.policy(entries))}
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods separated by commas, the full cache first, each once.
+
+    Raises:
+        PolicyError: see Method.parse.
+    """
+    labels = dict.fromkeys([FULL, *(label.strip() for label in text.split(",") if label.strip())])
+    return [Method.parse(label) for label in labels]
+
+
+def check(lm: LM, method: Method, entries: int, length: int, what: str) -> None:
+    """Refuse a budget that a method cannot work with, before anything is run.
+
+    Args:
+        what: where the budget comes from, for the message.
+    Raises:
+        PolicyError: names method, budget and mend.
+    """
+    try:
+        Evictor(lm.model, method.policy(entries), lm.engine.grams, [length])
+    except PolicyError as error:
+        raise PolicyError(f"{method.label}: {entries} entries per head ({what}): {error}") from None
+
+
+def equal_bytes(lm: LM, method: Method, entries: int, prompt: Callable[[], Sequence[int]]) -> Policy:
+    """The policy that keeps `entries` entries per KV head of a prompt, or a little less.
+
+    For sets per query head, whose unions depend on how much they overlap, the budget is searched for on `prompt()`: sixteen
+    budgets at a time, between the one for disjoint sets and the one for equal sets.
+    """
+    policy = method.policy(entries)
+    group = lm.config.group
+    if method.full or policy.granularity == "kv" or group == 1:
+        return policy
+    ids = prompt()
+    shared = policy.window + policy.sinks  # all query heads keep these
+    low, high = shared + max(0, entries - shared) // group, entries + 1
+    low = max(low, 1)
+    while high - low > 1:
+        step = max(1, (high - low) // 16)
+        budgets = [*range(low + step, high, step)]
+        sessions = [Session(lm.engine, replace(policy, budget=budget), [len(ids)], 1) for budget in budgets]
+        prefill_together(lm, sessions, ids)
+        fits = [budget for budget, session in zip(budgets, sessions, strict=True) if kept_mean(session) <= entries]
+        low = max(fits, default=low)
+        high = min((budget for budget in budgets if budget > low), default=high)
+    return replace(policy, budget=low)
+
+
+def kept_mean(session: Session) -> float:
+    """Live entries per layer and KV head of a one-row session."""
+    layers = session.kept()
+    return sum(row[0] for row in layers) / len(layers)

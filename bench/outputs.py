@@ -1,0 +1,74 @@
+"""Attention outputs of a layer with entries missing: what eviction does to it, before errors of other layers add up.
+
+Everything is made of what a full pass leaves behind (queries, keys, values), outside of the model and in float64.
+
+Letters: L tokens, W observed queries, C columns, H query heads, K KV heads, G = H / K, D head dim, E hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bench.together import embed_prompt
+from modeling.forward import dense_layer
+from restkv.lm import LM
+from restkv.observe import Observation, attention_BHWC
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One layer of a full pass: the queries of the last W tokens, and the keys and values of all, after RoPE."""
+
+    q_HWD: Tensor
+    k_KLD: Tensor
+    v_KLD: Tensor
+
+
+@torch.no_grad()
+def full_pass(lm: LM, ids: Sequence[int], last: int) -> tuple[Tensor, list[LayerTrace]]:
+    """Logits [W, V] float32 of the last W tokens with the full cache, and every layer's trace of them."""
+    x_LE, rotary = embed_prompt(lm.model, ids)
+    layers = []
+    for block in lm.model.blocks:
+        q_HWD, k_KLD, v_KLD, _ = dense_layer(lm.model, block, x_LE, rotary, last)
+        layers.append(LayerTrace(q_HWD, k_KLD, v_KLD))
+    return lm.model.head(x_LE[-last:]), layers
+
+
+def observation(lm: LM, index: int, trace: LayerTrace, stop: int, queries: int | None = None) -> Observation:
+    """Columns 0 ... stop-1 of a layer, and its last queries before `stop` (all that were traced, if not said)."""
+    length = trace.k_KLD.shape[1]
+    last = trace.q_HWD[:, : trace.q_HWD.shape[1] - (length - stop)]
+    last = last if queries is None else last[:, -queries:]
+    config, device = lm.config, trace.k_KLD.device
+    position_C = torch.arange(stop, device=device)
+    return Observation(
+        q=last[None].double(),
+        q_pos=position_C[None, stop - last.shape[1] :],
+        k=trace.k_KLD[None, :, :stop].double(),
+        v=trace.v_KLD[None, :, :stop].double(),
+        pos=position_C.expand(1, len(trace.k_KLD), -1),
+        gram=None,
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        window=lm.model.blocks[index].window,
+        layer=index,
+        num_layers=config.num_layers,
+    )
+
+
+def relative_error(lm: LM, obs: Observation, keep_HC: Tensor) -> float:
+    """||O - O_full|| / ||O_full|| when query head h sees only the columns of keep[h]; float64."""
+    full_WE, part_WE = (attention_output(lm, some) for some in (obs, replace(obs, keep=keep_HC[None])))
+    return float((part_WE - full_WE).norm() / full_WE.norm())
+
+
+def attention_output(lm: LM, obs: Observation) -> Tensor:
+    """The layer's attention output [W, E] for the observed queries, after W_O, float64."""
+    a_HWC = attention_BHWC(obs)[0]
+    o_KGWD = a_HWC.unflatten(0, (obs.k.shape[1], -1)) @ obs.v[0, :, None]
+    return torch.einsum("hwd,ehd->we", o_KGWD.flatten(0, 1), lm.model.blocks[obs.layer].output_weight().double())

@@ -1,0 +1,233 @@
+"""Accuracy of every method on the RULER families (bench/tasks.py), at equal bytes, with and without the question in sight.
+
+"aware": context and question are one prompt, and what is evicted is chosen with the question in sight. "agnostic": the
+context is compressed first and asked afterwards (restkv.LM.compress). Rankings differ between the two, so every row says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.methods import Method, check, equal_bytes, kept_mean
+from bench.runs import Run, open_run, versions_text
+from bench.tasks import Frame, Sample, make_sample, score
+from bench.together import prefill_together
+from restkv.errors import PromptError, RestKVWarning
+from restkv.generate import Session
+from restkv.lm import LM
+from restkv.memory import Meter
+from restkv.policies import Policy
+from restkv.results import Decoding, Generation, Stats
+from restkv.store import fingerprint
+
+QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
+FULL_STOP = "."  # ends every answer
+Report = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of whom: the arguments of a run, all of which results depend on.
+
+    Attributes:
+        depths: where the needle shall be; (None,) leaves it to the task.
+        samples: per task, length and depth.
+        compression: prompt length over entries per KV head.
+        question: a key of QUESTIONS.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    methods: tuple[Method, ...]
+    compression: tuple[float, ...]
+    samples: int
+    question: str = "both"
+    seed: int = 0
+    chat: bool = False
+    depths: tuple[float | None, ...] = (None,)
+
+    def arguments(self, lm: LM) -> dict[str, Any]:
+        """JSON-ready."""
+        plain = {**asdict(self), "methods": [method.label for method in self.methods]}
+        return {**plain, "model": fingerprint(lm.model), "device": lm.device.type, "backend": lm.backend}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one compression."""
+
+    method: Method
+    compression: float
+
+    def entries(self, length: int) -> int:
+        return max(1, round(length / self.compression))
+
+
+def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | None = None) -> Path:
+    """Run a plan, or what is missing of it, into a folder (bench/runs.py).
+
+    Raises:
+        PolicyError: a method that cannot work with one of the budgets (before anything is run).
+        PromptError: a plan without sense, a length too short for a task.
+        RunError: see open_run.
+    """
+    _check(lm, plan)
+    with open_run(folder, kind, plan.arguments(lm), describe(lm, plan.methods, _largest(plan))) as results:
+        _fill(lm, plan, results, report)
+    return folder
+
+
+def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
+    """What a manifest says besides the arguments: the policies in full (budgets and windows are said by each row), the model."""
+    config = lm.config
+    return {
+        "methods": {method.label: method.describe(entries) for method in methods},
+        "model": {
+            "fingerprint": fingerprint(lm.model),
+            "family": config.family,
+            "layers": config.num_layers,
+            "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
+            "max_positions": config.max_positions,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "bytes_per_token": config.kv_bytes_per_token(lm.dtype),
+        },
+    }
+
+
+def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
+    """Fill a run sample by sample, number by number, so that a broken run has some of everything."""
+    assert lm.tokenizer is not None
+    frame = Frame(lm.tokenizer, plan.chat)
+    cells = [Cell(m, c) for m in plan.methods for c in ((1.0,) if m.full else plan.compression)]
+    modes = QUESTIONS[plan.question]
+    places = [(length, task, depth) for length in plan.lengths for task in plan.tasks for depth in plan.depths]
+    total = plan.samples * len(places) * len(modes) * len(cells)
+    budgets = _Budgets(lm, plan, frame)
+    for index in range(plan.samples):
+        for length, task, depth in places:
+            at = "" if depth is None else f"@{depth:g}"
+            for mode in modes:
+                keys = {cell: _key(mode, task, at, length, index, cell) for cell in cells}
+                missing = [cell for cell in cells if keys[cell] not in results.done]
+                if not missing:
+                    continue
+                sample = make_sample(task, length, plan.seed, index, frame, depth)
+                policies = [budgets.get(cell, mode, task, length) for cell in missing]
+                for cell, row in zip(missing, answer(lm, frame, sample, mode, policies), strict=True):
+                    results.add(keys[cell], {**_about(sample, mode, cell, plan), **row})
+                    if report is not None:
+                        report(len(results.done), total)
+
+
+def _key(mode: str, task: str, at: str, length: int, index: int, cell: Cell) -> str:
+    return f"{mode}/{task}{at}/{length}/{index}/{cell.method.label}/{cell.compression:g}"
+
+
+def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
+    return {
+        "question": mode,
+        "task": sample.task,
+        "length": sample.length,
+        "depth": sample.depth,
+        "index": sample.index,
+        "seed": plan.seed,
+        "method": cell.method.label,
+        "preset": cell.method.preset,
+        "compression": cell.compression,
+        "versions": versions_text(),
+    }
+
+
+@torch.no_grad()
+def answer(lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy]) -> Iterator[dict[str, Any]]:
+    """The sample's answer under every policy, in their order: output, score and what was kept. One prefill serves all."""
+    context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
+    aware = mode == "aware"
+    prompt = context + asked if aware else context
+    room = sample.max_new_tokens
+    sessions = [Session(lm.engine, policy, [len(prompt)], room, extends=not aware) for policy in policies]
+    prefill_together(lm, sessions, prompt)
+    digest = hashlib.sha256(repr(context + asked).encode()).hexdigest()[:16]
+    for session in sessions:
+        policy = session.policy
+        kept, held = kept_mean(session), session.cache.live_bytes
+        if not aware:
+            session.extend([asked])
+        stats, answers = Stats(policy.name, policy.budget, [len(context + asked)], question=mode), list[Generation]()
+        for _ in lm.decode(session, Decoding(room, stop=FULL_STOP), stats, Meter(lm.device), answers):
+            pass
+        session.cache.free()
+        yield {
+            "granularity": policy.granularity,
+            "budget": policy.budget,
+            "window": policy.window,
+            "kept": round(kept, 3),
+            "bytes": held,
+            "tokens": len(context + asked),
+            "prompt": digest,
+            "answers": sample.answers,
+            "output": answers[0].text,
+            "score": score(answers[0].text, sample.answers),
+        }
+
+
+class _Budgets:
+    """The policy of every cell, made when it is first needed.
+
+    Where its budget has to be searched for, that is done on a sample that the run itself does not use (number -1), so that an
+    interrupted run finds the same.
+    """
+
+    def __init__(self, lm: LM, plan: Plan, frame: Frame) -> None:
+        self._lm, self._plan, self._frame = lm, plan, frame
+        self._made: dict[tuple[Cell, str, str, int], Policy] = {}
+
+    def get(self, cell: Cell, mode: str, task: str, length: int) -> Policy:
+        def prompt() -> list[int]:
+            sample = make_sample(task, length, self._plan.seed, -1, self._frame)
+            context, asked = self._frame.ids(sample.context, sample.question, sample.answer_prefix)
+            return context + asked if mode == "aware" else context
+
+        key = (cell, mode, task, length)
+        if key not in self._made:
+            self._made[key] = equal_bytes(self._lm, cell.method, cell.entries(length), prompt)
+        return self._made[key]
+
+
+def _largest(plan: Plan) -> int:
+    return max(1, round(max(plan.lengths) / min(plan.compression, default=1)))
+
+
+def _check(lm: LM, plan: Plan) -> None:
+    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+    if plan.question not in QUESTIONS:
+        raise PromptError(f"question {plan.question!r} is not known; choose from {', '.join(QUESTIONS)}")
+    if plan.samples < 1:
+        raise PromptError(f"samples {plan.samples}: give at least 1")
+    for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
+        if not values:
+            raise PromptError(f"no {name} is given; name at least one")
+    if min(plan.compression) < 1:
+        raise PromptError(f"compression {min(plan.compression):g}: the prompt over what is kept; give at least 1")
+    if max(plan.lengths) > lm.config.max_positions:
+        warnings.warn(
+            f"length {max(plan.lengths)} exceeds the model's {lm.config.max_positions} positions; the text may degrade",
+            RestKVWarning,
+            stacklevel=3,
+        )
+    frame = Frame(lm.tokenizer, plan.chat)
+    for length in plan.lengths:
+        for task in plan.tasks:
+            for depth in plan.depths:
+                make_sample(task, length, plan.seed, 0, frame, depth)
+        for method in plan.methods:
+            for compression in plan.compression:
+                cell = Cell(method, compression)
+                check(lm, method, cell.entries(length), length, f"{length} tokens at {compression:g}x")
