@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -361,6 +362,15 @@ def test_starting_anew(lm, templated):
     assert say(again, TURNS[0]).tokens == first.tokens
 
 
+@pytest.mark.slow
+def test_a_compiled_chat_compiles_for_its_first_turn_only(lm):
+    eager, compiled = (Chat(LM(lm.model, lm.tokenizer, backend), H2O(48, interval=8)) for backend in ("sdpa", "flex"))
+    for number, turn in enumerate(TURNS * 2):
+        answer = say(compiled, turn)
+        assert answer.tokens == say(eager, turn).tokens
+        assert number < 2 or answer.stats.graphs == 0  # the first turn compiles single tokens, the second whole chunks
+
+
 # -- interruptions
 
 
@@ -690,3 +700,44 @@ def test_a_reader_that_goes_away_ends_the_chat():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+# -- docs/chat-and-contexts.md
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(kind: str) -> list[str]:
+    text = (ROOT / "docs" / "chat-and-contexts.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
+    assert found
+    return found
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A folder from which the paths of the page can be reached, and where its files may be written."""
+    (tmp_path / "restkv").symlink_to(ROOT / "restkv")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_in_python(root, capsys):
+    """Its blocks run one after the other; what it says is printed is printed."""
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "docs/chat-and-contexts.md", "exec"), names)
+        out = capsys.readouterr().out
+        for promised in re.findall(r"^print\(.*\)  # (.*)$", block, re.M):
+            assert promised in " ".join(out.split())
+
+
+def test_the_page_in_the_shell(root):
+    (root / "bin").mkdir()
+    (root / "bin" / "restkv").write_text(f'#!/bin/sh\nexec {sys.executable} -m restkv.cli "$@"\n')
+    (root / "bin" / "restkv").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for block in blocks("bash"):
+        ran = subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0 and "error" not in ran.stderr, ran.stderr
+        assert len(ran.stdout.splitlines()) >= 3 and "snapkv: kept 48" in ran.stderr

@@ -134,20 +134,21 @@ SINGLE = small_model(windows=FOUR)
 
 
 @every_step
-@pytest.mark.parametrize("length", [5, 50])
-def test_every_step_is_the_papers(policy, length):
-    follow(DOUBLE, policy, [length])
+@pytest.mark.parametrize(("length", "steps"), [(5, 16), (50, STEPS)])
+def test_every_step_is_the_papers(policy, length, steps):
+    """A prompt that leaves room in the cache, and one that has to be cut at once."""
+    follow(DOUBLE, policy, [length], steps)
 
 
 @pytest.mark.parametrize("policy", named(INTERVALS))
 def test_evictions_wait_for_their_interval_or_mark(policy):
-    follow(DOUBLE, policy, [30])
+    follow(DOUBLE, policy, [30], steps=26)
 
 
 @pytest.mark.parametrize("policy", named(BOTH, without=("lacache span",)))
 def test_a_chunk_attends_before_it_is_evicted(policy):
     """Chunks of a prompt and of later turns, longer than the window, the budget and all that H2O calls recent."""
-    follow(DOUBLE, policy, [55], steps=9, chunk=20, turns=[[45], [3], [20]])
+    follow(DOUBLE, policy, [55], steps=5, chunk=20, turns=[[45], [3]])
 
 
 @both
@@ -155,7 +156,7 @@ def test_rows_of_a_batch_are_alone(policy):
     """Ragged rows; two end early and their caches stay as they are, then take part in another turn."""
     # The session counts an interval's tokens for all rows together: turns of different lengths only where it is 1.
     turns = [[5, 0, 30], [0, 2, 2]] if policy.interval in (1, None) else []
-    follow(DOUBLE, policy, [11, 40, 17], steps=12, ends=[1, 99, 6], turns=turns)
+    follow(DOUBLE, policy, [11, 40, 17], steps=9, ends=[1, 99, 6], turns=turns)
 
 
 @every_step
@@ -169,7 +170,7 @@ WINDOWED = exact(small_model(3, windows=(6, None, 20, None), thetas=(100.0, 1000
 @pytest.mark.parametrize("policy", named(BOTH, without=("lacache span", "streamingllm once, interval")))
 def test_sliding_windows(policy):
     """What a window has hidden goes first; positions in the text decide what it hides, wherever an entry's slot is."""
-    follow(WINDOWED, policy, [12, 50], steps=12, chunk=18)
+    follow(WINDOWED, policy, [12, 50], steps=7, chunk=18)
 
 
 @both
@@ -177,7 +178,7 @@ def test_sliding_windows(policy):
 def test_groups(policy, kv_heads, group):
     model = exact(small_model(windows=FOUR, kv_heads=kv_heads, group=group))
     if group == 1 or policy.gqa != "joint":
-        follow(model, policy, [30], steps=9)
+        follow(model, policy, [30], steps=7)
 
 
 CAPPED = small_model(5, windows=(None, 9, None, 9), attn_softcap=2.0, final_softcap=5.0)
@@ -202,7 +203,7 @@ ROPES = {
 )
 def test_rope_counts_slots(rope, policy):
     """Stretched ropes see slot numbers too: a prompt of 40 is beyond the trained length, the cache left of it is not."""
-    follow(exact(with_rope(small_model(windows=FOUR), **rope)), policy, [40, 7], steps=12)
+    follow(exact(with_rope(small_model(windows=FOUR), **rope)), policy, [40, 7], steps=10)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
