@@ -20,6 +20,7 @@ from restkv.options import TINY, BackendOption, DeviceOption, DtypeOption, Model
 if TYPE_CHECKING:
     from restkv.lm import LM
 
+EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for each takes longer than its short answers
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-attention,random"
 
 app = typer.Typer(name="bench", help="Measure what methods cost in quality, on any checkpoint.", no_args_is_help=True)
@@ -52,7 +53,7 @@ def ruler(
     out: OutOption = Path("bench-ruler"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
+    backend: BackendOption = EAGER,
 ) -> None:
     """Retrieval: task x length x method x compression, accuracy with 95 % intervals."""
     from bench.methods import parse_methods
@@ -89,7 +90,7 @@ def needle(
     out: OutOption = Path("bench-needle"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
+    backend: BackendOption = EAGER,
 ) -> None:
     """One needle at every depth of every length: a heat map for each method."""
     from bench.methods import parse_methods
@@ -129,7 +130,7 @@ def fidelity(
     out: OutOption = Path("bench-fidelity"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
+    backend: BackendOption = EAGER,
 ) -> None:
     """Teacher-forced comparison with the full cache on any text, and the oracle gap."""
     from bench.fidelity import FidelityPlan, run_fidelity
@@ -160,7 +161,7 @@ def kept(
     out: Annotated[Path | None, typer.Option(help="Also draw a picture, PNG.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
+    backend: BackendOption = EAGER,
 ) -> None:
     """Show which positions of a prompt each layer and head kept: a needle that survives, or dies."""
     from bench.figures import need_matplotlib, save_png
