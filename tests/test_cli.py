@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -422,8 +423,10 @@ def test_inspect_refuses_too(run: Callable[..., Ran], tmp_path: Path) -> None:
 
 
 def start(*arguments: str, **streams: int) -> subprocess.Popen[bytes]:
+    """A process of its own, with Ctrl-C as a terminal gives it: a shell's background jobs, such as CI's, ignore it."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.Popen([*COMMAND, *arguments], **streams)  # type: ignore[call-overload]
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*COMMAND, *arguments], preexec_fn=listen, **streams)  # type: ignore[call-overload]
 
 
 def test_text_comes_before_the_end_and_ctrl_c_is_quiet() -> None:
