@@ -89,12 +89,20 @@ class Method:
 
 
 def parse_methods(text: str) -> list[Method]:
-    """Methods separated by commas, the full cache first, each once.
+    """Methods separated by commas (those in brackets separate nothing), the full cache first, each once.
 
     Raises:
         PolicyError: see Method.parse.
     """
-    labels = dict.fromkeys([FULL, *(label.strip() for label in text.split(",") if label.strip())])
+    inside = 0
+    parts = [""]
+    for letter in text:
+        inside += (letter == "[") - (letter == "]")
+        if letter == "," and not inside:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    labels = dict.fromkeys([FULL, *(label.strip() for label in parts if label.strip())])
     return [Method.parse(label) for label in labels]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import as_image, need_matplotlib
-from bench.runs import TIMINGS, read_manifest, read_rows
+from bench.runs import TIMINGS, RunError, read_manifest, read_rows
 from bench.tables import Table, parts, progress
 from restkv.errors import OutputError
 
@@ -53,9 +53,15 @@ def write_report(folder: Path) -> Path:
 
 
 def build(folder: Path) -> str:
-    """The page's text."""
+    """The page's text.
+
+    Raises:
+        RunError: no run in the folder, or of a kind that has no page.
+    """
     manifest, rows = read_manifest(folder), read_rows(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
+    if kind not in TITLES:
+        raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
     title = f"{TITLES[kind]}: {manifest['model']['fingerprint']}"
     done, total = progress(kind, arguments, rows)
     body = [f"<h1>{escape(title)}</h1>", "\n".join(_how(manifest, folder))]

@@ -123,7 +123,11 @@ def test_the_command_shows_needle_and_picture(tmp_path: Path, capsys: pytest.Cap
     sizes = "--length 220 --depth 0.5 --budget 20 --methods restkv,h2o,snapkv:granularity=query".split()
     assert main(["bench", "kept", *sizes, "--out", str(picture)]) == 0
     shown = capsys.readouterr().out
-    assert re.findall(r"^(\S+): (?:18|19|20) of \d+ entries", shown, re.M) == ["restkv", "h2o", "snapkv:granularity=query"]
+    assert re.findall(r"^(\S+): (?:18|19|20) of \d+ entries", shown, re.M) == [
+        "restkv",
+        "h2o",
+        "snapkv:granularity=query",
+    ]
     assert shown.count("▼") > 3 and "·" in shown and "is marked with" in shown
     assert shown.count("L3  h1") == 3
     with Image.open(picture) as image:

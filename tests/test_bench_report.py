@@ -303,6 +303,9 @@ def test_a_page_that_cannot_be_written_is_named(folder: Callable[..., Path]) -> 
         write_report(place)
     with pytest.raises(RunError, match="cannot be read"):
         write_report(place / "none")
+    (place / MANIFEST).write_text((place / MANIFEST).read_text().replace('"kind": "ruler"', '"kind": "speed"'))
+    with pytest.raises(RunError, match="a run of kind 'speed'; pages are made of ruler, needle, fidelity"):
+        build(place)
 
 
 # -- figures

@@ -123,6 +123,8 @@ def test_methods_are_written_with_presets_and_options() -> None:
     assert (policy.name, policy.budget, policy.granularity, policy.interval) == ("restkv", 64, "kv", None)
     assert isinstance(policy, restkv.ReSTKV) and (policy.kernel_size, policy.alpha, policy.ema) == (21, 0.5, False)
     assert [m.label for m in parse_methods(" snapkv, restkv,snapkv,full,")] == ["full", "snapkv", "restkv"]
+    spans = parse_methods("snapkv:protect=[[0,4],[8,9]]:window=4,restkv")
+    assert len(spans) == 3 and spans[1].policy(64).protect == ((0, 4), (8, 9))
     assert Method.parse("restkv").describe(64)["policy"]["budget"] == 64
 
 
