@@ -41,9 +41,7 @@ def entries_of(layer: LayerCache) -> list[Entries]:
     keys = pool.companions.get("raw", pool.k[0, 0])
     keep = pool.companions.get("keep")
     for pages, used in zip(layer.lists, layer.used.tolist(), strict=True):
-        slots = torch.tensor(
-            [page * pool.page + i for page in pages for i in range(pool.page)][:used], dtype=torch.long
-        )
+        slots = (torch.tensor(pages, dtype=torch.long)[:, None] * pool.page + torch.arange(pool.page)).flatten()[:used]
         slots = slots[pool.pos[slots] >= 0]
         seen = None if keep is None else keep[slots].T.tolist()
         lists.append(Entries(pool.pos[slots].tolist(), keys[slots], pool.v[0, 0, slots], seen))
@@ -70,15 +68,17 @@ class Watch:
     Attributes:
         prompts: dense prompts (or first chunks) stored.
         rounds: evictions tried.
+        compactions: evictions, due ones without effect included, that reclaimed pages.
         cut: rows that lost entries, prompts included.
         hidden: entries of sliding-window layers that were out of sight when a choice was made.
-        kept: positions after each round, [round][row][layer][head].
+        kept: positions after each of them in order, prompts (one row) and rounds: [event][row][layer][head].
         full: for each prompt to come, what a full cache holds of it; its rows must be stored bit for bit.
         ladders: follow LaCache's ladders too, which must not be forked meanwhile.
     """
 
     prompts: int = 0
     rounds: int = 0
+    compactions: int = 0
     cut: int = 0
     hidden: int = 0
     kept: list[list[list[list[list[int]]]]] = field(default_factory=list)
@@ -99,12 +99,21 @@ class Watch:
                     assert torch.equal(stored.k, original.k[stored.pos]), "keys of a prompt were changed"
                     assert torch.equal(stored.v, original.v[stored.pos]), "values of a prompt were changed"
         self.prompts += 1
-        self._row(evictor, 0, before, [positions(lists) for lists in after], over, length)
+        self.kept.append([[positions(lists) for lists in after]])
+        self._row(evictor, 0, before, self.kept[-1][0], over, length)
         self._stored(evictor, cache, after, [True], compacted=True)
 
-    def round(self, evictor: Evictor, cache: KVCache, before: Snapshot, compact: bool, active: Sequence[bool]) -> None:
-        """An eviction was due; rows that are not active lose nothing."""
-        after, heads, kept = snapshot(cache), cache.layers[0].heads, []
+    def round(
+        self,
+        evictor: Evictor,
+        cache: KVCache,
+        before: Snapshot,
+        dead: bool,
+        compact: bool,
+        active: Sequence[bool],
+    ) -> None:
+        """An eviction was due; rows that are not active lose nothing. dead: there were marked entries before it."""
+        after, heads, kept, asked = snapshot(cache), cache.layers[0].heads, [], dead
         for layer, (old, new) in enumerate(zip(before, after, strict=True)):
             for mine, theirs in zip(new, old, strict=True):
                 at = {p: i for i, p in enumerate(theirs.pos)}
@@ -114,11 +123,13 @@ class Watch:
         for row, length in enumerate(cache.next_pos.tolist()):
             lists = slice(row * heads, (row + 1) * heads)
             over = [active[row] and self._over(evictor, row, [layer[lists] for layer in before])] * len(before)
+            asked = asked or any(over)
             kept.append([positions(layer[lists]) for layer in after])
             self._row(evictor, row, [positions(layer[lists]) for layer in before], kept[-1], over, length)
         self.rounds += 1
+        self.compactions += compact
         self.kept.append(kept)
-        self._stored(evictor, cache, after, active, compact)
+        self._stored(evictor, cache, after, active, compacted=compact and asked)
 
     def _over(self, evictor: Evictor, row: int, before: Snapshot) -> bool:
         """Whether a row has outgrown its budget (then all its layers are chosen from anew): heads, layers or all of it."""
@@ -257,8 +268,10 @@ def watched() -> Iterator[Watch]:
 
     def evict(evictor: Evictor, cache: KVCache, compact: bool, active: Sequence[bool] | None = None) -> bool:
         before = snapshot(cache)
+        live = [[len(entries.pos) for entries in lists] for lists in before]
+        dead = [layer.used.tolist() for layer in cache.layers] != live
         over = round_(evictor, cache, compact, active)
-        watch.round(evictor, cache, before, compact, active or [True] * cache.rows)
+        watch.round(evictor, cache, before, dead, compact, active or [True] * cache.rows)
         return over
 
     with patch.object(Evictor, "prompt_done", done), patch.object(Evictor, "round", evict):
