@@ -110,6 +110,11 @@ def test_the_asked_needle_is_at_the_asked_depth(task: str, depth: float) -> None
         filler_before = sample.context.index(needle)
         assert abs(filler_before / (len(sample.context) - len(needle)) - depth) < 0.05
         assert sample.depth == depth
+        if depth == 1:
+            assert sample.context.endswith(needle)
+        if depth == 0:  # nothing but the introduction and what pads the length
+            before = re.findall(r"[^.]+\.", sample.context[:filler_before])[2:]
+            assert all(sentence.strip() in PADS for sentence in before)
 
 
 def test_depths_cover_the_context_when_none_is_asked_for() -> None:
