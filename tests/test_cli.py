@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -477,14 +476,11 @@ def read(terminal: io.FileIO) -> bytes:
         return b""
 
 
-@pytest.mark.slow
-def test_first_token_within_five_seconds_of_process_start(stories260k: Path) -> None:
-    def first_byte() -> float:
-        began = time.perf_counter()
-        with start("generate", str(stories260k), "-p", "Once upon a time", "-n", "400") as process:
-            assert process.stdout is not None and process.stdout.read(1)
-            took = time.perf_counter() - began
-            process.kill()
-        return took
-
-    assert min(first_byte() for _ in range(3)) < 5.0  # the best of three: others may be using the machine
+def test_first_token_takes_less_than_five_seconds_from_process_start(stories260k: Path) -> None:
+    """Counted in seconds of CPU, which is what an idle machine needs: elapsed time also measures who else is running."""
+    with start("generate", str(stories260k), "-p", "Once upon a time", "-n", "400") as process:
+        assert process.stdout is not None and process.stdout.read(1)
+        process.kill()
+        _, _, usage = os.wait4(process.pid, 0)
+        process.returncode = -signal.SIGKILL  # it has been waited for
+    assert 0.1 < usage.ru_utime + usage.ru_stime < 5.0
