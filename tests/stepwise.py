@@ -18,7 +18,7 @@ from reference_policies import Ladders, best
 from torch import Tensor
 
 from modeling.config import RopeConfig
-from modeling.layers import Decoder, RMSNorm, linear
+from modeling.layers import Decoder, RMSNorm, linear, softcap
 from modeling.rope import rotate
 from restkv.observe import Observation
 from restkv.policies import Policy
@@ -38,12 +38,11 @@ class _ExactNorm(RMSNorm):
 class _ExactDecoder(Decoder):
     def head(self, x: Tensor) -> Tensor:
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return linear(self.norm(x), weight)
+        return softcap(linear(self.norm(x), weight), self.config.final_softcap)
 
 
 def exact(model: Decoder) -> Decoder:
     """The model in float64 throughout: its norms and logits too, which a Decoder computes in float32."""
-    assert model.config.attn_softcap is None, "capped attention is computed in float32"
     model = model.double()
     model.__class__ = _ExactDecoder
     for module in model.modules():
@@ -176,7 +175,7 @@ class Row:
                     seen_TC = seen_TC & (pos_C > pos_T1 - block.window)
                 for g in range(config.group):
                     h = j * config.group + g
-                    logits_TC = capped(q_THD[:, h] @ head.k.T * config.attn_scale, config.attn_softcap)
+                    logits_TC = softcap(q_THD[:, h] @ head.k.T * config.attn_scale, config.attn_softcap)
                     weight_TC = logits_TC.masked_fill(~(seen_TC & head.held[g]), -torch.inf).softmax(-1)
                     head.mass[g] += weight_TC.sum(0)
                     o_THD[:, h] = weight_TC @ head.v
@@ -204,10 +203,6 @@ class Row:
                     rope = self.model.rotaries[block.rope]
                     cos_1CD, sin_1CD = rope(torch.arange(C)[None], torch.tensor([C]), self.model.dtype)
                     head.k = rotate(head.raw[None, :, None], cos_1CD, sin_1CD)[0, :, 0]
-
-
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 # -- rules: what stays, per layer and KV head (or query head)
@@ -271,7 +266,7 @@ class Tova(Rule):
         for h in range(config.num_heads):
             head = heads[h // config.group]
             assert head.pos == held
-            logits_C = capped(
+            logits_C = softcap(
                 (head.k @ self.row.queries[index][-1][h]).double() * config.attn_scale, config.attn_softcap
             )
             if window is not None:

@@ -5,6 +5,7 @@ The second half talks to `restkv chat` through a pipe and through a terminal.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -622,18 +624,23 @@ class Terminal:
 
     def __init__(self, *options: str) -> None:
         self._ours, theirs = pty.openpty()
-        environment = {**os.environ, "TERM": "dumb"}
         self._process = subprocess.Popen(
             [*COMMAND, *options],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env=environment,
+            env={**os.environ, "TERM": "dumb"},
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=self._take_over,
         )
         os.close(theirs)
         self.seen = ""
+
+    @staticmethod
+    def _take_over() -> None:
+        """In the child: Ctrl-C of this terminal comes here, and is listened to even if the tests run in the background."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def wait_for(self, words: str, after: int = 0) -> int:
         """Read until the words have been shown; the place after them."""
@@ -685,7 +692,9 @@ def test_a_terminal_shows_a_prompt_and_ctrl_c_stops_the_answer():
 def test_ctrl_c_at_the_prompt_ends_the_chat():
     with Terminal("-n", "4") as terminal:
         terminal.wait_for("> ")
-        terminal.type("half a li\x03")
+        terminal.type("half a li")
+        terminal.wait_for("half a li")  # input() is listening: a signal just before it waits would not wake it
+        terminal.type("\x03")
         assert terminal.ends() == 0
         assert "Traceback" not in terminal.seen
 
