@@ -94,5 +94,7 @@ class CompressedContext:
         """
         session, about = load_session(lm.engine, path)
         if about["kind"] != "context":
-            raise PromptError(f"{path}: holds a chat, not a context; go on with it in Chat.load, or `restkv chat --load`")
+            raise PromptError(
+                f"{path}: holds a chat, not a context; go on with it in Chat.load, or `restkv chat --load`"
+            )
         return cls(lm, session, about["tokens"])

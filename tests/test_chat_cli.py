@@ -1,0 +1,284 @@
+"""`restkv chat` through a pipe and through a terminal, and every example of docs/chat-and-contexts.md."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from test_chat import SYSTEM, TURNS, say
+
+import restkv
+from restkv.chat import Chat
+from restkv.cli import TINY, main
+from restkv.lm import LM
+from restkv.policies import ReSTKV, get_policy
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return restkv.load(TINY)
+
+
+# -- restkv chat
+
+
+COMMAND = [sys.executable, "-m", "restkv.cli", "chat", "--budget", "64", "--set", "interval=16"]
+
+
+@pytest.fixture
+def talk(capsys, monkeypatch):
+    """talk(lines, *options): `restkv chat` in this process, fed through a pipe: exit code, stdout, lines of stderr."""
+
+    def run(lines: str | bytes, *options: object):
+        raw = lines if isinstance(lines, bytes) else lines.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
+        code = main(["chat", "-n", "8", *map(str, options)])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return run
+
+
+def test_a_pipe_gets_answers_and_no_prompt(talk, lm):
+    chat = Chat(lm, ReSTKV(64), SYSTEM)
+    expected = "".join(say(chat, turn.strip(), max_new_tokens=8).text + "\n" for turn in TURNS)
+    lines = "\n".join(turn.strip() for turn in TURNS)
+    assert talk(lines, "--budget", 64, "--system", SYSTEM) == (0, expected, [])
+    assert talk("", "--budget", 64) == (0, "", [])
+    assert talk("\n\n/quit\nTom\n") == (0, "", [])
+
+
+def test_commands_of_a_chat(talk, lm, tmp_path):
+    place = tmp_path / "my talk"
+    code, out, err = talk(
+        f"/stats\n{TURNS[0]}\n/stats\n/save '{place}'\n/method snapkv budget=40 window=8 interval=4\n{TURNS[1]}\n/stats\n"
+        f"/load '{place}'\n{TURNS[1]}\n/new\n/stats\n{TURNS[0]}\n/help\n /not a command\n",
+        *("--budget", 64, "--method", "h2o"),
+    )
+    assert code == 0
+    answers = out.splitlines()
+    assert answers[0] == answers[3] and len(answers) == 5
+    assert err[0] == "h2o: nothing said yet"
+    assert err[1].startswith("h2o: kept ") and err[2].startswith("first token after ")
+    assert err[3] == f"saved to {place}"
+    assert err[4].startswith("snapkv: kept ") and err[5].startswith("snapkv: kept ")
+    assert err[7].startswith("h2o: kept ")
+    assert err[8:10] == ["a new conversation, with h2o", "h2o: nothing said yet"]
+    assert any("/method NAME" in line for line in err[10:])
+    chat = Chat.load(place, lm)
+    assert chat.policy == get_policy("h2o", budget=64)
+
+
+def test_mistakes_cost_a_line_each(talk, tmp_path):
+    (tmp_path / "junk").write_text("junk")
+    mistakes = {
+        "/dance": "/dance: no such command; /help lists them",
+        "/": "",
+        "/method": "/method: no such command",
+        "/method magic": "method 'magic' is unknown",
+        "/method snapkv colour=red": "option 'colour' is unknown",
+        "/method snapkv budget": "is not NAME=VALUE",
+        "/method restkv budget=0.5": "a chat grows",
+        f"/load {tmp_path}/nothing": "no such file",
+        f"/load {tmp_path}/junk": "cannot be read as a saved context",
+        f"/save {tmp_path}": "cannot be written",
+        f"/save {tmp_path}/no/file": "cannot be written",
+        "/save": "/save: no such command",
+        "/stats now": "no such command",
+        "/save 'half": "No closing quotation",
+    }
+    code, out, err = talk("Tom\n" + "\n".join(mistakes) + "\nLily\n")
+    assert code == 0 and len(out.splitlines()) == 2
+    errors = [line for line in err if line.startswith("restkv: error: ")]
+    expected = [words for words in mistakes.values() if words]
+    assert len(errors) == len(expected)
+    for line, words in zip(errors, expected, strict=True):
+        assert words in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["junk"]
+
+
+def test_beginning_with_a_saved_chat(talk, tmp_path):
+    place = tmp_path / "talk"
+    options = ("--budget", 64)
+    _, both, _ = talk(f"{TURNS[0]}\n{TURNS[1]}\n", *options, "--system", SYSTEM)
+    talk(f"{TURNS[0]}\n/save {place}\n", *options, "--system", SYSTEM)
+    after = both.splitlines()[1]
+    assert talk(TURNS[1], "--load", place) == (0, f"{after}\n", [])
+    assert talk(TURNS[1], "--load", place, *options) == (0, f"{after}\n", [])
+    code, _, err = talk("/stats\n", "--load", place, "--budget", 30, "--set", "window=8")
+    assert code == 0 and err[0].startswith("restkv: kept 30 of 3")
+    code, _, err = talk("", "--load", place, "--system", "Be kind.")
+    assert code == 2 and err == [
+        f"restkv: error: {place}: a saved chat has its system prompt and template; drop --system and --template"
+    ]
+    code, _, err = talk("", "--budget", "0.5")
+    assert code == 2 and len(err) == 1 and "a chat grows" in err[0]
+
+
+def test_lines_that_are_no_text(talk):
+    code, out, err = talk(b"Tom \xff\xfe ran\n\xf0\x9f\x98\x80\n")
+    assert (code, err) == (0, []) and len(out.splitlines()) >= 2
+
+
+def test_two_interrupts_stop_at_once_and_the_chat_goes_on(talk, monkeypatch):
+    """One within a step waits for the step's end; a second one is raised there, and the layers are read anew."""
+    from restkv import generate
+
+    step, calls = generate._decode, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        for _ in range({3: 1, 7: 2}.get(calls, 0)):
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(generate, "_decode", interrupted)
+    code, out, err = talk(f"{TURNS[0]}\n{TURNS[1]}\n{TURNS[2]}\n/stats\n", "--method", "full", "-n", 8)
+    assert code == 0
+    short, shorter, whole = out.splitlines()
+    assert short and 0 < len(shorter) < len(whole)
+    assert err[0] == "stopped" and err[1].startswith("full: kept ")
+
+
+class Terminal:
+    """`restkv chat` on a pseudo-terminal of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self._ours, theirs = pty.openpty()
+        self._process = subprocess.Popen(
+            [*COMMAND, *options],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=self._take_over,
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    @staticmethod
+    def _take_over() -> None:
+        """In the child: Ctrl-C of this terminal comes here, and is listened to even if the tests run in the background."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def wait_for(self, words: str, after: int = 0) -> int:
+        """Read until the words have been shown; the place after them."""
+        deadline = time.monotonic() + 120
+        while words not in self.seen[after:]:
+            assert time.monotonic() < deadline, f"{words!r} not in {self.seen[after:]!r}"
+            try:
+                self.seen += os.read(self._ours, 4096).decode()
+            except OSError:  # the other side is closed
+                raise AssertionError(f"it ended without {words!r}: {self.seen!r}") from None
+        return self.seen.index(words, after) + len(words)
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def ends(self) -> int:
+        return self._process.wait(timeout=60)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+
+def test_a_terminal_shows_a_prompt_and_ctrl_c_stops_the_answer():
+    with Terminal("-n", "900") as terminal:
+        place = terminal.wait_for("> ")
+        assert "/help lists the commands" in terminal.seen
+        terminal.type(TURNS[0] + "\n")
+        place = terminal.wait_for(TURNS[0], place)
+        place = terminal.wait_for("the", place)  # the answer is on its way
+        terminal.type("\x03")
+        place = terminal.wait_for("> ", place)
+        terminal.type("/stats\n")
+        place = terminal.wait_for("restkv: kept ", place)
+        place = terminal.wait_for("> ", place)
+        terminal.type(TURNS[1] + "\n")
+        place = terminal.wait_for("the", terminal.wait_for(TURNS[1].strip(), place))
+        terminal.type("\x03")
+        terminal.wait_for("> ", place)
+        terminal.type("\x04")
+        assert terminal.ends() == 0
+        assert "Traceback" not in terminal.seen and "KeyboardInterrupt" not in terminal.seen
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat():
+    with Terminal("-n", "4") as terminal:
+        terminal.wait_for("> ")
+        terminal.type("half a li")
+        terminal.wait_for("half a li")  # input() is listening: a signal just before it waits would not wake it
+        terminal.type("\x03")
+        assert terminal.ends() == 0
+        assert "Traceback" not in terminal.seen
+
+
+def test_a_reader_that_goes_away_ends_the_chat():
+    with subprocess.Popen(
+        [*COMMAND, "-n", "400"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdin.write(b"Once upon a time\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+# -- docs/chat-and-contexts.md
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(kind: str) -> list[str]:
+    text = (ROOT / "docs" / "chat-and-contexts.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
+    assert found
+    return found
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A folder from which the paths of the page can be reached, and where its files may be written."""
+    (tmp_path / "restkv").symlink_to(ROOT / "restkv")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_in_python(root, capsys):
+    """Its blocks run one after the other; what it says is printed is printed."""
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "docs/chat-and-contexts.md", "exec"), names)
+        out = capsys.readouterr().out
+        for promised in re.findall(r"^print\(.*\)  # (.*)$", block, re.M):
+            assert promised in " ".join(out.split())
+
+
+def test_the_page_in_the_shell(root):
+    (root / "bin").mkdir()
+    (root / "bin" / "restkv").write_text(f'#!/bin/sh\nexec {sys.executable} -m restkv.cli "$@"\n')
+    (root / "bin" / "restkv").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for block in blocks("bash"):
+        ran = subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0 and "error" not in ran.stderr, ran.stderr
+        assert len(ran.stdout.splitlines()) >= 3 and "snapkv: kept 48" in ran.stderr
