@@ -149,7 +149,8 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, po
     page = view.pos.shape[0] // num_pages
     real_RT = (pos_BT >= 0)[:, None, :].expand(B, K, T).reshape(lists, T)
     entry_RT = view.used[:, None] + torch.arange(T, device=pos_BT.device, dtype=torch.int32)
-    number_RT = view.table.gather(1, (entry_RT // page).long())
+    # Room is reserved for real tokens only: padding may point beyond the list, and in a small pool beyond the table.
+    number_RT = view.table.gather(1, (entry_RT // page).clamp(max=num_pages - 1).long())
     slot_RT = torch.where(real_RT, number_RT * page + entry_RT % page, SINK_PAGE).long()
     pos_RT = pos_BT[:, None, :].expand(B, K, T).reshape(lists, T)
     slot_n = slot_RT.reshape(-1)

@@ -35,7 +35,7 @@ from restkv.generate import Engine, Session
 from restkv.observe import Observation, cross_gram_of, gram_of
 from restkv.policies import FullCache, Policy, get_policy
 
-FEW, MANY = 60, 640  # examples of each of the 8 tests: 480 on every run, 5,120 in the slow one
+FEW, MANY = 60, 625  # examples of each of the 8 tests: 480 on every run, 5,000 in the slow one
 
 
 @lru_cache(maxsize=64)

@@ -408,3 +408,14 @@ def test_the_ring_returns_the_last_queries_oldest_first(window):
             assert q_pos_BW[row].tolist() == [max(p, EMPTY) for p in range(end - window + 1, end + 1)]
             real_W = q_pos_BW[row] >= 0
             assert torch.equal(q_BHWD[row][:, real_W], queries(0, end)[:, -int(real_W.sum()) :])
+
+
+def test_padding_may_point_beyond_the_whole_pool():
+    """A compiled chunk has one width, and room is reserved for its real tokens alone."""
+    cache = cache_of()
+    model = small_model(windows=(None,), kv_heads=1, group=GROUP, head_dim=D)
+    pos_1T = torch.tensor([[0, 1, *[EMPTY] * 60]], dtype=torch.int32)
+    cache.reserve([2])
+    assert cache.layers[0].pool.num_pages * PAGE < 60
+    step(model, torch.ones(1, 62).long(), pos_1T, cache.lag, cache.views(), cache.queries, 0, "sdpa")
+    assert positions(cache.layers[0]) == [[0, 1]]
