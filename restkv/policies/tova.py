@@ -39,6 +39,9 @@ class TOVA(Policy):
         return 1
 
     def importance(self, obs: Observation) -> Tensor:
-        """Mean attention [B, K, C], the same for every KV head."""
+        """Mean attention [B, K, C], the same for every KV head: all hold the same entries, in columns of any order."""
         newest = replace(obs, q=obs.q[:, :, -1:], q_pos=obs.q_pos[:, -1:])
-        return attention_BHWC(newest).mean(1).expand(-1, obs.k.shape[1], -1)
+        order_BHC = obs.order
+        mean_B1C = attention_BHWC(newest)[:, :, 0].gather(-1, order_BHC).mean(1, keepdim=True)
+        rank_BKC = order_BHC[:, :: obs.group].argsort(-1)
+        return mean_B1C.expand_as(rank_BKC).gather(-1, rank_BKC)
