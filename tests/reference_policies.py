@@ -151,7 +151,7 @@ def scores(policy, obs, w_o_EHD=None, frequencies=None, factor=1.0):
             "keydiff": lambda b, h: keydiff(obs, b, h // G),
             "streamingllm": lambda b, h: obs.pos[b, h // G].double().numpy(),
             "random": lambda b, h: random(policy, obs, b, h if per_head else h // G, h // G),
-            "tova": lambda b, h: newest(obs, heads).mean(0),  # noqa: B023
+            "tova": lambda b, h: tova_line(obs, b, h // G, newest(obs, heads)),  # noqa: B023
             "caote": lambda b, h: caote(policy, obs, heads, h, w_o_EHD),  # noqa: B023
             "expected-attention": lambda b, h: expected(policy, obs, b, h, frequencies, factor),
         }[policy.name]
@@ -166,6 +166,17 @@ def scores(policy, obs, w_o_EHD=None, frequencies=None, factor=1.0):
                 if c in head.columns and not gone:
                     out[b, x, c] = line[c]
     return out
+
+
+def tova_line(obs, b, k_head, weights_HC):
+    """The mean over all heads of the weight on each entry: the n-th oldest of one is the n-th of every other."""
+    C = obs.pos.shape[-1]
+    orders = [sorted(range(C), key=lambda c: int(obs.pos[b, k, c]) % 10**9) for k in range(obs.pos.shape[1])]
+    G = len(weights_HC) // len(orders)
+    line = np.zeros(C)
+    for n in range(C):
+        line[orders[k_head][n]] = np.mean([weights_HC[h][orders[h // G][n]] for h in range(len(weights_HC))])
+    return line
 
 
 def numbers(tensor):
