@@ -28,6 +28,8 @@ ADJECTIVES = (
     "square stone striped tall thick thin tiny torn white wide wooden yellow"
 ).split()
 SYLLABLES = "ba do fi ga ju ka li mo na pe ri su ta vo wi zu".split()
+# Words that no language has, such as "kari".
+CODED_WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
 
 WOMEN = "Alma Clara Edith Greta Hanna Ida Lotte Marta Nora Olga Rosa Vera".split()
 MEN = "Albert Bruno Emil Felix Hugo Jonas Karl Leo Otto Paul Rolf Simon".split()
@@ -178,11 +180,6 @@ def sentences(rng: random.Random) -> Iterator[str]:
         plan = [rng.choice(OPENINGS), *rng.sample(MIDDLES, rng.randint(5, 10)), rng.choice(ENDINGS)]
         for template in plan:
             yield _with_articles(template.format(**fixed, **{name: rng.choice(words) for name, words in SLOTS.items()}))
-
-
-def coded_word(rng: random.Random, syllables: int) -> str:
-    """A word that no language has, such as "bakofi"."""
-    return "".join(rng.choices(SYLLABLES, k=syllables))
 
 
 def listing(words: list[str] | tuple[str, ...]) -> str:

@@ -1,16 +1,17 @@
 """Retrieval questions over long contexts: the task families of RULER (Hsieh et al., 2024, arXiv 2404.06654; SPEC §4.1),
 in a small English and words of our own.
 
-    niah_single      one thing is marked with a number; which number?
-    niah_multikey    four things are marked, one is asked for
-    niah_multivalue  one thing is marked with four numbers
-    niah_multiquery  four things are marked, all are asked for
-    vt               variable tracking: a number is in a box, all that is in it is also in a second box, and so on; which boxes?
+    niah_single      one thing has a code, a number; which?
+    niah_multikey    four things have codes, one is asked for
+    niah_multivalue  one thing has four codes
+    niah_multiquery  four things have codes, all are asked for
+    vt               variable tracking: a number is in a box, that box in a second box, and so on; in which boxes is it?
     cwe              common words: a list of words, five of which come up far more often than the others
     fwe              frequent words: a message of coded words with a Zipf distribution; which three are the most frequent?
 
 A sample is a function of (task, length, seed, index) and of the tokenizer, which alone says how much filler fits. A question
-ends with the very words that stand before the value in the context, so that a model need not be trained on instructions.
+ends with the very words that stand before the value in the context, and an answer goes on in such sentences, so that a model
+need not be trained on instructions: "The code of the amber kettle is" calls for what followed these words before.
 Departures from RULER are listed in docs/benchmarks.md.
 """
 
@@ -25,12 +26,12 @@ from functools import cached_property
 from itertools import accumulate, combinations, islice, pairwise
 from typing import Any
 
-from bench.prose import ADJECTIVES, NOUNS, PADS, coded_word, listing, sentences
+from bench.prose import ADJECTIVES, CODED_WORDS, NOUNS, PADS, listing, sentences
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 
 ANSWER_ROOM = 16  # tokens an answer may take beyond the expected one
-COUNTS = {1: "", 3: "three ", 4: "four ", 5: "five "}
+COUNTS = {1: "", 2: "two ", 3: "three ", 4: "four "}
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,11 @@ def _fit(draft: Draft, frame: Frame, length: int, room: int, what: str) -> tuple
 def _prose(rng: random.Random, needles: Sequence[tuple[str, float]]) -> Callable[[int], list[str]]:
     """n sentences of filler, with needles between them, each at its depth."""
     source = sentences(random.Random(rng.getrandbits(64)))
-    told: list[str] = []
+    drawn: list[str] = []
 
     def body(units: int) -> list[str]:
-        told.extend(islice(source, max(0, units - len(told))))
-        filler = told[:units]
+        drawn.extend(islice(source, max(0, units - len(drawn))))
+        filler = drawn[:units]
         ends = [0, *accumulate(len(sentence) + 1 for sentence in filler)]
         placed = sorted((_nearest(ends, depth * ends[-1]), depth, order) for order, (_, depth) in enumerate(needles))
         text, start = [], 0
@@ -233,47 +234,76 @@ def _depths(rng: random.Random, count: int) -> list[float]:
     return [(part + rng.random()) / count for part in range(count)]
 
 
-def _numbers(rng: random.Random, count: int) -> list[str]:
+def draw_numbers(rng: random.Random, count: int) -> list[str]:
     return [str(number) for number in rng.sample(range(10_000, 100_000), count)]
 
 
-def _things(rng: random.Random, count: int) -> list[str]:
+def draw_things(rng: random.Random, count: int) -> list[str]:
     """Names such as "amber kettle", no two with a word in common."""
     pairs = zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)
     return [" ".join(pair) for pair in pairs]
 
 
-MARKED = "The {thing} is marked with"
-MARKS_INTRO = "Some of the things in this story are marked with a number. Remember which."
+def draw_names(rng: random.Random, count: int) -> list[str]:
+    """Names such as "Kari"."""
+    return [word.capitalize() for word in rng.sample(CODED_WORDS, count)]
 
 
-def _niah(keys: int, values: int, asked: int) -> Callable[[random.Random, str, float | None], Draft]:
-    """Needles "The amber kettle is marked with 48213.": `keys` things with `values` numbers each, `asked` things in question."""
+CODES_INTRO = "Some of the things in this story have a code. Remember which."
+BOXES_INTRO = "Numbers were hidden in boxes, and boxes in other boxes. Every box has a name."
+Fact = tuple[str, str]  # (what the sentence says up to the value, the value)
+
+
+def code_facts(things: Sequence[str], numbers: Sequence[str]) -> list[Fact]:
+    """The n-th number belongs to the n-th thing, and round again."""
+    return [(f"The code of the {things[i % len(things)]} is", number) for i, number in enumerate(numbers)]
+
+
+def box_facts(number: str, boxes: Sequence[str]) -> list[Fact]:
+    """The number is in the first box, that in the second, and so on."""
+    return [(f"The box around {inner} is", outer) for inner, outer in pairwise([number, *boxes])]
+
+
+def told(fact: Fact) -> str:
+    """The sentence in the context."""
+    return " ".join(fact) + "."
+
+
+def asked(facts: Sequence[Fact]) -> tuple[str, str]:
+    """(answer prefix, target) of an answer that tells these facts: the prefix is the first one without its value."""
+    later = [f" and {stem[0].lower()}{stem[1:]} {value}" for stem, value in facts[1:]]
+    return facts[0][0], "".join([f" {facts[0][1]}", *later])
+
+
+def code_question(things: Sequence[str], codes: int) -> str:
+    """For `codes` codes of one thing, or for the codes of things that have one each."""
+    if len(things) > 1:
+        return f"Which codes do {listing([f'the {thing}' for thing in things])} have?"
+    return f"Which {COUNTS[codes]}{'code' if codes == 1 else 'codes'} does the {things[0]} have?"
+
+
+def box_question(number: str, boxes: int) -> str:
+    return f"In which {COUNTS[boxes]}{'box' if boxes == 1 else 'boxes'} is {number}?"
+
+
+def _niah(keys: int, values: int, queried: int) -> Callable[[random.Random, str, float | None], Draft]:
+    """Needles "The code of the amber kettle is 48213.": `keys` things with `values` numbers each, `queried` in question."""
 
     def draw(rng: random.Random, _: str, depth: float | None) -> Draft:
-        things, numbers = _things(rng, keys), _numbers(rng, keys * values)
+        things, numbers = draw_things(rng, keys), draw_numbers(rng, keys * values)
         depths = rng.sample(_depths(rng, keys * values), keys * values)
-        single = asked == values == 1
+        single = queried == values == 1
         if single:
             depths[0] = rng.random() if depth is None else depth
-        facts = [(thing, number) for thing, i in zip(things, range(keys), strict=True) for number in numbers[i::keys]]
-        needles = [
-            (f"{MARKED.format(thing=thing)} {number}.", at) for (thing, number), at in zip(facts, depths, strict=True)
-        ]
-        answers = [number for thing, number in facts if thing in things[:asked]]
-        if asked == 1:
-            number = "number" if values == 1 else "numbers"
-            question = f"Which {COUNTS[values]}{number} is the {things[0]} marked with?"
-            target = " " + listing(answers)
-        else:
-            question = f"Which numbers are {listing([f'the {thing}' for thing in things[:asked]])} marked with?"
-            later = [f"the {thing} is marked with {number}" for thing, number in facts[1:asked]]
-            target = " " + listing([answers[0], *later])
+        facts = code_facts(things, numbers)
+        needles = [(told(fact), at) for fact, at in zip(facts, depths, strict=True)]
+        wanted = facts[: queried * values]
+        prefix, target = asked(wanted)
         return Draft(
-            MARKS_INTRO,
-            question,
-            MARKED.format(thing=things[0]),
-            tuple(answers),
+            CODES_INTRO,
+            code_question(things[:queried], values),
+            prefix,
+            tuple(number for _, number in wanted),
             target,
             _prose(rng, needles),
             depths[0] if single else None,
@@ -289,27 +319,20 @@ CHAINS, HOPS = 2, 2
 
 
 def _tracking(rng: random.Random, _: str, depth: float | None) -> Draft:
-    """Numbers in boxes, and boxes whose contents are also in the next box; the other chain is there to mislead."""
+    """Numbers in boxes, and boxes in boxes, told from the inside outwards; the other chain is there to mislead."""
     size = HOPS + 1
-    names: list[str] = []
-    while len(names) < CHAINS * size:
-        name = coded_word(rng, 2).capitalize()
-        if name not in names:
-            names.append(name)
-    numbers = _numbers(rng, CHAINS)
+    names, numbers = draw_names(rng, CHAINS * size), draw_numbers(rng, CHAINS)
     needles: list[tuple[str, float]] = []
     for chain, number in enumerate(numbers):
-        boxes = names[chain * size : (chain + 1) * size]
-        told = [f"{number} can be found in box {boxes[0]}."]
-        told += [f"Everything in box {a} is also in box {b}." for a, b in pairwise(boxes)]
-        needles += zip(told, _depths(rng, size), strict=True)
-    answers = names[:size]
+        facts = box_facts(number, names[chain * size : (chain + 1) * size])
+        needles += zip(map(told, facts), _depths(rng, size), strict=True)
+    prefix, target = asked(box_facts(numbers[0], names[:size]))
     return Draft(
-        "Numbers were hidden in boxes, and every box has a name.",
-        f"In which {COUNTS[size]}boxes can {numbers[0]} be found?",
-        f"{numbers[0]} can be found in box",
-        tuple(answers),
-        " " + listing(answers),
+        BOXES_INTRO,
+        box_question(numbers[0], size),
+        prefix,
+        tuple(names[:size]),
+        target,
         _prose(rng, needles),
         meta={"needles": [[needle, round(at, 4)] for needle, at in needles]},
     )
@@ -348,7 +371,7 @@ def _common_words(rng: random.Random, key: str, depth: float | None) -> Draft:
 
 def _frequent_words(rng: random.Random, key: str, depth: float | None) -> Draft:
     """The word of rank r comes up in proportion to r ** -1.5; the more words, the more ranks."""
-    words = list(dict.fromkeys(coded_word(rng, 3) for _ in range(3000)))
+    words = rng.sample(CODED_WORDS, len(CODED_WORDS))
 
     def counts(units: int) -> list[int]:
         shares = [rank**-1.5 for rank in range(1, min(4 + units // 8, len(words)) + 1)]
@@ -376,10 +399,10 @@ def _frequent_words(rng: random.Random, key: str, depth: float | None) -> Draft:
 
 
 TASKS: dict[str, Callable[[random.Random, str, float | None], Draft]] = {
-    "niah_single": _niah(keys=1, values=1, asked=1),
-    "niah_multikey": _niah(keys=4, values=1, asked=1),
-    "niah_multivalue": _niah(keys=1, values=4, asked=1),
-    "niah_multiquery": _niah(keys=4, values=1, asked=4),
+    "niah_single": _niah(keys=1, values=1, queried=1),
+    "niah_multikey": _niah(keys=4, values=1, queried=1),
+    "niah_multivalue": _niah(keys=1, values=4, queried=1),
+    "niah_multiquery": _niah(keys=4, values=1, queried=4),
     "vt": _tracking,
     "cwe": _common_words,
     "fwe": _frequent_words,

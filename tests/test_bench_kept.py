@@ -128,7 +128,7 @@ def test_the_command_shows_needle_and_picture(tmp_path: Path, capsys: pytest.Cap
         "h2o",
         "snapkv:granularity=query",
     ]
-    assert shown.count("▼") > 3 and "·" in shown and "is marked with" in shown
+    assert shown.count("▼") > 3 and "·" in shown and "the old anchor is" in shown
     assert shown.count("L3  h1") == 3
     with Image.open(picture) as image:
         assert image.format == "PNG" and image.width > 1000
