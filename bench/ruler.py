@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.methods import Method, check, equal_bytes, kept_mean
+from bench.methods import Method, check, equal_bytes
 from bench.runs import Run, open_run, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
-from bench.together import prefill_together
+from bench.together import answer_together, prefill_all
 from restkv.errors import PromptError, RestKVWarning
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.memory import Meter
 from restkv.policies import Policy
@@ -146,36 +145,39 @@ def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answer(lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy]) -> Iterator[dict[str, Any]]:
+def answer(lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy]) -> list[dict[str, Any]]:
     """The sample's answer under every policy, in their order: output, score and what was kept. One prefill serves all."""
     context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
     aware = mode == "aware"
     prompt = context + asked if aware else context
     room = sample.max_new_tokens
-    sessions = [Session(lm.engine, policy, [len(prompt)], room, extends=not aware) for policy in policies]
-    prefill_together(lm, sessions, prompt)
+    groups = answer_together(lm, policies, len(prompt), room if aware else len(asked) + room, extends=not aware)
+    prefill_all(lm, groups, prompt)
     digest = hashlib.sha256(repr(context + asked).encode()).hexdigest()[:16]
-    for session in sessions:
-        policy = session.policy
-        kept, held = kept_mean(session), session.cache.live_bytes
+    rows: list[dict[str, Any]] = [{} for _ in policies]
+    for group in groups:
+        session, count = group.session, len(group.policies)
+        held = [(group.kept(row), group.live_bytes(row)) for row in range(count)]
         if not aware:
-            session.extend([asked])
-        stats, answers = Stats(policy.name, policy.budget, [len(context + asked)], question=mode), list[Generation]()
+            session.extend([asked] * count)
+        stats, answers = Stats("", None, [len(context + asked)] * count, question=mode), list[Generation]()
         for _ in lm.decode(session, Decoding(room, stop=FULL_STOP), stats, Meter(lm.device), answers):
             pass
         session.cache.free()
-        yield {
-            "granularity": policy.granularity,
-            "budget": policy.budget,
-            "window": policy.window,
-            "kept": round(kept, 3),
-            "bytes": held,
-            "tokens": len(context + asked),
-            "prompt": digest,
-            "answers": sample.answers,
-            "output": answers[0].text,
-            "score": score(answers[0].text, sample.answers),
-        }
+        for index, policy, (kept, size), said in zip(group.about, group.policies, held, answers, strict=True):
+            rows[index] = {
+                "granularity": policy.granularity,
+                "budget": policy.budget,
+                "window": policy.window,
+                "kept": round(kept, 3),
+                "bytes": size,
+                "tokens": len(context + asked),
+                "prompt": digest,
+                "answers": sample.answers,
+                "output": said.text,
+                "score": score(said.text, sample.answers),
+            }
+    return rows
 
 
 class _Budgets:

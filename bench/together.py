@@ -1,25 +1,121 @@
 """One prompt, many caches: a dense prefill does not depend on what is evicted after it, so that policies can share it.
 
-Letters: L prompt length, E hidden width, H query heads, K KV heads, D head dim, W queries, T new tokens, X = K or H.
+Letters: L prompt length, E hidden width, H query heads, K KV heads, D head dim, W queries, T new tokens, X = K or H, B rows, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from modeling.forward import dense_layer
 from modeling.layers import Decoder
-from restkv.generate import Session
+from modeling.pages import KVCache
+from restkv.evict import Evictor, companions_of
+from restkv.generate import Session, page_size
 from restkv.lm import LM
+from restkv.policies import FullCache, Policy
+
+
+@dataclass
+class Together:
+    """A session whose rows hold the same prompt under different policies.
+
+    Attributes:
+        policies: of the rows.
+        evictors: theirs, each of one row.
+        about: what the rows stand for, in the caller's words.
+    """
+
+    session: Session
+    policies: list[Policy]
+    evictors: list[Evictor]
+    about: list[int]
+
+    @property
+    def rows(self) -> list[tuple[KVCache, Evictor]]:
+        return [(self.session.cache.row(index), evictor) for index, evictor in enumerate(self.evictors)]
+
+    def kept(self, row: int) -> float:
+        """Live entries per layer and KV head."""
+        layers = self.session.kept()
+        return sum(rows[row] for rows in layers) / len(layers)
+
+    def live_bytes(self, row: int) -> int:
+        """Bytes of a row's live entries with their positions and what its own policy stores beside them."""
+        engine, policy = self.session.engine, self.policies[row]
+        extra = sum(math.prod(shape) * dtype.itemsize for shape, dtype in companions_of(policy, engine.model).values())
+        slot = 2 * engine.model.config.head_dim * engine.model.dtype.itemsize + torch.int32.itemsize + extra
+        return slot * sum(int(layer.live_counts()[row].sum()) for layer in self.session.cache.layers)
+
+
+def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int, extends: bool) -> list[Together]:
+    """Sessions without entries yet for a prompt of `length` tokens and up to `later` more, every policy a row of one.
+
+    Policies that will not evict again within `later` tokens share a session with those of about their size, since a step of
+    many rows takes hardly longer than a step of one. `about` numbers the policies.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, policy in enumerate(policies):
+        rests = policy.interval is None or policy.interval > later
+        size = _most(lm, policy, length)
+        together = policy.budget is not None and rests and not policy.slot_positions
+        groups.setdefault(-(-size // page_size(size)) if together else (policy, index), []).append(index)
+    made = []
+    for key, indices in groups.items():
+        some = [policies[index] for index in indices]
+        evictors = [Evictor(lm.model, policy, lm.engine.grams, [length]).row(0) for policy in some]
+        if isinstance(key, int):
+            session = _shared_session(lm, some, length, later)
+        else:
+            session = Session(lm.engine, some[0], [length], later, extends=extends)
+            evictors = [session.evictor.row(0)]
+        made.append(Together(session, some, evictors, indices))
+    return made
+
+
+def _most(lm: LM, policy: Policy, length: int) -> int:
+    """Entries per KV head that a policy stores of a prompt, at most and on average over layers and heads."""
+    if policy.budget is None:
+        return length
+    budgets = policy.layer_budgets(length, lm.config.num_layers)
+    union = lm.config.group if policy.granularity == "query" else 1
+    return min(length, -(-sum(budgets) * union // len(budgets)))
+
+
+def _shared_session(lm: LM, policies: Sequence[Policy], length: int, later: int) -> Session:
+    """A row for each policy, with room for what they keep; nothing is evicted after the prompt."""
+    session = Session(lm.engine, FullCache(), [1] * len(policies), 1)
+    most = max(_most(lm, policy, length) for policy in policies)
+    marked = max(policies, key=lambda policy: policy.granularity == "query")
+    session.cache = lm.engine.new_cache(
+        replace(marked, interval=None),
+        len(policies),
+        most + later,
+        queries=0,
+        ragged=True,
+        shared=True,
+        forks=0,
+        page=page_size(most),
+    )
+    return session
+
+
+def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int]) -> None:
+    """Session.prefill([ids]) of several new one-row sessions, at the price of one pass through the model."""
+    alone = [Together(session, [session.policy], [session.evictor.row(0)], [0]) for session in sessions]
+    prefill_all(lm, alone, ids)
 
 
 @torch.no_grad()
-def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int]) -> None:
-    """Session.prefill([ids]) of several new one-row sessions, at the price of one pass through the model."""
-    rows = [(session.cache.row(0), session.evictor.row(0)) for session in sessions]
+def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int]) -> None:
+    """Run one prompt through the model and let every row of every session keep its share of it."""
+    rows = [row for group in groups for row in group.rows]
     policies = [evictor.policy for _, evictor in rows]
     last = max(max(policy.observed_prompt, cache.window) for policy, (cache, _) in zip(policies, rows, strict=True))
     slots = any(policy.slot_positions for policy in policies)
@@ -45,10 +141,11 @@ def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int]) ->
             raw = raw_KLD if policy.slot_positions else None
             evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL)
     logits_1V = lm.model.head(x_LE[-1:])
-    for session, (cache, evictor) in zip(sessions, rows, strict=True):
+    for cache, evictor in rows:
         evictor.prompt_done(cache, len(ids))
-        session.cache.refresh()
-        session.logits_BV = logits_1V
+    for group in groups:
+        group.session.cache.refresh()
+        group.session.logits_BV = logits_1V.expand(len(group.policies), -1)
 
 
 def embed_prompt(model: Decoder, ids: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -21,7 +21,7 @@ from bench.needle import needle_plan, run_needle
 from bench.ruler import Plan, answer, run
 from bench.runs import SAMPLES, read_manifest, read_rows
 from bench.tasks import TASKS, Frame, Sample, make_sample
-from bench.together import prefill_together
+from bench.together import answer_together, prefill_all, prefill_together
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import Session
@@ -101,6 +101,29 @@ def test_answers_are_those_of_the_public_api(lm: restkv.LM, frame: Frame, sample
         assert row["output"] == text, policy.name
         assert kept is None or row["kept"] == pytest.approx(sum(kept) / len(kept), abs=1e-3)
         assert row["tokens"] == len(context + asked)
+
+
+def test_policies_that_evict_no_more_share_a_session_and_keep_what_each_alone_would(
+    lm: restkv.LM, ids: list[int]
+) -> None:
+    policies = [replace(method.policy(24), interval=interval) for method in METHODS for interval in (None, 1)]
+    groups = answer_together(lm, policies, len(ids), 8, extends=False)
+    prefill_all(lm, groups, ids)
+    assert sorted(index for group in groups for index in group.about) == list(range(len(policies)))
+    assert max(len(group.policies) for group in groups) >= 4
+    for group in groups:
+        for row, policy in enumerate(group.policies):
+            alone = Session(lm.engine, policy, [len(ids)], 8)
+            alone.prefill([ids])
+            assert group.kept(row) == kept_mean(alone), policy
+            companions = {name for layer in alone.cache.layers for name in layer.pool.companions}
+            assert group.live_bytes(row) == alone.cache.live_bytes, (policy, companions)
+            for one, other in zip(alone.cache.layers, group.session.cache.layers, strict=True):
+                _, pos_KC = one.slots()
+                _, their_pos_RC = other.slots()
+                heads = slice(row * one.heads, (row + 1) * one.heads)
+                for mine, theirs in zip(pos_KC.tolist(), their_pos_RC[heads].tolist(), strict=True):
+                    assert [p for p in mine if p >= 0] == [p for p in theirs if p >= 0], policy
 
 
 def test_a_right_answer_scores(lm: restkv.LM, frame: Frame, sample: Sample) -> None:
