@@ -158,6 +158,12 @@ def causal_attention(
     seen_TC = visible(
         torch.arange(first, end, device=device)[None], torch.arange(start, end, device=device)[:, None], window
     )
+    if softcap is None:  # keys are shared by stride, so that the group needs one mask
+        k_KGCD, v_KGCD = (t[:, None].expand(-1, H // K, -1, -1) for t in (k_KCD, v_KCD))
+        out_KGTD = F.scaled_dot_product_attention(
+            q_HTD.unflatten(0, (K, -1)), k_KGCD, v_KGCD, attn_mask=seen_TC[None, None], scale=scale
+        )
+        return out_KGTD.flatten(0, 1).transpose(0, 1)
     folded_KqD = q_HTD.reshape(K, H // K * T, -1)
     out_KqD = masked_attention(folded_KqD, k_KCD, v_KCD, seen_TC.repeat(H // K, 1), scale, softcap)
     return out_KqD.view(H, T, -1).transpose(0, 1)
