@@ -8,7 +8,7 @@ Letters: B batch rows, K KV heads, G query heads per KV head, X heads with a kep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,6 +73,7 @@ class Watch:
         hidden: entries of sliding-window layers that were out of sight when a choice was made.
         kept: positions after each of them in order, prompts (one row) and rounds: [event][row][layer][head].
         full: for each prompt to come, what a full cache holds of it; its rows must be stored bit for bit.
+        turned: rows whose keys were rotated anew by the round going on, one list per layer.
         ladders: follow LaCache's ladders too, which must not be forked meanwhile.
     """
 
@@ -83,6 +84,7 @@ class Watch:
     hidden: int = 0
     kept: list[list[list[list[list[int]]]]] = field(default_factory=list)
     full: list[Snapshot] = field(default_factory=list)
+    turned: list[list[bool]] = field(default_factory=list)
     ladders: bool = True
     _ladders: dict[int, tuple[object, Ladders]] = field(default_factory=dict)
 
@@ -113,7 +115,7 @@ class Watch:
         active: Sequence[bool],
     ) -> None:
         """An eviction was due; rows that are not active lose nothing. dead: there were marked entries before it."""
-        after, heads, kept, asked = snapshot(cache), cache.layers[0].heads, [], dead
+        after, heads, kept, asked, overs = snapshot(cache), cache.layers[0].heads, [], dead, []
         for layer, (old, new) in enumerate(zip(before, after, strict=True)):
             for mine, theirs in zip(new, old, strict=True):
                 at = {p: i for i, p in enumerate(theirs.pos)}
@@ -123,9 +125,12 @@ class Watch:
         for row, length in enumerate(cache.next_pos.tolist()):
             lists = slice(row * heads, (row + 1) * heads)
             over = [active[row] and self._over(evictor, row, [layer[lists] for layer in before])] * len(before)
+            overs.append(over[0])
             asked = asked or any(over)
             kept.append([positions(layer[lists]) for layer in after])
             self._row(evictor, row, [positions(layer[lists]) for layer in before], kept[-1], over, length)
+        turns = len(before) if evictor.policy.slot_positions and any(overs) else 0
+        assert self.turned == [overs] * turns, "only what has lost entries is renumbered: rotating again rounds again"
         self.rounds += 1
         self.compactions += compact
         self.kept.append(kept)
@@ -260,7 +265,7 @@ def protected(policy: Policy, held: Sequence[int], length: int, budget: int) -> 
 @contextmanager
 def watched() -> Iterator[Watch]:
     """While this lasts, every prompt stored and every eviction of any session is checked."""
-    watch, prompt_done, round_ = Watch(), Evictor.prompt_done, Evictor.round
+    watch, prompt_done, round_, rerotate = Watch(), Evictor.prompt_done, Evictor.round, LayerCache.rerotate
 
     def done(evictor: Evictor, cache: KVCache, length: int) -> None:
         prompt_done(evictor, cache, length)
@@ -270,9 +275,18 @@ def watched() -> Iterator[Watch]:
         before = snapshot(cache)
         live = [[len(entries.pos) for entries in lists] for lists in before]
         dead = [layer.used.tolist() for layer in cache.layers] != live
+        watch.turned.clear()
         over = round_(evictor, cache, compact, active)
         watch.round(evictor, cache, before, dead, compact, active or [True] * cache.rows)
         return over
 
-    with patch.object(Evictor, "prompt_done", done), patch.object(Evictor, "round", evict):
+    def turn(layer: LayerCache, rotary: Callable, rows_B: Tensor | None = None) -> None:
+        watch.turned.append([True] * layer.rows if rows_B is None else rows_B.tolist())
+        rerotate(layer, rotary, rows_B)
+
+    with (
+        patch.object(Evictor, "prompt_done", done),
+        patch.object(Evictor, "round", evict),
+        patch.object(LayerCache, "rerotate", turn),
+    ):
         yield watch

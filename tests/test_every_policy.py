@@ -75,7 +75,7 @@ def refusal(variant: str, granularity: str, budget: str) -> str | None:
     if options.get("gqa") == "joint" and granularity == "query":
         return "gqa"
     slots = issubclass(cls, Slotted) and options.get("positions", cls.positions) == "slot"
-    if slots and budget not in ("int", "float"):
+    if slots and (budget not in ("int", "float") or granularity == "query"):
         return "positions"
     if cls is LaCache and budget not in ("int", "float"):
         return "budget_by"

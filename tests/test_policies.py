@@ -115,6 +115,7 @@ def test_bad_options_are_one_line_with_value_place_and_mend(values, words):
         ("h2o", {"recent": 65, "budget": (80, 64)}, "recent 65.*budget of 64"),
         ("h2o", {"positions": "slots"}, "positions 'slots': choose from slot, original"),
         ("h2o", {"positions": "slot", "budget_by": "pyramid"}, "positions 'slot'.*uniform"),
+        ("h2o", {"positions": "slot", "granularity": "query"}, "positions 'slot'.*unions"),
         ("streamingllm", {"budget": (64, 32)}, "positions 'slot'.*one budget"),
         ("streamingllm", {"fill": "last"}, "fill 'last': choose from newest, first"),
         ("caote", {"gqa": "joint"}, "gqa 'joint'.*output_weight"),

@@ -27,6 +27,12 @@ class Slotted(Policy):
             'a slot is a position only where all heads and layers keep the same number; choose "original", or one budget '
             'with budget_by="uniform"',
         )
+        self._require(
+            not self.slot_positions or self.granularity == "kv",
+            "positions",
+            "a slot is a position only where all heads hold the same number, which unions of query heads' sets do not; "
+            'choose "original", or granularity="kv"',
+        )
 
     @property
     def slot_positions(self) -> bool:
