@@ -63,7 +63,8 @@ class Pyramid(Allocation):
     """Early layers keep more, in equal steps (PyramidKV, Cai et al., 2024, arXiv 2406.02069; SPEC §2.6).
 
     With base = budget - reserved, the last layer keeps base // beta unreserved entries and the first 2 * base minus that;
-    a prompt too short for the first layer flattens the pyramid to what there is.
+    a prompt too short for the first layer flattens the pyramid to what there is. No layer is left without any entry: where
+    nothing is reserved, the last one keeps at least 1.
 
     The released code steps down by whole numbers, rounded towards the first layer's count, so the layers together keep
     more than their budget (11% more for 32 layers of 128). `exact` rounds the same line to whole numbers whose sum
@@ -94,7 +95,8 @@ class Pyramid(Allocation):
         short = length < budget or (self.middle_regime and length < 2 * base)
         if short or num_layers == 1:
             return [budget] * num_layers
-        first = min(2 * base - base // self.beta, length - reserved)
+        last = max(base // self.beta, 1 - reserved)
+        first = min(2 * base - last, length - reserved)
         drop, steps = 2 * (first - base), num_layers - 1  # the last layer has 2 * base - first
         if not self.exact:
             return [reserved + first - layer * (drop // steps) for layer in range(num_layers)]

@@ -14,11 +14,13 @@ NOTHING = -math.inf
 
 
 def pyramid(budget, window, num_layers, length, beta=20, middle_regime=True):
-    """The released code's integers."""
+    """The released code's integers, but never a layer without entries."""
     base = budget - window
     if length < budget or (middle_regime and length < 2 * base) or num_layers == 1:
         return [budget] * num_layers
     least = base // beta
+    if least + window == 0:
+        least = 1
     most = 2 * base - least
     if most >= length - window:
         most = length - window
@@ -30,7 +32,7 @@ def pyramid(budget, window, num_layers, length, beta=20, middle_regime=True):
 def pyramid_line(budget, window, num_layers, length, beta=20):
     """The line between the first and the last layer that the whole numbers stand for."""
     base = budget - window
-    most = min(2 * base - base // beta, length - window)
+    most = min(2 * base - (base // beta or int(window == 0)), length - window)
     return [window + most - Fraction(2 * (most - base) * layer, num_layers - 1) for layer in range(num_layers)]
 
 

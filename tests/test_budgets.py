@@ -8,14 +8,14 @@ import math
 import pytest
 import reference_budgets as reference
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from restkv.budgets import ALLOCATIONS, AdaKV, Allocation, Global, Pyramid
 from restkv.errors import PolicyError
 from restkv.observe import Observation
-from restkv.policies import SnapKV
+from restkv.policies import KeyNorm, SnapKV
 
 FLOORS = (0, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 # Multiples of 1/8, few of them: ties are the rule, and sums are exact in any order.
@@ -61,6 +61,7 @@ shapes = {
 @settings(max_examples=250, deadline=None)
 @given(**shapes)
 def test_pyramid_released_integers(window, extra, num_layers, length, beta, middle_regime):
+    assume(window + extra > 0)
     args = (window + extra, window, num_layers, length)
     got = Pyramid(beta=beta, middle_regime=middle_regime).layers(*args)
     assert got == reference.pyramid(*args, beta=beta, middle_regime=middle_regime)
@@ -69,6 +70,7 @@ def test_pyramid_released_integers(window, extra, num_layers, length, beta, midd
 @settings(max_examples=250, deadline=None)
 @given(**shapes)
 def test_pyramid_exact_spends_everything_along_the_same_line(window, extra, num_layers, length, beta, middle_regime):
+    assume(window + extra > 0)
     args = (window + extra, window, num_layers, length)
     got = Pyramid(beta=beta, exact=True, middle_regime=middle_regime).layers(*args)
     released = reference.pyramid(*args, beta=beta, middle_regime=middle_regime)
@@ -103,6 +105,16 @@ def test_pyramid_regimes():
     assert Pyramid(exact=True).layers(96, 32, 4, 400) == [157, 117, 75, 35]
     assert Pyramid(middle_regime=False).layers(96, 32, 4, 127) == [127, 107, 87, 67]
     assert Pyramid(middle_regime=False).layers(96, 32, 4, 95) == [96] * 4
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_pyramid_leaves_no_layer_without_entries(exact):
+    for budget in range(1, 42):
+        for num_layers in (2, 3, 32):
+            budgets = KeyNorm(budget, window=0, budget_by=Pyramid(exact=exact)).layer_budgets(1000, num_layers)
+            assert min(budgets) >= 1
+            assert not exact or sum(budgets) == num_layers * budget
+    assert KeyNorm(19, window=0, budget_by=Pyramid(exact=exact)).layer_budgets(1000, 3) == [37, 19, 1]
 
 
 @pytest.mark.parametrize("layer", [0, 3])
