@@ -89,7 +89,7 @@ def test_all_cases_are_there_and_some_decisions_are_hard():
 
 @pytest.mark.parametrize(
     ("name", "other", "differing"),
-    [("tova", {"window": 0}, 8), ("observed_attention", {"per_query": False}, 20)],
+    [("snapkv", {"pooling": "max"}, 19), ("tova", {"window": 0}, 8), ("observed_attention", {"per_query": False}, 20)],
 )
 def test_what_the_authors_do_otherwise_shows(name, other, differing):
     """As counted in bench/peers/README.md: the official reading of a method keeps other entries in so many cases."""
@@ -98,6 +98,6 @@ def test_what_the_authors_do_otherwise_shows(name, other, differing):
         about, data = case_of(path)
         press = about["presses"][name]
         policy = replace(PRESSES[name](press["n_kept"], press), **other)
-        kept = policy.keep(observed(policy, about, data, data["k_KLD"].shape[1]))[0]
+        kept = policy.keep(observed(policy, about, data, press.get("window_size", data["k_KLD"].shape[1])))[0]
         count += not torch.equal(kept, torch.zeros_like(kept).scatter(-1, data[f"{name}.kept_KC"].long(), True))
     assert count == differing
