@@ -23,6 +23,14 @@ def test_the_floor_counts_every_weight_a_step_reads(preset):
     assert weight_bytes(PRESETS[preset], "bfloat16") == 2 * matrices
 
 
+def test_presets_have_the_published_numbers_of_parameters():
+    published = {"tinyllama-1.1b": 1.10, "llama-3.1-8b": 8.03, "mistral-7b": 7.25, "gemma-2-2b": 2.61, "qwen2.5-7b": 7.62}
+    for preset, billions in published.items():
+        with torch.device("meta"):
+            model = Decoder(config_from_dict(PRESETS[preset]))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
 def test_a_small_comparison_from_end_to_end(tmp_path, capsys):
     out = tmp_path / "speed.json"
     main(
