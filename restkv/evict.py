@@ -76,7 +76,7 @@ class Evictor:
             for length in lengths
         ]
         for length, budgets in zip(lengths, per_row, strict=True):
-            _check_protected(policy, length, min(budgets))
+            _check_protected(policy, length, budgets)
         self.budgets = [list(column) for column in zip(*per_row, strict=True)]
         self.states = [policy.start() for _ in lengths]
         self.counted_B = torch.zeros(len(lengths), dtype=torch.int32, device=model.device)
@@ -201,6 +201,8 @@ class Evictor:
         Args:
             active: rows that go on; the others lose nothing. None: all of them.
             compact: reclaim the pages of what goes (and of what was only marked before); else mark the losers dead.
+        Raises:
+            PolicyError: protected spans that the text has grown into, or that the newest entries no longer cover, do not fit.
         """
         if self.policy.budget is None:
             return False
@@ -209,6 +211,10 @@ class Evictor:
             if compact:
                 self._reclaim(cache)
             return False
+        if self.policy.protect and any(over_B):
+            for row, length in enumerate(cache.next_pos.tolist()):  # sync: once per eviction
+                if over_B[row]:
+                    _check_protected(self.policy, length, [budgets[row] for budgets in self.budgets])
         for index, (layer, obs, keep_BXC) in enumerate(self._choices(cache, over_B)):
             keep_BKC, companions = self._stored(keep_BXC, obs.mass, layer.heads)
             assert keep_BKC is not None
@@ -386,13 +392,23 @@ def _protected(policy: Policy, pos_BKC: Tensor, budgets: Sequence[int], next_pos
     return kept_BKC & (pos_BKC >= 0)
 
 
-def _check_protected(policy: Policy, length: int, budget: int) -> None:
-    """Refuse spans that leave the budget no room: what is protected must fit into it."""
-    positions = set(range(min(policy.sinks, length))) | set(range(max(0, length - policy.newest(budget)), length))
-    for start, end in policy.protect:
-        positions |= set(range(min(start, length), min(end, length)))
-    if len(positions) > budget < length:
-        raise PolicyError(
-            f"budget {budget} is smaller than the {len(positions)} protected entries (sinks, window and protected spans) of a "
-            f"prompt of {length} tokens; raise the budget or protect less"
-        )
+def _check_protected(policy: Policy, length: int, budgets: Sequence[int]) -> None:
+    """Refuse spans that leave a layer's budget no room: what is protected of so many tokens must fit into it."""
+    for layer, budget in enumerate(budgets):
+        count = _protected_count(policy, length, budget)
+        if count > budget < length:
+            whose = f"budget {budget}" if len(set(budgets)) == 1 else f"layer {layer}'s budget {budget}"
+            raise PolicyError(
+                f"{whose} is smaller than the {count} protected entries (sinks, window and protected spans) of a text of "
+                f"{length} tokens; raise the budget or protect less"
+            )
+
+
+def _protected_count(policy: Policy, length: int, budget: int) -> int:
+    """How many of the positions below `length` are protected in a head that may keep `budget` entries."""
+    count = end = 0
+    for start, stop in sorted([(0, policy.sinks), (length - policy.newest(budget), length), *policy.protect]):
+        start, stop = max(start, end), min(stop, length)
+        if start < stop:
+            count, end = count + stop - start, stop
+    return count

@@ -23,6 +23,7 @@ from restkv.errors import PolicyError, PromptError
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, ReSTKV, SnapKV, StreamingLLM
+from restkv.results import Decoding
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
@@ -141,6 +142,21 @@ def test_prompts_come_as_text_ids_or_lists_of_either(lm):
     assert isinstance(lm.generate([PROMPT], FullCache(), max_new_tokens=1), list)
 
 
+@pytest.mark.parametrize(("interval", "high_water"), [(4, 29), (1, 24), (3, 31), (7, None), (9, 40), (40, None)])
+@torch.no_grad()
+def test_pools_never_grow_however_rounds_and_compactions_fall(interval, high_water):
+    """Rounds that only mark, compactions that find no row over its mark: a larger pool would be a new graph."""
+    lm, ids = small_lm(), small_ids(50)
+    policy = ReSTKV(budget=20, window=4, interval=interval, high_water=high_water)
+    session = Session(lm.engine, policy, [len(ids)], 150)
+    session.prefill([ids])
+    reserved = session.cache.reserved_bytes
+    for token in small_ids(150, seed=1):
+        session.feed(torch.tensor([token]))
+    assert session.evictions >= 3
+    assert session.cache.reserved_bytes == reserved
+
+
 # -- text
 
 
@@ -157,6 +173,16 @@ def test_pieces_of_a_stream_add_up_to_the_text(lm, story):
     assert len(pieces) > 20
     assert "".join(pieces) == stream.generation.text == story.text == lm.tokenizer.decode(story.tokens)
     assert stream.generation.tokens == story.tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.lists(st.integers(3, 511), min_size=1, max_size=8))
+def test_text_is_what_the_tokens_decode_to_wherever_they_end(lm, tokens):
+    """Random tokens: bytes of half characters, spaces at the end."""
+    row = lm.answer(Decoding(max_new_tokens=len(tokens), ignore_eos=True))
+    pieces = [row.push(token) for token in tokens]
+    assert row.reason == "length"
+    assert "".join(pieces) == row.text == lm.tokenizer.decode(tokens)
 
 
 @settings(max_examples=25, deadline=None)
@@ -329,6 +355,38 @@ def test_protected_entries_that_do_not_fit_are_refused(lm):
     with pytest.raises(PolicyError, match="budget 20 is smaller than the 23 protected entries"):
         lm.generate(list(range(5, 45)), policy, max_new_tokens=1)
     lm.generate(list(range(5, 25)), policy, max_new_tokens=1)  # 20 tokens: nothing has to go
+
+
+@pytest.mark.parametrize(("span", "at"), [((14, 30), 28), ((25, 40), 40)])
+@torch.no_grad()
+def test_a_span_that_outgrows_the_budget_is_refused_once_it_does(span, at):
+    """Reaching past the prompt of 20 tokens, or beginning there; evictions fall on 24, 28, 32 ... tokens."""
+    session = Session(small_lm().engine, ReSTKV(budget=12, window=4, interval=4, protect=(span,)), [20, 3], 40)
+    session.prefill([small_ids(20), small_ids(3)])
+    for token in small_ids(at - 21):
+        session.feed(torch.tensor([token, token]))
+    held = at - span[0]
+    with pytest.raises(PolicyError, match=f"budget 12 is smaller than the {held} protected .* a text of {at}") as error:
+        session.feed(torch.tensor([1, 1]))
+    assert "\n" not in str(error.value)
+
+
+def test_spans_that_the_newest_entries_no_longer_cover_must_fit_too():
+    held = ReSTKV(
+        budget=12, window=4, interval=4, protect=((12, 20),)
+    )  # all of it in the prompt, half of it in the window
+    assert small_lm().generate(small_ids(20), held, max_new_tokens=20, ignore_eos=True).finish_reason == "length"
+    covered = ReSTKV(budget=12, window=4, interval=4, protect=((11, 20),))  # as the window moves on, one too many
+    with pytest.raises(PolicyError, match="the 13 protected entries"):
+        small_lm().generate(small_ids(20), covered, max_new_tokens=20, ignore_eos=True)
+
+
+def test_the_layer_whose_budget_is_too_small_is_named():
+    lm, ids = small_lm(windows=(None,) * 3), small_ids(40)
+    with pytest.raises(PolicyError, match="layer 2's budget 9 is smaller than the 12 protected entries"):
+        lm.generate(ids, ReSTKV(budget=(20, 15, 9), window=4, protect=((0, 8),)), max_new_tokens=1)
+    with pytest.raises(PolicyError, match="layer 1's budget 20 is smaller than the 24 protected entries"):
+        lm.generate(ids, SnapKV(budget=20, window=4, protect=((0, 20),), budget_by="pyramid"), max_new_tokens=1)
 
 
 def remarks(call) -> list[str]:
