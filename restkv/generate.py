@@ -216,7 +216,14 @@ class Session:
         self.logits_BV = torch.cat(logits)
 
     def extend(self, rows: Sequence[Sequence[int]]) -> None:
-        """Append several tokens per row (none for some, perhaps), in chunks, each attending before it is evicted."""
+        """Append several tokens per row (none for some, perhaps), in chunks, each attending before it is evicted.
+
+        Rows share one count of tokens since the last eviction, and a chunk counts as many as its longest row has: a row with
+        fewer tokens may be brought back to its budget sooner than `interval` tokens after its last eviction, never later.
+
+        Raises:
+            PolicyError: the text has grown into more protected entries than fit into the budget.
+        """
         for start in range(0, max(map(len, rows)), self._chunk):
             pieces = [ids[start : start + self._chunk] for ids in rows]
             self.logits_BV = self._run(self.cache, pieces, self.logits_BV)
@@ -243,11 +250,15 @@ class Session:
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
         ids_B = sample(self.logits_BV, sampling, generators)
-        self.last_ids = ids_B.tolist()  # sync: text goes out, and is looked through for its end, token by token
+        self.last_ids = ids_B.tolist()  # sync: a row that has ended is not fed, so the next step waits for this
         return ids_B
 
     def feed(self, ids_B: Tensor) -> None:
-        """Append one token per active row and compute the next logits; evicts when the interval is over."""
+        """Append one token per active row and compute the next logits; evicts when the interval is over.
+
+        Raises:
+            PolicyError: the text has grown into more protected entries than fit into the budget.
+        """
         cache, engine = self.cache, self.engine
         self.last_ids = []
         if self._room == 0:

@@ -157,6 +157,42 @@ def test_pools_never_grow_however_rounds_and_compactions_fall(interval, high_wat
     assert session.cache.reserved_bytes == reserved
 
 
+@torch.no_grad()
+def test_a_high_water_mark_is_for_what_is_appended():
+    """docs/policies.md: a dense prompt and a first chunk come back to their budget, all later tokens may pile up to the mark."""
+
+    def held(session: Session) -> int:
+        (count,) = {int(n) for layer in session.cache.layers for n in layer.live_counts().flatten()}
+        return count
+
+    engine, policy = small_lm().engine, ReSTKV(budget=20, window=4, interval=1, high_water=40)
+    dense = Session(engine, policy, [30], 40, extends=True)
+    dense.prefill([small_ids(30)])
+    assert held(dense) == 20
+    for chunk, count in ((10, 30), (25, 25)):
+        chunked = Session(engine, policy, [30], 40, prefill="chunked", chunk=chunk)
+        chunked.prefill([small_ids(30)])
+        chunked.cache.refresh()
+        assert held(chunked) == count
+    dense.extend([small_ids(12)])
+    counts = []
+    for token in small_ids(10):
+        dense.feed(torch.tensor([token]))
+        counts.append(held(dense))
+    assert counts == [33, 34, 35, 36, 37, 38, 39, 40, 20, 21]
+
+
+@torch.no_grad()
+def test_a_chunk_counts_as_many_tokens_as_its_longest_row():
+    """Row 1 gets 2 tokens and loses them again: row 0 has had its 6."""
+    session = Session(small_lm().engine, SnapKV(budget=10, window=4, interval=6), [20, 20], 9, extends=True)
+    session.prefill([small_ids(20)] * 2)
+    session.extend([small_ids(3), small_ids(1)])
+    assert session.kept()[0] == [13, 11]
+    session.extend([small_ids(3), small_ids(1)])
+    assert session.kept()[0] == [10, 10]
+
+
 # -- text
 
 

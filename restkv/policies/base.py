@@ -41,7 +41,9 @@ class Policy(ABC):
     granularity: str = "kv"  # one kept set per "kv" head, or one per "query" head
     gqa: str = "mean"  # how the scores of a group's query heads become its KV head's (granularity="kv")
     interval: int | None = 128  # tokens between two evictions while decoding; None evicts after the prompt only
-    high_water: int | None = None  # let a row's heads grow to this many entries before an eviction is worth it
+    # While tokens are appended, let a row's heads grow to this many entries before an eviction is worth it. What is read at
+    # once, a dense prompt or the first chunk of a chunked one, comes back to its budget all the same.
+    high_water: int | None = None
     budget_by: str | Allocation = "uniform"  # how the budget is shared out: a name of ALLOCATIONS, or an Allocation
 
     def __post_init__(self) -> None:
