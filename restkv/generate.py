@@ -62,7 +62,7 @@ class Engine:
             queries: last queries to remember.
             ragged: heads may keep different numbers of entries.
             shared: layers too.
-            forks: copies of the cache to have pages ready for.
+            forks: pages per list to have ready for forks.
             page: slots per page.
         """
         config = self.model.config
@@ -78,7 +78,7 @@ class Engine:
             page=page,
             window=queries,
             companions=companions_of(policy, self.model),
-            spare=int(ragged or shared) + forks * -(-entries // page),
+            spare=int(ragged or shared) + forks,
             ragged=ragged,
             shared=shared,
         )
@@ -185,6 +185,9 @@ class Session:
         if self._interval or self._chunked:
             fresh = (self._interval or 0) + (self._chunk if extends else 0)
             queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
+        page = page_size(entries - room)
+        # A fork that evicts moves all it holds to pages of its own; one that only appends copies the page it goes on in.
+        own = entries if self._interval else min(entries, max_new_tokens + room + page)
         uneven = policy.budget is not None and len(set(policy.layer_budgets(1 << 30, layers))) > 1
         return self.engine.new_cache(
             policy,
@@ -193,8 +196,8 @@ class Session:
             queries,
             ragged=policy.allocation.ragged or union > 1,
             shared=policy.allocation.across_layers or uneven,
-            forks=forks,
-            page=page_size(entries - room),
+            forks=forks * -(-own // page),
+            page=page,
         )
 
     def prefill(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> None:

@@ -299,9 +299,10 @@ class LM:
         """
         policy = FullCache() if policy is None else policy
         ids = self.encode(context)
-        session = Session(self.engine, policy, [len(ids)], 1)
+        targets = [self.encode_continuation(text) for text in continuations]
+        session = Session(self.engine, policy, [len(ids)], max(map(len, targets), default=1), forks=1)
         session.prefill([ids])
-        return self.score(session, continuations)
+        return self.score(session, targets)
 
     @torch.no_grad()
     def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:

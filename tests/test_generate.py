@@ -19,6 +19,7 @@ from small import VOCAB, small_ids, small_model
 
 import restkv
 from modeling.errors import RestKVWarning
+from modeling.pages import PagePool
 from restkv.errors import PolicyError, PromptError
 from restkv.generate import Session
 from restkv.lm import LM
@@ -353,6 +354,35 @@ def test_logprobs_of_a_compressed_context_do_not_depend_on_the_other_continuatio
         session.feed(torch.tensor([token]))
     assert together[0] == pytest.approx(total, abs=1e-5)
     assert together[0] != lm.logprobs(context, continuations[:1])[0]
+
+
+@pytest.mark.parametrize("length", [63, 64, 200])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FullCache(),
+        ReSTKV(budget=40, window=4, interval=3),
+        ReSTKV(budget=40, window=4, interval=3, budget_by="global"),
+        SnapKV(budget=40, window=4, interval=None),
+        H2O(budget=40, granularity="query"),
+    ],
+    ids=lambda policy: f"{policy.name}-{policy.interval}-{policy.allocation.name}",
+)
+def test_forks_of_logprobs_find_pages_ready(policy, length, monkeypatch):
+    """However long the continuations: a pool that grows is a new graph."""
+    lm = small_lm()
+    monkeypatch.setattr(PagePool, "grow", lambda pool, count: pytest.fail(f"{count} more pages"))
+    lm.logprobs(small_ids(length), [small_ids(70), small_ids(3), small_ids(40)], policy)
+
+
+@pytest.mark.slow
+def test_logprobs_compile_one_graph():
+    torch._dynamo.reset()
+    lm, counted = small_lm("flex"), torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    lm.logprobs(small_ids(63), [small_ids(7), small_ids(1), small_ids(40)])
+    assert counted["unique_graphs"] - before == 1
+    torch._dynamo.reset()
 
 
 # -- refusals and remarks
