@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from modeling.masks import page_block_mask, paged_mask_mod, visible
 from modeling.pages import LayerView
 
+CAPPED_LOGITS = 1 << 22  # soft-capped logits are written out, so many at a time (16 MiB as float32)
+
 
 def paged_attention(
     q_BTHD: Tensor,
@@ -118,11 +120,19 @@ def masked_attention(
             q_XTD[None], k_XCD[None], v_XCD[None], attn_mask=mask_1XTC, scale=scale
         )
         return out_1XTD[0].masked_fill(blind, 0)
-    logits_XTC = torch.matmul(q_XTD, k_XCD.transpose(-1, -2))
-    logits_XTC = logits_XTC.to(torch.promote_types(logits_XTC.dtype, torch.float32)) * scale
-    logits_XTC = softcap * torch.tanh(logits_XTC / softcap)
-    weights_XTC = torch.softmax(logits_XTC.masked_fill(~seen_XTC, float("-inf")), dim=-1).nan_to_num(0.0)
-    return torch.matmul(weights_XTC.to(v_XCD.dtype), v_XCD)
+    parts = []
+    for q_XtD, seen_XtC in zip(q_XTD.split(_rows(k_XCD), -2), seen_XTC.split(_rows(k_XCD), -2), strict=True):
+        logits_XtC = torch.matmul(q_XtD, k_XCD.transpose(-1, -2))
+        logits_XtC = logits_XtC.to(torch.promote_types(logits_XtC.dtype, torch.float32)) * scale
+        logits_XtC = softcap * torch.tanh(logits_XtC / softcap)
+        weights_XtC = torch.softmax(logits_XtC.masked_fill(~seen_XtC, float("-inf")), dim=-1).nan_to_num(0.0)
+        parts.append(torch.matmul(weights_XtC.to(v_XCD.dtype), v_XCD))
+    return torch.cat(parts, -2)
+
+
+def _rows(k_XCD: Tensor) -> int:
+    """Queries per head whose logits are written out at a time."""
+    return max(1, CAPPED_LOGITS // max(1, k_XCD.shape[0] * k_XCD.shape[1]))
 
 
 def causal_attention(
@@ -158,12 +168,13 @@ def causal_attention(
     seen_TC = visible(
         torch.arange(first, end, device=device)[None], torch.arange(start, end, device=device)[:, None], window
     )
+    q_KGTD = q_HTD.unflatten(0, (K, -1))
     if softcap is None:  # keys are shared by stride, so that the group needs one mask
         k_KGCD, v_KGCD = (t[:, None].expand(-1, H // K, -1, -1) for t in (k_KCD, v_KCD))
-        out_KGTD = F.scaled_dot_product_attention(
-            q_HTD.unflatten(0, (K, -1)), k_KGCD, v_KGCD, attn_mask=seen_TC[None, None], scale=scale
-        )
+        out_KGTD = F.scaled_dot_product_attention(q_KGTD, k_KGCD, v_KGCD, attn_mask=seen_TC[None, None], scale=scale)
         return out_KGTD.flatten(0, 1).transpose(0, 1)
-    folded_KqD = q_HTD.reshape(K, H // K * T, -1)
-    out_KqD = masked_attention(folded_KqD, k_KCD, v_KCD, seen_TC.repeat(H // K, 1), scale, softcap)
-    return out_KqD.view(H, T, -1).transpose(0, 1)
+    rows, parts = max(1, _rows(k_KCD) // (H // K)), []  # a mask for every query head is as large as logits, too
+    for q_KGtD, seen_tC in zip(q_KGTD.split(rows, 2), seen_TC.split(rows), strict=True):
+        out_KqD = masked_attention(q_KGtD.flatten(1, 2), k_KCD, v_KCD, seen_tC.repeat(H // K, 1), scale, softcap)
+        parts.append(out_KqD.unflatten(1, (H // K, -1)))
+    return torch.cat(parts, 2).flatten(0, 1).transpose(0, 1)

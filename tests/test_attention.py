@@ -13,8 +13,9 @@ import pytest
 import torch
 from small import small_ids, small_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling.attention import causal_attention, paged_attention
+from modeling.attention import CAPPED_LOGITS, causal_attention, masked_attention, paged_attention
 from modeling.pages import UNBOUNDED, LayerCache, PagePool
 from restkv.generate import Engine, Session
 from restkv.memory import PeakMemory
@@ -226,6 +227,41 @@ def test_dense_attention_of_a_prompt_is_the_loop(T, start, softcap, window):
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
             want_D = logits.softmax(0) @ v_KCD[h // G, first : at + 1].double()
             assert largest_gap(got[t, h], want_D) < 1e-5
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_never_writes_out_all_logits_of_a_chunk(softcap):
+    """Nor a mask per query head; soft-capped attention, which has no fused kernel, goes a few queries at a time."""
+    T, start, K, G, D = 512, 6000, 2, 8, 8
+    q_THD, k_KCD, v_KCD = torch.randn(T, K * G, D), torch.randn(K, start + T, D), torch.randn(K, start + T, D)
+    with Largest() as largest:
+        causal_attention(q_THD, k_KCD, v_KCD, start, scale=1.0, softcap=softcap, window=None)
+    assert largest.numel <= max(T * (start + T), CAPPED_LOGITS)
+    seen_TC = torch.rand(T, start + T) < 0.5
+    with Largest() as largest:
+        masked_attention(q_THD.transpose(0, 1), k_KCD.repeat(G, 1, 1), v_KCD.repeat(G, 1, 1), seen_TC, 1.0, softcap)
+    assert largest.numel < K * G * T * (start + T) / 4, "logits would be as many as this"
+
+
+@pytest.mark.parametrize("logits", [1, 100, 1000])
+def test_soft_capped_attention_in_pieces_is_attention_at_once(logits, monkeypatch):
+    q_THD, k_KCD, v_KCD = torch.randn(13, 6, 8), torch.randn(2, 20, 8), torch.randn(2, 20, 8)
+    how = {"scale": 1.0, "softcap": 2.0, "window": 9}
+    at_once = causal_attention(q_THD, k_KCD, v_KCD, 7, **how)
+    monkeypatch.setattr("modeling.attention.CAPPED_LOGITS", logits)
+    assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-6
 
 
 def test_eager_attention_over_lists_without_entries_is_zero():
