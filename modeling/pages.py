@@ -34,10 +34,10 @@ class LayerView(NamedTuple):
     k, v [1,1,S,D]; pos [S] int32; table [R,P] int32, whose first `M` columns of each row are that list's pages (row stride M:
     rows overlap, and the columns past a list's end are never read); used [R] int32: entries written, dead ones included;
     keep [S,G] bool or None: which query heads of the group may see the entry. reach [1] int32 or None: the layer's sliding
-    window (a large number where it has none); None when no layer of the model has one. It is a tensor because
-    nested_compile_region takes two layers for the same when only their mask functions differ (measured on torch 2.13: a model
-    with alternating windows then decodes with the first layer's window throughout). raw [S,D] or None: keys before RoPE,
-    for caches whose entries are re-rotated to their slot's rank.
+    window (a large number where it has none); None when no layer of the model has one. It is a tensor so
+    that layers with different windows share one region of nested_compile_region. On torch 2.13 that region tells apart numbers
+    a mask function captured, but not what it reads from a captured layer: there the first layer's window would serve them all.
+    raw [S,D] or None: keys before RoPE, for caches whose entries are re-rotated to their slot's rank.
     """
 
     k: Tensor

@@ -13,9 +13,12 @@ import pytest
 import torch
 from small import small_ids, small_model
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention import CAPPED_LOGITS, causal_attention, masked_attention, paged_attention
+from modeling.masks import visible
 from modeling.pages import UNBOUNDED, LayerCache, PagePool
 from restkv.generate import Engine, Session
 from restkv.memory import PeakMemory
@@ -324,3 +327,58 @@ def test_decoding_writes_into_a_large_pool_without_copying_it(run):
     assert run.written == [sorted([*range(50)] * 2)] * 3
     assert run.pool_bytes > 48e6
     assert run.extra_bytes < run.pool_bytes / 4
+
+
+def masked_twice(window_of) -> float:
+    """Gap between a compiled nested region run with windows None and 8, and a plain mask; window_of: what its mask asks."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, window: int | None) -> None:
+            super().__init__()
+            self.window = window
+
+    columns, shape = 64, (1, 1, 64, 16)
+    layers = [Layer(None), Layer(8)]
+    random_ = torch.Generator().manual_seed(0)
+    q_11TD, k_11CD = (torch.randn(shape, generator=random_) for _ in range(2))
+
+    @torch.compiler.nested_compile_region
+    def region(layer: Layer, q_11TD: Tensor, k_11CD: Tensor, pages: Tensor) -> Tensor:
+        asked = window_of(layer)
+
+        def mask(b: Tensor, h: Tensor, q: Tensor, slot: Tensor) -> Tensor:
+            width = asked.window if isinstance(asked, Layer) else asked
+            return visible(slot, q, width)
+
+        block_mask = BlockMask.from_kv_blocks(
+            torch.full_like(pages[..., 0], 2),
+            pages,
+            BLOCK_SIZE=(128, 32),
+            mask_mod=mask,
+            seq_lengths=(columns, columns),
+            compute_q_blocks=False,
+        )
+        options = {"PARTITION_SIZE": 31}
+        return flex_attention(q_11TD, k_11CD, k_11CD, block_mask=block_mask, scale=1.0, kernel_options=options)
+
+    def both(q_11TD: Tensor, k_11CD: Tensor, pages: Tensor) -> Tensor:
+        for layer in layers:
+            q_11TD = region(layer, q_11TD, k_11CD, pages)
+        return q_11TD
+
+    torch._dynamo.reset()
+    pages = torch.arange(2, dtype=torch.int32).view(1, 1, 1, 2)
+    got = torch.compile(both, fullgraph=True, dynamic=False)(q_11TD, k_11CD, pages)
+    torch._dynamo.reset()
+    at_C = torch.arange(columns)
+    for layer in layers:
+        seen_TC = visible(at_C, at_C[:, None], layer.window)
+        q_11TD = F.scaled_dot_product_attention(q_11TD, k_11CD, k_11CD, attn_mask=seen_TC, scale=1.0)
+    return largest_gap(got, q_11TD)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="measured on torch 2.13")
+def test_a_nested_region_serves_all_layers_with_what_its_mask_read_from_the_first():
+    """Why the window travels as a tensor. A number that the mask captured does make another region."""
+    assert masked_twice(lambda layer: layer) > 0.1
+    assert masked_twice(lambda layer: layer.window) < 1e-5
