@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from restkv.errors import PromptError
-from restkv.options import TINY, BackendOption, DeviceOption, DtypeOption, ModelArgument
+from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -41,7 +41,7 @@ QuestionOption = Annotated[
 
 @app.command()
 def ruler(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     tasks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together.")] = "1024",
     methods: MethodsOption = RIVALS,
@@ -78,7 +78,7 @@ def ruler(
 
 @app.command()
 def needle(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together.")] = "256,512,1024",
     depths: Annotated[int, typer.Option(help="Depths of the needle, evenly from beginning to end.")] = 5,
     methods: MethodsOption = RIVALS,
@@ -116,10 +116,10 @@ def needle(
 
 @app.command()
 def fidelity(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     text: Annotated[
         Path, typer.Option(help="UTF-8 text to read.", show_default="a story that comes with restkv")
-    ] = TINY / "story.txt",
+    ] = RECALL / "story.txt",
     methods: MethodsOption = RIVALS,
     budgets: Annotated[str, typer.Option(help="Entries per KV head, or fractions of the context.")] = "32,64,128",
     context: Annotated[int, typer.Option(help="Tokens before the eviction.")] = 384,
@@ -148,11 +148,11 @@ def fidelity(
 
 @app.command()
 def kept(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     prompt_file: Annotated[Path | None, typer.Option(help="The prompt; without one, a sample of --task.")] = None,
     mark: Annotated[list[str] | None, typer.Option(help="Point out this part of the prompt; may be repeated.")] = None,
     task: Annotated[str, typer.Option(help="A task of `restkv bench ruler`.")] = "niah_single",
-    length: Annotated[int, typer.Option(help="Its tokens.")] = 512,
+    length: Annotated[int, typer.Option("--length", "--context", help="Its tokens.")] = 512,
     depth: Annotated[float | None, typer.Option(help="Where its needle is, from 0 to 1.")] = None,
     seed: SeedOption = 0,
     question: Annotated[bool, typer.Option("--question/--no-question", help="With the question in sight.")] = True,
@@ -201,8 +201,16 @@ def kept(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, complete or not.")],
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown; write nothing.")
+    ] = False,
 ) -> None:
     """Build DIR/report.html, and a needle run's heat maps, from the results alone."""
+    if as_markdown:
+        from bench.report import markdown
+
+        print(markdown(folder), end="")
+        return
     from bench.needle import draw_needle
     from bench.report import write_report
     from bench.runs import read_manifest, read_rows

@@ -52,6 +52,29 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def markdown(folder: Path) -> str:
+    """The run's tables as Markdown, under a line that says how they were made.
+
+    Raises:
+        RunError: see build.
+    """
+    manifest, rows = read_manifest(folder), read_rows(folder)
+    kind, arguments = manifest["kind"], manifest["arguments"]
+    if kind not in TITLES:
+        raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
+    done, total = progress(kind, arguments, rows)
+    how = f"{TITLES[kind]} of {manifest['model']['fingerprint']}, {done} of {total} results"
+    blocks = [f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."]
+    for part in parts(kind, arguments, rows):
+        if isinstance(part, Table):
+            lines = [part.columns, [":--", *["--:"] * (len(part.columns) - 1)], *part.lines]
+            blocks.append(f"**{part.caption}**")
+            blocks.append(
+                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            )
+    return "\n\n".join(blocks) + "\n"
+
+
 def build(folder: Path) -> str:
     """The page's text.
 

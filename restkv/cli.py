@@ -26,7 +26,7 @@ from restkv.options import (
     KEEP,
     MODEL,
     OUTPUT,
-    TINY,
+    RECALL,
     BackendOption,
     BudgetOption,
     CompileOption,
@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when torch starts its threads: those that spin while they wait slow a busy machine down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["inspect"] and "--kept" in arguments:  # only the other command knows what may follow
+        arguments = ["bench", "kept", *(word for word in arguments[1:] if word != "--kept")]
     with warnings.catch_warnings():
         warnings.simplefilter("always", RestKVWarning)
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -97,12 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @cache
 def _command() -> Any:
-    """The commands of this file, and those that installed packages register, of which `bench` is one: each a typer app."""
+    """The commands of this file, and those that installed packages register (typer apps, or functions), as bench does."""
     for point in sorted(entry_points(group="restkv.commands"), key=lambda point: point.name):
         try:
-            app.add_typer(point.load(), name=point.name)
+            loaded = point.load()
+            if isinstance(loaded, typer.Typer):
+                app.add_typer(loaded, name=point.name)
+            else:
+                app.command(point.name)(loaded)
         except Exception as error:  # whatever a foreign module raises is no reason to refuse all other commands
-            warnings.warn(f"command {point.name!r} ({point.value}) cannot be used: {error}", RestKVWarning, stacklevel=2)
+            warnings.warn(
+                f"command {point.name!r} ({point.value}) cannot be used: {error}", RestKVWarning, stacklevel=2
+            )
     return typer.main.get_command(app)
 
 
@@ -144,7 +152,7 @@ def _root(
 
 @app.command()
 def generate(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", rich_help_panel=OUTPUT, help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None,
@@ -341,7 +349,7 @@ class _Sink:
 
 @app.command()
 def chat(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     system: Annotated[str | None, typer.Option(rich_help_panel=OUTPUT, help="Instructions; never evicted.")] = None,
     load_file: Annotated[
         Path | None,
@@ -349,9 +357,7 @@ def chat(
     ] = None,
     template: Annotated[
         bool | None,
-        typer.Option(
-            rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"
-        ),
+        typer.Option(rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"),
     ] = None,
     method: MethodOption = "restkv",
     preset: PresetOption = None,
@@ -428,10 +434,14 @@ def methods(
 
 @app.command()
 def inspect(
-    model: ModelArgument = str(TINY),
+    model: ModelArgument = str(RECALL),
     context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
+    kept: Annotated[
+        bool,
+        typer.Option("--kept", help="Show what each head keeps of a text: `restkv bench kept`, which has the options."),
+    ] = False,
 ) -> None:
     """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
     from modeling.loading import load_outline, resolve

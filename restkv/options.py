@@ -14,7 +14,7 @@ from restkv.errors import PolicyError
 if TYPE_CHECKING:
     from restkv.policies import Policy
 
-TINY = Path(__file__).parent / "assets" / "tiny"
+RECALL = Path(__file__).parent / "assets" / "recall-mini"
 DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
 
 
@@ -36,7 +36,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hugging Face checkpoint folder, or org/name to download it (extra: hub).",
-        show_default="the tiny model that comes with restkv",
+        show_default="recall-mini, which comes with restkv",
     ),
 ]
 BudgetOption = Annotated[

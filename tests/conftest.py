@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import transformers
 from families import save_case
+from rambler import save_rambler
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyCheckp
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint that never stops talking (tests/rambler.py). Do not write to it."""
+    folder = tmp_path_factory.mktemp("rambler")
+    save_rambler(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

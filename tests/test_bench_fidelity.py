@@ -26,7 +26,7 @@ from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.observe import Observation
-from restkv.options import TINY
+from restkv.options import RECALL
 from restkv.policies import FullCache, Policy
 
 CONTEXT, TAIL = 40, 6
@@ -51,7 +51,7 @@ def one() -> LM:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return (TINY / "story.txt").read_text(encoding="utf-8")
+    return (RECALL / "story.txt").read_text(encoding="utf-8")
 
 
 def session_of(lm: LM, policy: Policy, ids: Sequence[int]) -> Session:
@@ -247,7 +247,7 @@ def test_an_oracle_keeps_as_many_entries_of_every_head_as_the_policy(one: LM) ->
 
 
 def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None:
-    lm = restkv.load(TINY)
+    lm = restkv.load(RECALL)
     methods = tuple(parse_methods("restkv,streamingllm,snapkv:granularity=query"))
     plan = FidelityPlan(text, methods, (16, 0.25), context=80, tail=8, windows=2, oracle=1, oracle_context=40)
     run_fidelity(lm, plan, tmp_path / "whole")
@@ -269,7 +269,7 @@ def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None
 
 
 def test_senseless_plans_are_refused(text: str, tmp_path: Path) -> None:
-    lm = restkv.load(TINY)
+    lm = restkv.load(RECALL)
     few = FidelityPlan(text, tuple(parse_methods("restkv")), (16,), context=80, tail=8, windows=2, oracle=0)
     for changes, error, message in (
         ({"windows": 0}, PromptError, "windows 0: give at least 1"),

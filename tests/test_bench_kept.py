@@ -18,7 +18,7 @@ from restkv.cli import main
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
-from restkv.options import TINY
+from restkv.options import RECALL
 
 PROMPT = (
     "Once upon a time, there was a little girl named Lily. Lily has a red ball. Tom has a blue kite. The sun was warm."
@@ -27,7 +27,7 @@ PROMPT = (
 
 @pytest.fixture(scope="module")
 def lm() -> restkv.LM:
-    return restkv.load(TINY)
+    return restkv.load(RECALL)
 
 
 def example() -> Kept:
@@ -116,6 +116,15 @@ def test_marks_are_the_tokens_of_a_string(lm: restkv.LM) -> None:
     for missing in ("blue ball", ""):
         with pytest.raises(PromptError, match="does not occur in the prompt"):
             find_marks(lm, PROMPT, [missing])
+
+
+def test_inspect_kept_is_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kept", "--length", "220", "--budget", "20", "--methods", "h2o", "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["inspect", "--kept", "--context", "220", "--budget", "20", "--methods", "h2o", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == shown and "h2o: 20 of " in shown
+    assert main(["inspect", "--methods", "h2o"]) == 2
+    assert "--methods" in capsys.readouterr().err
 
 
 def test_the_command_shows_needle_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

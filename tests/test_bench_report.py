@@ -16,7 +16,7 @@ from PIL import Image
 
 from bench.figures import Grid, Line, Panel, heat_maps, line_panels, save_png, style
 from bench.report import build, write_report
-from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError
+from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_rows
 from bench.stats import Estimate, mean_interval
 from bench.tables import Drawing, Table, parts, progress
 from restkv.cli import main
@@ -348,3 +348,19 @@ def test_every_figure_of_a_run_is_drawn_from_rows_alone() -> None:
     for kind, (arguments, make_rows) in KINDS.items():
         drawings = [part for part in parts(kind, arguments, make_rows(arguments)) if isinstance(part, Drawing)]
         assert drawings and all(drawing.caption.endswith(".") for drawing in drawings)
+
+
+def test_markdown_has_the_pages_tables(folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder("ruler", 0.5)
+    assert main(["bench", "report", str(place), "--markdown"]) == 0
+    shown = capsys.readouterr().out
+    arguments, rows = RULER, read_rows(place)
+    tables = [part for part in parts("ruler", arguments, rows) if isinstance(part, Table)]
+    blocks = [block for block in shown.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == len(tables) > 1 and " of " in shown.split("\n")[0]
+    for table, block in zip(tables, blocks, strict=True):
+        head, rule, *lines = block.strip().split("\n")
+        assert f"**{table.caption}**" in shown
+        assert [cell.strip() for cell in head.strip("|").split("|")] == list(table.columns)
+        assert rule.count("|") == len(table.columns) + 1 and len(lines) == len(table.lines)
+    assert not (place / "report.html").exists()

@@ -25,7 +25,7 @@ from bench.together import answer_together, prefill_all, prefill_together
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import Session
-from restkv.options import TINY
+from restkv.options import RECALL
 
 EVERY = (
     "restkv,restkv:budget_by=global,restkv:gqa=joint:aggregate=indicator,restkv:granularity=query,snapkv,pyramidkv,adakv,"
@@ -37,7 +37,7 @@ FEW = "restkv,h2o,streamingllm,snapkv:granularity=query"
 
 @pytest.fixture(scope="module")
 def lm() -> restkv.LM:
-    return restkv.load(TINY)
+    return restkv.load(RECALL)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from test_schedules import engine_kept
 import restkv
 from restkv.budgets import Pyramid
 from restkv.chat import Chat
-from restkv.cli import TINY
 from restkv.context import CompressedContext
 from restkv.errors import OutputError, PolicyError, PromptError, RestKVWarning, TokenizerError
 from restkv.lm import LM
@@ -48,18 +47,18 @@ TURNS = ["Once upon a time, there was a girl named Lily.", "  The dog was happy.
 
 
 @pytest.fixture(scope="module")
-def lm() -> LM:
-    return restkv.load(TINY)
+def lm(rambler) -> LM:
+    return restkv.load(rambler)
 
 
 @pytest.fixture(scope="module")
-def templated(tmp_path_factory):
-    """templated(name): the checkpoint that ships, with a chat template."""
+def templated(rambler, tmp_path_factory):
+    """templated(name): the same checkpoint with a chat template."""
     made = {}
 
     def get(name: str) -> LM:
         if name not in made:
-            folder = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("templated") / name))
+            folder = Path(shutil.copytree(rambler, tmp_path_factory.mktemp("templated") / name))
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             template = TEMPLATES.get(name, name)
             (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))

@@ -12,7 +12,7 @@ import torch
 from by_hand import prepared
 from observed import observation
 
-from restkv.cli import TINY, main
+from restkv.cli import main
 from restkv.errors import PolicyError
 from restkv.policies import POLICIES, get_policy, known_policies, policy_class
 
@@ -62,9 +62,9 @@ def test_the_documented_policy_is_twenty_lines_and_scores_as_it_says(install):
     assert (policy.keep(obs).sum(-1) == (obs.pos >= 0).sum(-1).clamp_max(12)).all()
 
 
-def test_the_documented_use_runs(install, capsys):
+def test_the_documented_use_runs(install, rambler, capsys):
     install("vatp", {"vatp": "vatp:VATP"}, CODE)
-    folder = str(TINY)
+    folder = str(rambler)
     exec(USE.replace("path/to/checkpoint", folder), {})
     assert "[[" in capsys.readouterr().out
     (command,) = re.findall(r"```\nrestkv (generate .*--method vatp.*)\n", DOCS)
@@ -114,8 +114,8 @@ def test_a_plugin_cannot_take_one_of_our_names(install):
     assert policy_class("snapkv") is POLICIES["snapkv"] and known_policies() == tuple(POLICIES)
 
 
-def test_a_preset_with_a_budget_needs_none_on_the_command_line(capsys):
-    arguments = ["generate", str(TINY), "-p", "Lily", "-n", "1", "--json"]
+def test_a_preset_with_a_budget_needs_none_on_the_command_line(rambler, capsys):
+    arguments = ["generate", str(rambler), "-p", "Lily", "-n", "1", "--json"]
     assert main([*arguments, "--method", "h2o", "--preset", "official"]) == 0
     assert '"budget": 516' in capsys.readouterr().out
     assert main([*arguments, "--method", "h2o", "--preset", "official", "--budget", "600"]) == 0

@@ -24,7 +24,13 @@ def test_the_floor_counts_every_weight_a_step_reads(preset):
 
 
 def test_presets_have_the_published_numbers_of_parameters():
-    published = {"tinyllama-1.1b": 1.10, "llama-3.1-8b": 8.03, "mistral-7b": 7.25, "gemma-2-2b": 2.61, "qwen2.5-7b": 7.62}
+    published = {
+        "tinyllama-1.1b": 1.10,
+        "llama-3.1-8b": 8.03,
+        "mistral-7b": 7.25,
+        "gemma-2-2b": 2.61,
+        "qwen2.5-7b": 7.62,
+    }
     for preset, billions in published.items():
         with torch.device("meta"):
             model = Decoder(config_from_dict(PRESETS[preset]))

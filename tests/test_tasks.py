@@ -17,12 +17,12 @@ from bench.prose import ADJECTIVES, CODED_WORDS, NOUNS, PADS, SYLLABLES, listing
 from bench.tasks import DEPTH_TASKS, TASKS, Frame, Sample, make_sample, score
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
-from restkv.options import TINY
+from restkv.options import RECALL
 
 FRAMES = {
     "words": Frame(word_tokenizer()),
     "chat": Frame(word_tokenizer(chat=True), chat=True),
-    "bytes": Frame(Tokenizer.from_folder(TINY)),
+    "bytes": Frame(Tokenizer.from_folder(RECALL)),
 }
 LENGTHS = (512, 1100)
 NIAH = [task for task in TASKS if task.startswith("niah")]

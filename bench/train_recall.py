@@ -1,0 +1,469 @@
+"""Trains recall-mini, the checkpoint that ships in restkv/assets/recall-mini, to answer the questions of bench/tasks.py.
+
+    python -m bench.train_recall                # from nothing; overwrites the folder's weights and tokenizer
+    python -m bench.train_recall --show 7       # print lesson number 7 of each kind and stop
+
+The folder's config.json has the architecture; docs/recall-mini.md says what it took and what came out. Held-out accuracy is
+measured by `restkv bench ruler`, like any other checkpoint's.
+
+Letters: B batch rows, T tokens, E hidden width, N supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count, groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from bench.prose import ADJECTIVES, CODED_WORDS, NOUNS, sentences
+from bench.tasks import (
+    BOXES_INTRO,
+    CODES_INTRO,
+    TASKS,
+    Fact,
+    asked,
+    box_facts,
+    box_question,
+    code_facts,
+    code_question,
+    draw_names,
+    draw_numbers,
+    draw_things,
+    told,
+)
+from modeling.families import read_config
+from modeling.layers import Decoder
+from modeling.loading import tensor_slots
+
+FOLDER = Path(__file__).parent.parent / "restkv" / "assets" / "recall-mini"
+BOS, EOS = "<s>", "</s>"
+LM_WEIGHT = 0.1
+LINES = 0.15  # share of lessons that are conversations
+
+
+# -- tokenizer
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE that knows every word of the tasks whole, numbers by up to three digits, and can spell any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{N}{1,3}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_spellings(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
+def _spellings() -> Iterator[str]:
+    """Every word about as often as any other, so that the rare ones become tokens too."""
+    rng = random.Random(0)
+    words: dict[str, None] = {}
+    told_sentences = sentences(rng)
+    for _ in range(20_000):
+        words.update(dict.fromkeys(next(told_sentences).split()))
+    for name, draw in TASKS.items():
+        draft = draw(rng, name, None)
+        words.update(dict.fromkeys(f"{draft.intro} {draft.question} {draft.answer_prefix} {draft.target}".split()))
+    words.update(dict.fromkeys([*ADJECTIVES, *NOUNS, *CODED_WORDS, *(word.capitalize() for word in CODED_WORDS)]))
+    for word in words:
+        yield from [f" {word}"] * 20
+    for number in range(1000):
+        yield from [f" {number:03d}"] * 40
+    for number in range(100):
+        yield from [f" 100{number:02d}"] * 40
+
+
+# -- lessons
+
+# What a question asks for, and is scored as. In FREE ones the order of the answer is drawn, so that no model can know it.
+ASKS = ("repeats", "code", "codes of several", "several codes", "boxes", "common words", "frequent words")
+FREE = ("several codes", "common words")
+
+
+@dataclass
+class Lesson:
+    """A context, and after it questions with their answers, as token ids.
+
+    Attributes:
+        ids: tokens.
+        answer: parallel to ids: which question the token answers, -1 for none.
+        asks: index into ASKS of every question.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    asks: list[int] = field(default_factory=list)
+
+    def tell(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self.answer += [-1] * len(ids)
+
+    def wants(self, ids: Sequence[int], ask: str) -> None:
+        self.ids += ids
+        self.answer += [len(self.asks)] * len(ids)
+        self.asks.append(ASKS.index(ask))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about facts that the context tells."""
+
+    kind: str
+    question: str
+    facts: list[Fact]
+
+
+class Lessons:
+    """Endless lessons, a function of the seed."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int):
+        self.rng = random.Random(seed)
+        self.tokenizer = tokenizer
+        self.encode = lru_cache(1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        (self.bos,), (self.eos,) = self.encode(BOS), self.encode(EOS)
+        self.prose = sentences(self.rng)
+
+    def batch(self, rows: int, length: int, mix: Mapping[str, float], filler: float) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [B, T+1] int64, and parallel to it `answer` (see Lesson) and `ask` (index into ASKS, -1), T = `length`."""
+        ids, answer, ask = [], [], []
+        for kind in self.rng.choices(list(mix), list(mix.values()), k=rows):
+            lesson = KINDS[kind](self, length, self.rng.random() < filler)
+            short = [-1] * (length + 1 - len(lesson.ids))
+            ids.append((lesson.ids + [self.bos] * len(short))[: length + 1])
+            answer.append((lesson.answer + short)[: length + 1])
+            ask.append(([lesson.asks[i] if i >= 0 else -1 for i in lesson.answer] + short)[: length + 1])
+        return torch.tensor(ids), torch.tensor(answer), torch.tensor(ask)
+
+    def repeats(self, length: int, _: bool) -> Lesson:
+        """A random sequence over and over: nothing helps but to copy what came after the same token before."""
+        period = self.rng.randint(8, max(9, length // 2))
+        once = self.rng.choices(range(2, self.tokenizer.get_vocab_size()), k=period)
+        again = (once * (length // period + 1))[: length - period]
+        lesson = Lesson()
+        lesson.tell([*once, once[0]])
+        lesson.wants([*again[1:], once[length % period]], "repeats")
+        return lesson
+
+    def codes(self, length: int, filler: bool) -> Lesson:
+        """Things with codes: one is asked for, or those of several things, or the several codes of one thing."""
+        rng = self.rng
+        things = iter(draw_things(rng, rng.randint(2, min(24, max(3, length // 24)))))
+        asks = []
+        for thing in things:
+            kind = rng.choices(ASKS[1:4], (3, 2, 1) if length > 128 else (1, 0, 0))[0]
+            group = [thing, *islice(things, rng.randint(1, 3))] if kind == "codes of several" else [thing]
+            values = rng.randint(2, 4) if kind == "several codes" else 1
+            facts = code_facts(group, draw_numbers(rng, values * len(group)))
+            asks.append(Ask(kind if len(facts) > 1 else "code", code_question(group, values), facts))
+        return self._lesson(length, filler, CODES_INTRO, asks)
+
+    def boxes(self, length: int, filler: bool) -> Lesson:
+        """Numbers in boxes, and boxes in boxes."""
+        rng = self.rng
+        numbers = draw_numbers(rng, rng.randint(1, min(6, max(2, length // 80))))
+        names = iter(draw_names(rng, 4 * len(numbers)))
+        chains = [list(islice(names, rng.randint(1, 4))) for _ in numbers]
+        asks = [
+            Ask("boxes", box_question(number, len(boxes)), box_facts(number, boxes))
+            for number, boxes in zip(numbers, chains, strict=True)
+        ]
+        return self._lesson(length, filler, BOXES_INTRO, asks)
+
+    def _lesson(self, length: int, filler: bool, intro: str, asks: list[Ask]) -> Lesson:
+        """The facts, between prose if wanted, and the questions: a random number of them, or as many as there is room for.
+
+        Some lessons are conversations: sentences may begin a line, questions do, and the answer is a whole line.
+        """
+        rng = self.rng
+        lines = rng.random() < LINES
+
+        def encode(sentence: str) -> list[int]:
+            return self.encode(("\n" if lines and rng.random() < 0.5 else " ") + sentence)
+
+        lesson = Lesson()
+        lesson.tell([self.bos, *self.encode(intro)])
+        room = length + 1 - len(lesson.ids)
+        most = rng.choice((1, 2, 4, 8, 16))
+        facts: list[tuple[float, list[int]]] = []
+        questions: list[tuple[list[int], list[int], str]] = []
+        for number, ask in enumerate(asks):  # those that are not put are rivals to the others
+            places = [rng.random() for _ in ask.facts]
+            if ask.kind == "boxes":
+                places.sort()
+            told_ids = [encode(told(fact)) for fact in ask.facts]
+            cost = sum(map(len, told_ids))
+            if number < most:
+                wanted = rng.sample(ask.facts, len(ask.facts)) if ask.kind in FREE else ask.facts
+                prefix, target = asked(wanted)
+                if lines:
+                    put = self.encode(f"\n{ask.question}\n"), self.encode(f"{prefix}{target}."), ask.kind
+                else:
+                    put = self.encode(f" {ask.question} {prefix}"), self.encode(f"{target}."), ask.kind
+                cost += len(put[0]) + len(put[1]) + 1
+            if cost > room and number:
+                continue
+            room -= cost
+            facts += zip(places, told_ids, strict=True)
+            if number < most:
+                questions.append(put)
+        facts.sort(key=lambda fact: fact[0])
+        if filler:
+            prose = []
+            while (room := room - len(sentence := encode(next(self.prose)))) >= 0:
+                prose.append(sentence)
+            facts = [(i / max(1, len(prose)), sentence) for i, sentence in enumerate(prose)] + facts
+            facts.sort(key=lambda fact: fact[0])
+        for _, ids in facts:
+            lesson.tell(ids)
+        rng.shuffle(questions)
+        for before, after, kind in questions:
+            lesson.tell(before)
+            lesson.wants([*after, self.eos], kind)
+        return lesson
+
+    def counts(self, length: int, _: bool) -> Lesson:
+        """Common words or frequent words, as the tasks draw them."""
+        name, ask, tokens = self.rng.choice((("cwe", "common words", 2), ("fwe", "frequent words", 1)))
+        units = (length - 64) // tokens
+        while not (draft := TASKS[name](self.rng, str(self.rng.random()), None)).clear(units):
+            units -= 1  # some lengths leave two words with equal counts
+        lesson = Lesson()
+        text = f"{draft.context(units)} {draft.question} {draft.answer_prefix}"
+        lesson.tell([self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids])
+        lesson.wants([*self.encode(f"{draft.target}."), self.eos], ask)
+        return lesson
+
+
+KINDS: dict[str, Callable[[Lessons, int, bool], Lesson]] = {
+    "repeats": Lessons.repeats,
+    "codes": Lessons.codes,
+    "boxes": Lessons.boxes,
+    "counts": Lessons.counts,
+}
+
+
+# -- model
+
+
+def hidden(model: Decoder, ids_BT: Tensor) -> Tensor:
+    """The residual stream [B, T, E] after the last layer, causal, without any cache."""
+    pos_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    ropes = model.rotary(pos_BT, pos_BT[:, -1] + 1)
+    x_BTE = model.embed(ids_BT)
+    for block in model.blocks:
+        q, k, v = (t.transpose(1, 2) for t in block.project(x_BTE, *ropes[block.rope]))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=model.config.attn_scale, enable_gqa=True)
+        x_BTE = block.finish(x_BTE, o.transpose(1, 2))
+    return x_BTE
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), in float32.
+
+    torch.optim.Muon iterates in bfloat16, which takes longer than the whole training step on a CPU without bfloat16 units.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
+                mean.lerp_(matrix.grad, 1 - group["momentum"])
+                update = matrix.grad.lerp(mean, group["momentum"])
+                tall = update.shape[0] > update.shape[1]
+                update = update.T if tall else update
+                update = update / (update.norm() + 1e-7)
+                for _ in range(5):
+                    gram = update @ update.T
+                    update = 3.4445 * update + (2.0315 * gram @ gram - 4.7750 * gram) @ update
+                update = update.T if tall else update
+                matrix.add_(update, alpha=-group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+
+
+def initialise(model: Decoder) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else 0.7 * parameter.shape[1] ** -0.5)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Lessons of some lengths until the answers are right, or for a number of steps.
+
+    Attributes:
+        lengths: of the lessons, one drawn for each step.
+        mix: weights of KINDS.
+        filler: share of lessons with prose between the facts.
+        pace: of learning, 1 = full.
+        enough: share of right answers (running mean, all ASKS that are not FREE but the counts) at which the next stage begins.
+        steps: at most so many.
+    """
+
+    lengths: tuple[int, ...]
+    mix: Mapping[str, float]
+    filler: float
+    pace: float
+    enough: float
+    steps: int
+
+
+FACTS = {"codes": 0.63, "boxes": 0.3, "counts": 0.07}
+STAGES = (
+    # Random sequences that repeat make the heads that copy. Without them answers were still guesses after ten times the steps.
+    Stage((64,), {"repeats": 1.0}, 0.0, 1.0, 0.9, 1500),
+    Stage((128,), {"repeats": 0.3, "codes": 0.5, "boxes": 0.2}, 0.3, 1.0, 0.9, 800),
+    Stage((256,), {"repeats": 0.1, "codes": 0.6, "boxes": 0.3}, 0.7, 1.0, 0.9, 350),
+    Stage((256, 512), FACTS, 0.9, 0.8, 0.97, 300),
+    Stage((512, 1024), FACTS, 0.9, 0.7, 0.97, 300),
+    Stage((512, 2048), FACTS, 0.9, 0.6, 0.97, 250),
+    Stage((1024, 4096), FACTS, 0.9, 0.5, 0.97, 200),
+    Stage((512, 1024, 2048, 4096, 8192), FACTS, 0.9, 0.5, 2.0, 250),  # the learning rate falls to nothing
+)
+LEAST = 40  # steps in a stage, for the running mean to mean something
+
+
+class Marks:
+    """Running share of right answers, one for each of ASKS. An answer is right if every token of it is."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, float] = {}
+
+    def add(self, hit_N: Tensor, answer_N: Tensor, ask_N: Tensor, row_N: Tensor) -> None:
+        """hit: whether the token was the likeliest; answer, ask: see Lessons.batch; row: of the batch."""
+        key_N = row_N * (int(answer_N.max()) + 1) + answer_N
+        _, which_N = key_N.unique(return_inverse=True)
+        hits = torch.ones(int(which_N.max()) + 1).scatter_reduce(0, which_N, hit_N.float(), "amin")
+        asks = torch.zeros(len(hits), dtype=torch.long).scatter(0, which_N, ask_N)
+        for index in asks.unique().tolist():
+            mean = hits[asks == index].mean().item()
+            if ASKS[index] == "repeats":  # one long answer: its tokens are what is counted
+                mean = hit_N[ask_N == index].float().mean().item()
+            self.right[ASKS[index]] = 0.95 * self.right.get(ASKS[index], mean) + 0.05 * mean
+
+    @property
+    def worst(self) -> float:
+        """Of what can be known with certainty."""
+        return min(right for ask, right in self.right.items() if ask not in FREE and ask != "frequent words")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{ask} {right:.3f}" for ask, right in self.right.items())
+
+
+def losses(model: Decoder, ids: Tensor, answer: Tensor, ask: Tensor, marks: Marks) -> tuple[Tensor, Tensor]:
+    """Mean loss (nats) of the answers' tokens, and of a tenth of the others."""
+    x_BTE = hidden(model, ids[:, :-1])
+    next_BT, answer_BT = ids[:, 1:], answer[:, 1:]
+    wanted = answer_BT >= 0
+    logits_NV = model.head(x_BTE[wanted])
+    marks.add(logits_NV.argmax(-1) == next_BT[wanted], answer_BT[wanted], ask[:, 1:][wanted], wanted.nonzero()[:, 0])
+    also = ~wanted & (torch.rand(wanted.shape) < 0.1)  # the output matrix is a good part of the work
+    return F.cross_entropy(logits_NV, next_BT[wanted]), F.cross_entropy(model.head(x_BTE[also]), next_BT[also])
+
+
+def train(model: Decoder, lessons: Lessons, stages: Sequence[Stage], tokens: int, keep: Callable[[], None]) -> None:
+    """Muon for the matrices, AdamW for embedding and norms, 20 steps of warm-up, linear decay over the last stage.
+
+    `keep` is called after every stage.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    began, step, seen = time.perf_counter(), 0, 0
+    for stage in stages:
+        marks = Marks()
+        print(stage, flush=True)
+        for since in count(1):
+            step += 1
+            length = lessons.rng.choice(stage.lengths)
+            batch = lessons.batch(max(1, tokens // length), length, stage.mix, stage.filler)
+            answers, rest = losses(model, *batch, marks)
+            (answers + LM_WEIGHT * rest).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            pace = stage.pace * min(1.0, step / 20) * (1 - since / (stage.steps + 1) if stage is stages[-1] else 1)
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * pace
+                optimizer.step()
+                optimizer.zero_grad()
+            seen += batch[0].numel()
+            done = since == stage.steps or (since >= LEAST and marks.worst >= stage.enough)
+            if step % 25 == 0 or done:
+                print(
+                    f"{time.perf_counter() - began:5.0f} s  step {step}  {seen / 1e6:.2f}M tokens  length {length}  "
+                    f"answers {answers.item():.3f}  rest {rest.item():.3f}  right: {marks}",
+                    flush=True,
+                )
+            if done:
+                keep()
+                break
+
+
+def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """bfloat16 halves the file; config.json's dtype lets every reader compute in float32."""
+    weights = {name: slot.to(torch.bfloat16).contiguous() for name, slot in tensor_slots(model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+
+
+def show(lessons: Lessons) -> None:
+    for name, kind in KINDS.items():
+        lesson = kind(lessons, 256, True)
+        print(f"-- {name}: {len(lesson.ids)} tokens")
+        for number, run in groupby(zip(lesson.answer, lesson.ids, strict=True), key=lambda pair: pair[0]):
+            print(f"{number:3}", lessons.tokenizer.decode([token for _, token in run]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="has config.json; gets weights and tokenizer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096, help="per step, or one lesson if that is longer")
+    parser.add_argument("--show", type=int, metavar="SEED", help="print a lesson of each kind and stop")
+    args = parser.parse_args()
+    config = read_config(args.folder)
+    tokenizer = make_tokenizer(config.vocab_size)
+    assert tokenizer.get_vocab_size() == config.vocab_size, tokenizer.get_vocab_size()
+    if args.show is not None:
+        show(Lessons(tokenizer, args.show))
+        return
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = Decoder(config)
+    initialise(model)
+    train(model, Lessons(tokenizer, args.seed), STAGES, args.tokens, lambda: save(model, tokenizer, args.folder))
+
+
+if __name__ == "__main__":
+    main()
