@@ -222,7 +222,7 @@ def test_text_is_what_the_tokens_decode_to_wherever_they_end(lm, tokens):
     assert "".join(pieces) == row.text == lm.tokenizer.decode(tokens)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_stop_strings_end_the_text_wherever_they_fall(lm, story, data):
     """Stops cut out of the text at random, across tokens too, and one that never comes; nothing of them is streamed."""
@@ -233,7 +233,8 @@ def test_stop_strings_end_the_text_wherever_they_fall(lm, story, data):
     pieces = list(stream)
     done = stream.generation
     # The first stop to be complete ends it; of several completed by the same token, the one that starts first.
-    decoded = [lm.tokenizer.decode(story.tokens[:n]) for n in range(len(story.tokens) + 1)]
+    # A line break is a byte in this vocabulary: the bytes that follow decide what it becomes, so it is certain a token later.
+    decoded = [lm.tokenizer.decode(story.tokens[:n]).removesuffix("\n") for n in range(len(story.tokens) + 1)]
     first = next(n for n, so_far in enumerate(decoded) if any(stop in so_far for stop in stops))
     assert done.finish_reason == "stop"
     assert done.tokens == story.tokens[:first]
