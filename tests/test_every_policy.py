@@ -89,6 +89,10 @@ def make(variant: str, granularity: str = "kv", **options: Any) -> Policy:
     name, own = VARIANTS[variant]
     cls = POLICIES[name]
     small = {"window": min(cls.window, 4), "sinks": min(cls.sinks, 2)}
+    if name == "keydiff" and options.get("budget_by") in ("pyramid", Pyramid(exact=True)):
+        small["sinks"] = (
+            1  # a last layer of 1 entry: of two keys neither is nearer to their mean, and rounding would choose
+        )
     return get_policy(name, **{**small, "granularity": granularity, **own, **options})
 
 
