@@ -438,7 +438,7 @@ def inspect(
     context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
-    kept: Annotated[
+    kept: Annotated[  # for --help: `main` has sent such a line to the other command
         bool,
         typer.Option("--kept", help="Show what each head keeps of a text: `restkv bench kept`, which has the options."),
     ] = False,
