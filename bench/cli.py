@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench import cli_speed
 from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
@@ -23,12 +24,21 @@ if TYPE_CHECKING:
 EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for each takes longer than its short answers
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-attention,random"
 
-app = typer.Typer(name="bench", help="Measure what methods cost in quality, on any checkpoint.", no_args_is_help=True)
+app = typer.Typer(
+    name="bench", help="Measure what methods cost in quality, time and memory, on any checkpoint.", no_args_is_help=True
+)
+
+app.command()(cli_speed.speed)
+app.command()(cli_speed.memory)
 
 MethodsOption = Annotated[
     str, typer.Option(metavar="NAME[@PRESET][:OPTION=VALUE...],...", help="Methods; the full cache always runs too.")
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder of the results; a run that was stopped there goes on.")]
+EvictOption = Annotated[
+    str,
+    typer.Option(help="prompt: evict the prompt, keep what follows; always: also while decoding, as the method does."),
+]
 ChatOption = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Ask through the chat template.", show_default="if there is one"),
@@ -48,6 +58,7 @@ def ruler(
     compression: Annotated[str, typer.Option(help="Length over entries per KV head.")] = "8,16,32",
     samples: Annotated[int, typer.Option(help="Per task and length.")] = 20,
     question: QuestionOption = "both",
+    evict: EvictOption = "prompt",
     seed: SeedOption = 0,
     chat: ChatOption = None,
     out: OutOption = Path("bench-ruler"),
@@ -64,7 +75,7 @@ def ruler(
     plan = Plan(
         tuple(TASKS) if tasks == "all" else tuple(_names(tasks)),
         _numbers(lengths, "lengths"),
-        tuple(parse_methods(methods)),
+        tuple(parse_methods(methods, _once(evict))),
         _rates(compression),
         samples,
         question,
@@ -85,6 +96,7 @@ def needle(
     compression: Annotated[float, typer.Option(help="Length over entries per KV head.")] = 16.0,
     samples: Annotated[int, typer.Option(help="Per depth and length.")] = 4,
     question: QuestionOption = "both",
+    evict: EvictOption = "prompt",
     seed: SeedOption = 0,
     chat: ChatOption = None,
     out: OutOption = Path("bench-needle"),
@@ -100,7 +112,7 @@ def needle(
     plan = needle_plan(
         _numbers(lengths, "lengths"),
         depths,
-        parse_methods(methods),
+        parse_methods(methods, _once(evict)),
         compression,
         samples,
         question=question,
@@ -204,8 +216,18 @@ def report(
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown; write nothing.")
     ] = False,
+    plain_json: Annotated[
+        bool, typer.Option("--json", help="Print manifest and tables as JSON; write nothing.")
+    ] = False,
 ) -> None:
     """Build DIR/report.html, and a needle run's heat maps, from the results alone."""
+    if plain_json:
+        import json
+
+        from bench.report import as_json
+
+        print(json.dumps(as_json(folder), indent=1, ensure_ascii=False))
+        return
     if as_markdown:
         from bench.report import markdown
 
@@ -234,6 +256,12 @@ def _load(model: str, dtype: str, device: str, backend: str) -> LM:
 def _chat(lm: LM, chat: bool | None) -> bool:
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     return lm.tokenizer.has_chat_template if chat is None else chat
+
+
+def _once(evict: str) -> bool:
+    if evict not in ("prompt", "always"):
+        raise PromptError(f"--evict {evict!r} is not known; choose prompt or always")
+    return evict == "prompt"
 
 
 def _asked(needle: str, sample: Any) -> bool:

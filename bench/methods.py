@@ -30,15 +30,20 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Method:
-    """A method, its preset and its options; `label` is how they were written."""
+    """A method, its preset and its options; `label` is how they were written.
+
+    Attributes:
+        once: evict the prompt and nothing after it, unless an option or a preset says otherwise.
+    """
 
     label: str
     name: str = field(compare=False)
     preset: str | None = field(compare=False)
     options: Mapping[str, Any] = field(compare=False)
+    once: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Method:
+    def parse(cls, text: str, once: bool = False) -> Method:
         """NAME[@PRESET][:OPTION=VALUE]...
 
         Raises:
@@ -55,7 +60,7 @@ class Method:
                 raise PolicyError(f"method {text!r}: budgets are the bench's own option; leave them out here")
             options |= [parse_field(part)]
         policy_class(name)
-        return cls(text, name, preset if at else None, options)
+        return cls(text, name, preset if at else None, options, once)
 
     @property
     def full(self) -> bool:
@@ -78,6 +83,8 @@ class Method:
         window = next(option.default for option in fields(cls) if option.name == "window")
         if "window" not in given and window is not MISSING:
             options["window"] = min(window, entries // 2)
+        if self.once and "interval" not in given:
+            options["interval"] = None
         policy = get_policy(self.name, self.preset, **options)
         if self.preset is None and getattr(policy.allocation, "exact", True) is False:
             policy = replace(policy, budget_by=replace(policy.allocation, exact=True))  # type: ignore[call-arg]
@@ -88,8 +95,11 @@ class Method:
         return {"preset": self.preset, "policy": policy_to_dict(self.policy(entries))}
 
 
-def parse_methods(text: str) -> list[Method]:
-    """Methods separated by commas (those in brackets separate nothing), the full cache first, each once.
+def parse_methods(text: str, once: bool = False) -> list[Method]:
+    """Methods separated by commas (those in brackets separate nothing), the full cache first, no method twice.
+
+    Args:
+        once: see Method.
 
     Raises:
         PolicyError: see Method.parse.
@@ -103,7 +113,7 @@ def parse_methods(text: str) -> list[Method]:
         else:
             parts[-1] += letter
     labels = dict.fromkeys([FULL, *(label.strip() for label in parts if label.strip())])
-    return [Method.parse(label) for label in labels]
+    return [Method.parse(label, once) for label in labels]
 
 
 def check(lm: LM, method: Method, entries: int, length: int, what: str) -> None:

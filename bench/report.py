@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -58,21 +59,30 @@ def markdown(folder: Path) -> str:
     Raises:
         RunError: see build.
     """
+    run = as_json(folder)
+    manifest = run["manifest"]
+    how = f"{TITLES[manifest['kind']]} of {manifest['model']['fingerprint']}, {run['done']} of {run['total']} results"
+    blocks = [f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."]
+    for table in run["tables"]:
+        lines = [table["columns"], [":--", *["--:"] * (len(table["columns"]) - 1)], *table["lines"]]
+        blocks.append(f"**{table['caption']}**")
+        blocks.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_json(folder: Path) -> dict[str, Any]:
+    """What bench/results keeps of a run: its manifest and tables, JSON-ready; the samples themselves are too many.
+
+    Raises:
+        RunError: see build.
+    """
     manifest, rows = read_manifest(folder), read_rows(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
     if kind not in TITLES:
         raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
     done, total = progress(kind, arguments, rows)
-    how = f"{TITLES[kind]} of {manifest['model']['fingerprint']}, {done} of {total} results"
-    blocks = [f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."]
-    for part in parts(kind, arguments, rows):
-        if isinstance(part, Table):
-            lines = [part.columns, [":--", *["--:"] * (len(part.columns) - 1)], *part.lines]
-            blocks.append(f"**{part.caption}**")
-            blocks.append(
-                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-            )
-    return "\n\n".join(blocks) + "\n"
+    tables = [asdict(part) for part in parts(kind, arguments, rows) if isinstance(part, Table)]
+    return {"manifest": manifest, "done": done, "total": total, "computing": _hours(folder), "tables": tables}
 
 
 def build(folder: Path) -> str:

@@ -54,7 +54,12 @@ class Plan:
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
-        plain = {**asdict(self), "methods": [method.label for method in self.methods]}
+        once = any(method.once for method in self.methods)
+        plain = {
+            **asdict(self),
+            "methods": [method.label for method in self.methods],
+            "evict": "prompt" if once else "always",
+        }
         return {**plain, "model": fingerprint(lm.model), "device": lm.device.type, "backend": lm.backend}
 
 

@@ -1,185 +1,340 @@
-"""How fast decoding is, side by side: python -m bench.speed (docs/performance.md).
+"""How fast and how large: ours, transformers and kvpress side by side (`restkv bench speed`, `restkv bench memory`).
 
-Every contestant is a process of its own (workers.py). The bench first measures how fast this machine reads memory, prints
-what that makes of the bytes a decode step must read (weights and live cache), then lets the contestants take turns: each round,
-each decodes a few tokens, so that a change of the machine's mood hits all alike. Medians over all rounds; the first round, which
-compiles and warms up, is left out and reported as such.
+Every contestant is a process of its own (workers.py). The bench first measures what this machine can do (floor.py), then
+lets the contestants take turns: each round, each decodes a few tokens, so that a change of the machine's mood hits all alike.
+TPOT is the median over all rounds; the first round, which compiles and warms up, is left out and reported as such.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
+from bench.floor import Machine, decode_floor, machine_rows, measure_machine, prefill_floor
+from bench.methods import Method
+from bench.runs import machine as described_machine
+from bench.stats import Estimate
 from bench.workers import Process
-from modeling.families import config_from_dict
+from modeling.config import ModelConfig
+from modeling.families import config_from_dict, read_config
+from restkv.errors import PromptError
+from restkv.store import policy_to_dict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Shapes as config.json has them; the weights are random, nothing is downloaded.
 PRESETS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("presets.json").read_text())
+PEERS: dict[str, dict[str, Any]] = {
+    "transformers": {"cache": "dynamic", "press": None},
+    "transformers-static": {"cache": "static", "press": None},
+    "kvpress-snapkv": {"cache": "dynamic", "press": ["SnapKVPress", {"window_size": 32}]},
+}
+WARM_UP = 256  # tokens of a prompt that goes before: memory, thread pools, compiled scorers
+Report = Callable[[str], None]
 
 
-def read_rate(threads: int, megabytes: int = 256) -> float:
-    """Bytes per second at which a compiled matrix-vector product reads float32 weights: the best of ten."""
-    torch.set_num_threads(threads)
-    rows = megabytes * (1 << 20) // (4 * 1024)
-    matrix, vector = torch.randn(rows, 1024), torch.randn(1024)
-    product = torch.compile(lambda m, v: (m * v).sum(-1), fullgraph=True, dynamic=False)
-    laps = []
-    for _ in range(11):
-        start = time.perf_counter()
-        product(matrix, vector)
-        laps.append(time.perf_counter() - start)
-    return matrix.nbytes / min(laps[1:])
+@dataclass(frozen=True)
+class Contest:
+    """Who is measured at what.
 
+    Attributes:
+        preset: a key of PRESETS, or None with a checkpoint's folder in `model`.
+        methods: of ours, as bench/methods.py reads them; "full" is our full cache.
+        peers: keys of PEERS.
+        rounds, tokens: turns each contestant takes after one that warms up, and tokens per turn.
+        peer_python: interpreter that has the peers.
+    """
 
-def weight_bytes(config: dict[str, Any], dtype: str) -> int:
-    """Bytes of the weights a decode step reads: all but the embedding, of which it reads one row (unless tied)."""
-    c = config_from_dict(config)
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    layer = attention + 3 * c.hidden_size * c.intermediate_size
-    return (c.num_layers * layer + c.vocab_size * c.hidden_size) * getattr(torch, dtype).itemsize
+    preset: str | None
+    model: str | None
+    dtype: str
+    device: str
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    methods: tuple[str, ...]
+    budget: int
+    peers: tuple[str, ...]
+    backend: str
+    threads: int
+    rounds: int
+    tokens: int
+    peer_python: str | None
 
+    def __post_init__(self) -> None:
+        if (self.preset is None) == (self.model is None):
+            raise PromptError("give a preset or a checkpoint, one of them")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise PromptError(f"preset {self.preset!r} is unknown; choose from {', '.join(PRESETS)}")
+        for peer in self.peers:
+            if peer not in PEERS:
+                raise PromptError(f"peer {peer!r} is unknown; choose from {', '.join(PEERS)}")
+        for name in ("contexts", "batches", "budget", "rounds", "tokens", "threads"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+                raise PromptError(f"{name} {value}: give whole numbers of at least 1")
 
-def contestants(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], str | None]]:
-    """name -> (module, its arguments, interpreter)."""
-    config = PRESETS[args.preset]
-    ours = {"config": config, "dtype": args.dtype, "backend": args.backend, "tokens": (args.rounds + 1) * args.tokens}
-    chosen: dict[str, tuple[str, dict[str, Any], str | None]] = {}
-    for method in args.methods.split(","):
-        options = {} if method == "full" else {"budget": args.budget}
-        chosen[f"restkv {method}"] = ("bench.ours", {**ours, "method": method, "options": options}, None)
-    if not args.no_peers:
-        peer = {"config": config, "dtype": args.dtype}
-        chosen["transformers full"] = ("bench.peers.hf", peer, args.peer_python)
-    return chosen
+    @property
+    def config(self) -> ModelConfig:
+        return read_config(Path(self.model)) if self.model else config_from_dict(PRESETS[self.preset or ""])
 
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the whole comparison at every context; returns the JSON-ready result."""
-    rate = read_rate(args.threads)
-    config, rows = PRESETS[args.preset], []
-    for context in args.contexts:
-        running = {
-            name: Process(name, module, [json.dumps(values)], python, args.threads)
-            for name, (module, values, python) in contestants(args).items()
+    @cached_property
+    def contestants(self) -> dict[str, tuple[str, dict[str, Any], str | None]]:
+        """name -> (module, its arguments, interpreter)."""
+        common = {
+            "config": None if self.model else PRESETS[self.preset or ""],
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "tokens": (self.rounds + 1) * self.tokens,
         }
-        laps: dict[str, list[float]] = {name: [] for name in running}
-        first: dict[str, float] = {}
-        prefills, last = {}, {}
-        try:
-            for name, process in running.items():
-                process.ask("prefill", context=min(context, 256))  # warm-up: memory, thread pools, compiled scorers
-                prefills[name] = process.ask("prefill", context=context)
-            for turn in range(args.rounds + 1):
-                for name, process in running.items():
-                    last[name] = process.ask("decode", tokens=args.tokens)
-                    seconds = last[name]["seconds"]
-                    if turn == 0:
-                        first[name] = sum(seconds)
-                    else:
-                        laps[name] += seconds
-        finally:
-            for process in running.values():
-                process.close()
-        for name in running:
-            tpot = statistics.median(laps[name])
-            cache = last[name]["cache_bytes"]
-            floor = (weight_bytes(config, args.dtype) + cache) / rate
-            rows.append(
-                {
-                    "contestant": name,
-                    "context": context,
-                    "ttft_s": prefills[name]["seconds"][0],
-                    "prefill_peak_bytes": prefills[name]["peak_above"],
-                    "tpot_ms": 1e3 * tpot,
-                    "tokens_per_s": 1 / tpot,
-                    "floor_ms": 1e3 * floor,
-                    "share_of_floor": floor / tpot,
-                    "kept": last[name]["kept"],
-                    "cache_bytes": cache,
-                    "first_round_s": first[name],
-                    "graphs": last[name].get("graphs"),
-                }
-            )
-    return {"command": vars(args) | {"out": None}, "machine": machine(args.threads), "read_rate": rate, "rows": rows}
+        chosen: dict[str, tuple[str, dict[str, Any], str | None]] = {}
+        for text in self.methods:
+            policy = Method.parse(text).policy(self.budget)
+            ours = {**common, "backend": self.backend, "policy": policy_to_dict(policy)}
+            chosen[f"restkv {text}"] = ("bench.ours", ours, None)
+        for peer in self.peers:
+            chosen[peer] = ("bench.peers.hf", {**common, **PEERS[peer], "budget": self.budget}, self.peer_python)
+        return chosen
+
+    def takes_part(self, name: str, context: int) -> bool:
+        """A press stays away from contexts that leave it nothing to compress."""
+        return name not in PEERS or not PEERS[name]["press"] or context > self.budget
+
+    def start(self, name: str) -> Process:
+        module, values, python = self.contestants[name]
+        return Process(name, module, [json.dumps(values)], python, self.threads)
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Processor, threads and versions, as every result states them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+def measure_speed(contest: Contest, report: Report = print) -> dict[str, Any]:
+    """TTFT and TPOT of every contestant at every context and batch size; JSON-ready."""
+    machine = measure_machine(contest.device, contest.threads, contest.dtype)
+    rows: list[dict[str, Any]] = []
+    processes = {name: contest.start(name) for name in contest.contestants}
+    try:
+        for context in contest.contexts:
+            for batch in contest.batches:
+                running = {name: process for name, process in processes.items() if contest.takes_part(name, context)}
+                made = _round_robin(contest, machine, running, context, batch)
+                report(f"{context} tokens, batch {batch}: " + ", ".join(map(_brief, made)))
+                rows += made
+    finally:
+        for process in processes.values():
+            process.close()
+    return _result("speed", contest, rows) | {"rates": machine_rows(machine)}
+
+
+def _round_robin(
+    contest: Contest, machine: Machine, running: Mapping[str, Process], context: int, batch: int
+) -> list[dict[str, Any]]:
+    laps: dict[str, list[float]] = {name: [] for name in running}
+    ttft: dict[str, float] = {}
+    first: dict[str, dict[str, Any]] = {}
+    last: dict[str, dict[str, Any]] = {}
+    for name, process in running.items():
+        process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+        ttft[name] = process.ask("prefill", context=context, batch=batch)["seconds"][0]
+    for turn in range(contest.rounds + 1):
+        for name, process in running.items():
+            last[name] = process.ask("decode", tokens=contest.tokens)
+            if turn == 0:
+                first[name] = last[name]
+            else:
+                laps[name] += last[name]["seconds"]
+    rows = []
+    for name in running:
+        low, tpot, high = _quartiles(laps[name])
+        cache, kept = last[name]["cache_bytes"], last[name]["kept"]
+        floor = decode_floor(contest.config, contest.dtype, machine, cache, kept, batch)
+        prefill = prefill_floor(contest.config, contest.dtype, machine, context, batch)
+        rows.append(
+            {
+                "contestant": name,
+                "context": context,
+                "batch": batch,
+                "ttft_s": ttft[name],
+                "ttft_floor_s": prefill,
+                "tpot_ms": 1e3 * tpot,
+                "tpot_quartiles_ms": [1e3 * low, 1e3 * high],
+                "tokens_per_s": batch / tpot,
+                "floor_ms": 1e3 * floor,
+                "share_of_floor": floor / tpot,
+                "kept": kept,
+                "cache_bytes": cache,
+                "first_round_s": sum(first[name]["seconds"]),
+                "graphs": last[name]["graphs"],
+                "new_graphs": last[name]["graphs"] - first[name]["graphs"],
+            }
+        )
+    return rows
+
+
+def measure_memory(contest: Contest, report: Report = print) -> dict[str, Any]:
+    """Peaks above what the loaded model takes, phase by phase: prefill, what stays after it, decode. JSON-ready."""
+    rows: list[dict[str, Any]] = []
+    for context in contest.contexts:
+        for batch in contest.batches:
+            for name in contest.contestants:
+                if not contest.takes_part(name, context):
+                    continue
+                process = contest.start(name)
+                try:
+                    process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+                    process.ask("decode", tokens=2)
+                    loaded = process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+                    prefill = process.ask("prefill", context=context, batch=batch)
+                    decode = process.ask("decode", tokens=contest.tokens)
+                finally:
+                    process.close()
+                base = loaded["before_bytes"]
+                rows.append(
+                    {
+                        "contestant": name,
+                        "context": context,
+                        "batch": batch,
+                        "loaded_bytes": base,
+                        "prefill_peak_bytes": prefill["before_bytes"] + prefill["peak_above"] - base,
+                        "after_prefill_bytes": prefill["after_bytes"] - base,
+                        "decode_peak_bytes": decode["before_bytes"] + decode["peak_above"] - base,
+                        "cache_bytes": decode["cache_bytes"],
+                        "kept": decode["kept"],
+                    }
+                )
+                report(f"{context} tokens, batch {batch}, {name}: {rows[-1]['prefill_peak_bytes'] / 1e6:.1f} MB")
+    return _result("memory", contest, rows)
+
+
+def _result(kind: str, contest: Contest, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     versions: dict[str, str | None] = {}
-    for package in ("torch", "transformers"):
+    for package in ("restkv", "torch", "transformers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "processor": ", ".join(sorted(names)) or platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
-        "python": platform.python_version(),
+        "kind": kind,
+        "contest": asdict(contest) | {"peer_python": bool(contest.peer_python)},
+        "machine": described_machine() | {"threads": contest.threads},
+        "versions": versions,
         "date": date.today().isoformat(),
-        **versions,
+        "rows": list(rows),
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """The table."""
-    command, rate = result["command"], result["read_rate"] / 1e9
-    table = Table(title=f"{command['preset']}, {command['dtype']}, weights read at {rate:.1f} GB/s at best")
-    for heading in ("contestant", "context", "kept", "cache MB", "TTFT s", "TPOT ms", "floor ms", "of floor"):
-        table.add_column(heading, justify="left" if heading == "contestant" else "right")
-    for row in result["rows"]:
-        table.add_row(
-            row["contestant"],
-            f"{row['context']:,}",
+def _quartiles(laps: Sequence[float]) -> tuple[float, float, float]:
+    if len(laps) < 2:
+        return laps[0], laps[0], laps[0]
+    low, middle, high = statistics.quantiles(laps, n=4)
+    return low, middle, high
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    return f"{row['contestant']} {row['tpot_ms']:.1f} ms"
+
+
+# -- tables and figures
+
+
+def title(result: Mapping[str, Any]) -> str:
+    contest = result["contest"]
+    shape = contest["preset"] or contest["model"]
+    text = f"{shape}, {contest['dtype']}, budget {contest['budget']}, {contest['device']}, {contest['threads']} threads"
+    if "rates" in result:
+        rate = result["rates"]
+        text += f"; reads {rate['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies "
+        text += f"{rate[contest['dtype'] + '_operations_per_s'] / 1e9:.0f} GFLOP/s"
+    return text
+
+
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines."""
+    if result["kind"] == "memory":
+        columns = [
+            "contestant",
+            "context",
+            "batch",
+            "kept",
+            "loaded",
+            "prefill peak",
+            "after it",
+            "decode peak",
+            "cache",
+        ]
+        names = ["loaded", "prefill_peak", "after_prefill", "decode_peak", "cache"]
+        return columns, [
+            [*_who(row), f"{row['kept']:,.0f}", *(f"{row[f'{name}_bytes'] / 1e6:,.1f} MB" for name in names)]
+            for row in result["rows"]
+        ]
+    columns = [
+        "contestant",
+        "context",
+        "batch",
+        "kept",
+        "cache MB",
+        "TTFT s",
+        "of floor",
+        "TPOT ms",
+        "tokens/s",
+        "of floor",
+    ]
+    columns += ["first round s", "graphs, new"]
+    return columns, [
+        [
+            *_who(row),
             f"{row['kept']:,.0f}",
             f"{row['cache_bytes'] / 1e6:.1f}",
             f"{row['ttft_s']:.2f}",
+            f"{row['ttft_floor_s'] / row['ttft_s']:.0%}",
             f"{row['tpot_ms']:.1f}",
-            f"{row['floor_ms']:.1f}",
+            f"{row['tokens_per_s']:.1f}",
             f"{row['share_of_floor']:.0%}",
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+            f"{row['first_round_s']:.1f}",
+            f"{row['graphs']}, {row['new_graphs']}",
+        ]
+        for row in result["rows"]
+    ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default=next(iter(PRESETS)))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--contexts", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 8192])
-    parser.add_argument("--methods", default="restkv,full", help="names separated by commas")
-    parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--backend", choices=("flex", "sdpa"), default="flex")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="turns each contestant takes, after one that warms up")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens per turn")
-    parser.add_argument("--no-peers", action="store_true", help="ours only")
-    parser.add_argument("--peer-python", help="interpreter that has transformers, when it is not this one")
-    parser.add_argument("--out", type=Path, help="write the JSON here")
-    args = parser.parse_args(arguments)
-    result = measure(args)
-    show(result)
-    text = json.dumps(result, indent=1)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    print(json.dumps(result))
+def _who(row: Mapping[str, Any]) -> list[str]:
+    return [row["contestant"], f"{row['context']:,}", str(row["batch"])]
+
+
+def figure(result: Mapping[str, Any]) -> Figure:
+    """Latency, or memory, against context: one panel per batch size."""
+    from bench.figures import Line, Panel, line_panels
+
+    names = list(dict.fromkeys(row["contestant"] for row in result["rows"]))
+    speed = result["kind"] == "speed"
+    panels = []
+    for batch in result["contest"]["batches"]:
+        lines = []
+        for name in names:
+            rows = [row for row in result["rows"] if (row["contestant"], row["batch"]) == (name, batch)]
+            values = [_tpot(row) if speed else _exact(row["prefill_peak_bytes"] / 1e6) for row in rows]
+            lines.append(Line(name, [row["context"] for row in rows], values))
+        panels.append(Panel(f"batch {batch}", lines))
+    y_name = "TPOT, ms" if speed else "peak above the weights, MB"
+    return line_panels(panels, names, "context, tokens", y_name, log_x=True, log_y=True)
+
+
+def _tpot(row: Mapping[str, Any]) -> Estimate:
+    low, high = row["tpot_quartiles_ms"]
+    return Estimate(row["tpot_ms"], low, high, 1)
+
+
+def _exact(value: float) -> Estimate:
+    return Estimate(value, value, value, 1)
 
 
 if __name__ == "__main__":
-    main()
+    from restkv.cli import main
+
+    sys.exit(main(["bench", "speed", *sys.argv[1:]]))

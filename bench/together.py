@@ -57,20 +57,26 @@ class Together:
 def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int, extends: bool) -> list[Together]:
     """Sessions without entries yet for a prompt of `length` tokens and up to `later` more, every policy a row of one.
 
-    Policies that will not evict again within `later` tokens share a session with those of about their size, since a step of
-    many rows takes hardly longer than a step of one. `about` numbers the policies.
+    Policies that will not evict again within `later` tokens share a session with those of down to an eighth of their size,
+    since a step of many rows takes hardly longer than a step of one. `about` numbers the policies.
     """
+    sizes = [_most(lm, policy, length) for policy in policies]
+    largest = max((size for size, policy in zip(sizes, policies, strict=True) if policy.budget is not None), default=1)
     groups: dict[object, list[int]] = {}
-    for index, policy in enumerate(policies):
+    for index, (size, policy) in enumerate(zip(sizes, policies, strict=True)):
         rests = policy.interval is None or policy.interval > later
-        size = _most(lm, policy, length)
-        together = policy.budget is not None and rests and not policy.slot_positions
-        groups.setdefault(-(-size // page_size(size)) if together else (policy, index), []).append(index)
+        together = policy.budget is not None and rests
+        key = (
+            (max(1, math.ceil(math.log(largest / size, 8) - 1e-9)), policy.slot_positions)
+            if together
+            else (policy, index)
+        )
+        groups.setdefault(key, []).append(index)
     made = []
-    for key, indices in groups.items():
+    for indices in groups.values():
         some = [policies[index] for index in indices]
         evictors = [Evictor(lm.model, policy, lm.engine.grams, [length]).row(0) for policy in some]
-        if isinstance(key, int):
+        if len(some) > 1:
             session = _shared_session(lm, some, length, later)
         else:
             session = Session(lm.engine, some[0], [length], later, extends=extends)

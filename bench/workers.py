@@ -16,59 +16,73 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 class Worker(ABC):
-    """What a measured process can be asked to do. Seconds are wall clock, synchronised where the device is not the host."""
+    """What a measured process can be asked to do."""
+
+    device = "cpu"
 
     @abstractmethod
-    def prefill(self, context: int) -> None:
-        """Run a random prompt of so many tokens into a fresh cache."""
+    def prefill(self, context: int, batch: int) -> None:
+        """Run `batch` random prompts of so many tokens into a fresh cache."""
 
     @abstractmethod
     def decode(self) -> None:
-        """Generate one token, greedily, from the cache prefill left."""
+        """Generate one token for every row, greedily, from the cache prefill left."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What is in the cache: `kept` entries per KV head, `cache_bytes`; anything else worth a row."""
+        """What is in the cache: `kept` entries per row and KV head, `cache_bytes`; anything else worth a row."""
 
 
 def serve(worker: Worker) -> None:
-    """Answer commands on stdin until it ends: {"op": "prefill", "context": n} or {"op": "decode", "tokens": n}."""
+    """Answer commands on stdin until it ends: {"op": "prefill", "context": n, "batch": b} or {"op": "decode", "tokens": n}.
+
+    Every answer has the seconds of each step (wall clock, the device waited for), and the peak of memory above what was
+    in use when the command came: resident bytes of the process, or the CUDA allocator's.
+    """
+    cuda = worker.device.startswith("cuda")
     for line in sys.stdin:
         command = json.loads(line)
+        before = _in_use(cuda)
         laps = []
-        if command["op"] == "prefill":
-            before = _resident()
-            _reset_peak()
+        for _ in range(command.get("tokens", 1)):
             start = time.perf_counter()
-            worker.prefill(command["context"])
-            laps.append(time.perf_counter() - start)
-            answer = {"seconds": laps, "peak_above": _peak() - before}
-        else:
-            for _ in range(command["tokens"]):
-                start = time.perf_counter()
+            if command["op"] == "prefill":
+                worker.prefill(command["context"], command["batch"])
+            else:
                 worker.decode()
-                laps.append(time.perf_counter() - start)
-            answer = {"seconds": laps}
-        print(json.dumps({**answer, **worker.describe()}), flush=True)
+            if cuda:
+                torch.cuda.synchronize()
+            laps.append(time.perf_counter() - start)
+        memory = {"before_bytes": before, "peak_above": _peak(cuda) - before, "after_bytes": _in_use(cuda, reset=False)}
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        print(json.dumps({"seconds": laps, **memory, "graphs": graphs, **worker.describe()}), flush=True)
 
 
 class Process:
     """The bench's end of a worker: `ask` sends a command and waits for its answer."""
 
     def __init__(
-        self, name: str, module: str, arguments: list[str], python: str | None = None, threads: int = 1
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        python: str | None = None,
+        threads: int = 1,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         # Threads that wait must not spin, or two workers on few cores measure each other (FLEX §2).
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        waiting = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self._process = subprocess.Popen(
             [python or sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | waiting | (environment or {}),
             cwd=Path(__file__).parent.parent,
         )
 
@@ -92,20 +106,23 @@ class Process:
             pass
 
 
+def _in_use(cuda: bool, reset: bool = True) -> int:
+    """Bytes in use now; the peak is counted from here on."""
+    if cuda:
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(cuda: bool) -> int:
+    return torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field}; this bench needs Linux")
-
-
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bench.figures import Grid, Line, Panel, heat_maps, line_panels, save_png, style
 from bench.report import build, write_report
-from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_rows
+from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
 from bench.stats import Estimate, mean_interval
 from bench.tables import Drawing, Table, parts, progress
 from restkv.cli import main
@@ -364,3 +364,14 @@ def test_markdown_has_the_pages_tables(folder: Callable[..., Path], capsys: pyte
         assert [cell.strip() for cell in head.strip("|").split("|")] == list(table.columns)
         assert rule.count("|") == len(table.columns) + 1 and len(lines) == len(table.lines)
     assert not (place / "report.html").exists()
+
+
+def test_json_has_the_manifest_and_the_tables(folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder("ruler", 0.5)
+    assert main(["bench", "report", str(place), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    rows = read_rows(place)
+    tables = [part for part in parts("ruler", RULER, rows) if isinstance(part, Table)]
+    assert [table["caption"] for table in shown["tables"]] == [table.caption for table in tables]
+    assert [table["lines"] for table in shown["tables"]] == [[list(line) for line in table.lines] for table in tables]
+    assert shown["manifest"] == read_manifest(place) and shown["done"] == len(rows) < shown["total"]

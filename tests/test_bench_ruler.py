@@ -87,10 +87,13 @@ def test_a_shared_prefill_leaves_what_each_policy_alone_would_have(lm: restkv.LM
             assert torch.equal(alone.logits_BV, shared.logits_BV), name
 
 
+@pytest.mark.parametrize("once", (False, True))
 @pytest.mark.parametrize("mode", ("aware", "agnostic"))
-def test_answers_are_those_of_the_public_api(lm: restkv.LM, frame: Frame, sample: Sample, mode: str) -> None:
+def test_answers_are_those_of_the_public_api(
+    lm: restkv.LM, frame: Frame, sample: Sample, mode: str, once: bool
+) -> None:
     context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
-    policies = [method.policy(24) for method in METHODS]
+    policies = [method.policy(24) for method in parse_methods(EVERY, once)]
     for policy, row in zip(policies, answer(lm, frame, sample, mode, policies), strict=True):
         options = {"max_new_tokens": sample.max_new_tokens, "stop": "."}
         if mode == "aware":
@@ -149,6 +152,8 @@ def test_methods_are_written_with_presets_and_options() -> None:
     spans = parse_methods("snapkv:protect=[[0,4],[8,9]]:window=4,restkv")
     assert len(spans) == 3 and spans[1].policy(64).protect == ((0, 4), (8, 9))
     assert Method.parse("restkv").describe(64)["policy"]["budget"] == 64
+    once = [method.policy(64).interval for method in parse_methods("h2o,snapkv@official,tova:interval=4", once=True)]
+    assert once == [128, None, None, 4]  # the full cache has nothing to evict; what an option says stays
 
 
 @pytest.mark.parametrize(

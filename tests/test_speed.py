@@ -1,29 +1,68 @@
-"""The speed bench: workers answer, the floor counts what is there, the result is whole."""
+"""The speed bench: workers answer, the floor counts what is there, results are whole."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.speed import PRESETS, main, weight_bytes
+from bench.floor import Machine, decode_floor, matrix_parameters, prefill_floor
+from bench.speed import PRESETS, Contest
 from bench.workers import Process
 from modeling.families import config_from_dict
 from modeling.layers import Decoder
+from restkv.cli import main
+from restkv.errors import PromptError
+from restkv.options import RECALL
+
+CONTEST = Contest(
+    preset="tiny",
+    model=None,
+    dtype="float32",
+    device="cpu",
+    contexts=(200,),
+    batches=(1,),
+    methods=("restkv", "full"),
+    budget=64,
+    peers=("transformers",),
+    backend="sdpa",
+    threads=1,
+    rounds=2,
+    tokens=3,
+    peer_python=None,
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_floor_counts_every_weight_a_step_reads(preset):
+def test_the_floor_counts_every_weight_a_step_reads(preset: str) -> None:
     config = config_from_dict(PRESETS[preset])
     with torch.device("meta"):
         model = Decoder(config)
     embedding = 0 if config.tie_embeddings else model.embed_tokens.weight.numel()
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1) - embedding
-    assert weight_bytes(PRESETS[preset], "bfloat16") == 2 * matrices
+    assert sum(matrix_parameters(config)) == matrices
 
 
-def test_presets_have_the_published_numbers_of_parameters():
+def test_the_floor_is_what_reading_or_multiplying_takes() -> None:
+    config = config_from_dict(PRESETS["tiny"])
+    layers, head = matrix_parameters(config)
+    reads = Machine(1e9, {"float32": 1e15})
+    assert decode_floor(config, "float32", reads, 1000, 8, 1) == pytest.approx((4 * (layers + head) + 1000) / 1e9)
+    multiplies = Machine(1e15, {"float32": 1e9})
+    attended = 2 * 2 * 8 * config.num_layers * config.num_heads * config.head_dim  # q.k and a.v of 8 entries
+    assert decode_floor(config, "float32", multiplies, 1000, 8, 3) == pytest.approx(
+        3 * (2 * (layers + head) + attended) / 1e9
+    )
+    pairs = sum(2 * 2 * (token + 0.5) for token in range(100)) * config.num_layers * config.num_heads * config.head_dim
+    assert prefill_floor(config, "float32", multiplies, 100, 2) == pytest.approx(
+        2 * (2 * (100 * layers + head) + pairs) / 1e9
+    )
+
+
+def test_presets_have_the_published_numbers_of_parameters() -> None:
     published = {
         "tinyllama-1.1b": 1.10,
         "llama-3.1-8b": 8.03,
@@ -37,26 +76,88 @@ def test_presets_have_the_published_numbers_of_parameters():
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
-def test_a_small_comparison_from_end_to_end(tmp_path, capsys):
+def test_a_small_comparison_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.json"
-    main(
-        "--preset tiny --dtype float32 --contexts 200 --methods restkv,full --budget 64 --backend sdpa "
-        f"--threads 1 --rounds 2 --tokens 3 --out {out}".split()
+    command = (
+        "bench speed --preset tiny --dtype float32 --contexts 90,200 --batches 1,2 --methods restkv,full --budget 64"
     )
+    command += " --peers transformers --backend sdpa --threads 1 --rounds 2 --tokens 3 --out"
+    assert main([*command.split(), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "TPOT" in printed and "restkv restkv" in printed and out.with_suffix(".png").stat().st_size > 10_000
     result = json.loads(out.read_text())
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
-    rows = {row["contestant"]: row for row in result["rows"]}
-    assert set(rows) == {"restkv restkv", "restkv full", "transformers full"}
-    assert rows["restkv restkv"]["kept"] == 64 + 9 and rows["restkv full"]["kept"] == 200 + 9
-    assert rows["transformers full"]["kept"] == 200 + 9
-    assert rows["transformers full"]["cache_bytes"] == 2 * 2 * 2 * 16 * 4 * 209  # k and v, layers, KV heads, D, float32
+    rows = {(row["contestant"], row["context"], row["batch"]): row for row in result["rows"]}
+    assert len(rows) == 3 * 2 * 2
+    for context in (90, 200):
+        for batch in (1, 2):
+            fed = context + 9
+            assert rows["restkv restkv", context, batch]["kept"] == 64 + 9
+            assert rows["restkv full", context, batch]["kept"] == fed
+            full = rows["transformers", context, batch]
+            assert full["kept"] == fed
+            assert full["cache_bytes"] == batch * 2 * 2 * 2 * 16 * 4 * fed  # k and v, layers, KV heads, D, float32
     for row in rows.values():
-        assert row["tpot_ms"] > 0 and row["ttft_s"] > 0 and row["floor_ms"] > 0 and row["first_round_s"] > 0
-    assert result["machine"]["torch"] == torch.__version__ and result["read_rate"] > 1e8
+        low, high = row["tpot_quartiles_ms"]
+        assert 0 < low <= row["tpot_ms"] <= high and row["tokens_per_s"] == pytest.approx(
+            1e3 * row["batch"] / row["tpot_ms"]
+        )
+        assert row["ttft_s"] > 0 and row["floor_ms"] > 0 and row["ttft_floor_s"] > 0 and row["first_round_s"] > 0
+        assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["tpot_ms"])
+        assert row["new_graphs"] == 0
+    assert torch.__version__.startswith(result["versions"]["torch"].partition("+")[0])
+    assert result["rates"]["read_bytes_per_s"] > 1e8 and result["rates"]["float32_operations_per_s"] > 1e8
 
 
-def test_a_worker_that_dies_is_named():
+@pytest.mark.slow  # transformers compiles its decode step
+def test_a_static_cache_is_decoded_from_compiled(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    command = "bench speed --preset tiny --dtype float32 --contexts 100 --methods full --peers transformers-static"
+    assert main([*command.split(), "--backend", "sdpa", "--threads", "1", "--rounds", "1", "--out", str(out)]) == 0
+    _, static = json.loads(out.read_text())["rows"]
+    assert static["kept"] == 100 + 32 and static["graphs"] >= 1 and static["new_graphs"] == 0
+
+
+def test_memory_is_counted_above_the_loaded_model(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    command = f"bench memory {RECALL} --dtype float32 --contexts 4000 --methods restkv,full --budget 64 --peers none"
+    assert main([*command.split(), "--backend", "sdpa", "--threads", "1", "--tokens", "4", "--out", str(out)]) == 0
+    ours, full = json.loads(out.read_text())["rows"]
+    assert (ours["contestant"], full["contestant"]) == ("restkv restkv", "restkv full")
+    entries = 4 * 2 * 2 * 32 * 4  # bytes of a token: layers, KV heads, k and v, D, float32
+    assert full["cache_bytes"] > 4000 * entries > 20 * ours["cache_bytes"]
+    for row in (ours, full):
+        assert row["prefill_peak_bytes"] > 4000 * 128 * 4  # a hidden state per token at least
+    assert full["after_prefill_bytes"] - ours["after_prefill_bytes"] > 0.5 * 4000 * entries
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--preset nobody", "preset 'nobody' is unknown; choose from llama-124m"),
+        ("--peers somebody", "peer 'somebody' is unknown"),
+        ("--contexts 1k", "--contexts '1k': give whole numbers"),
+        ("--contexts 0", "contexts (0,): give whole numbers of at least 1"),
+        ("--suite cpu", "--suite 'cpu' is unknown; choose from gpu"),
+        ("--methods nothing", "method 'nothing' is unknown"),
+        (f"{RECALL} --preset tiny", "give a preset or a checkpoint"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "speed", *command.split()]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_peers_with_nothing_to_compress_stay_away() -> None:
+    contest = replace(CONTEST, peers=("transformers", "kvpress-snapkv"))
+    assert [*contest.contestants] == ["restkv restkv", "restkv full", "transformers", "kvpress-snapkv"]
+    assert [contest.takes_part("kvpress-snapkv", context) for context in (64, 65)] == [False, True]
+    assert contest.takes_part("transformers", 64) and contest.takes_part("restkv restkv", 64)
+    with pytest.raises(PromptError, match="rounds 0"):
+        replace(CONTEST, rounds=0)
+
+
+def test_a_worker_that_dies_is_named() -> None:
     process = Process("broken", "bench.ours", [json.dumps({"config": {}})])
     with pytest.raises(RuntimeError, match="worker broken died"):
-        process.ask("prefill", context=8)
+        process.ask("prefill", context=8, batch=1)
     process.close()

@@ -1,47 +1,82 @@
-"""The measured process of Hugging Face transformers: SDPA attention, DynamicCache, greedy (see bench/workers.py)."""
+"""The measured process of Hugging Face transformers (and kvpress on top of it): SDPA attention, greedy (bench/workers.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from bench.workers import Worker, serve
 
 
 class Transformers(Worker):
-    """Arguments (JSON): config (a config.json), dtype."""
+    """Arguments (JSON): config (a config.json) or model (a folder), dtype, device, cache ("dynamic" or "static"), tokens (to
+    plan for), press (None, or a class of kvpress with its options but the ratio), budget (entries the press shall keep).
+
+    The static cache is decoded from by a compiled model, as transformers' own generate does. A press compresses a dynamic one
+    after each layer's prefill, and later tokens are told their true positions, as kvpress's pipeline does.
+    """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        raw = dict(arguments["config"])
-        config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-        dtype = getattr(torch, arguments["dtype"])
-        self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        self._cache = DynamicCache()
-        self._next_11 = torch.zeros(1, 1, dtype=torch.long)
+        self.device = arguments["device"]
+        self._arguments = arguments
+        dtype, attention = getattr(torch, arguments["dtype"]), "sdpa"
+        if arguments["model"]:
+            model = AutoModelForCausalLM.from_pretrained(arguments["model"], dtype=dtype, attn_implementation=attention)
+        else:
+            raw = dict(arguments["config"])
+            config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        self._model = model.eval().to(self.device)
+        self._static = arguments["cache"] == "static"
+        self._step: Any = torch.compile(self._model, fullgraph=False, dynamic=False) if self._static else self._model
+        self._cache: Any = None
+        self._next_B1 = torch.zeros(1, 1, dtype=torch.long)
+        self._seen = 0
 
     @torch.no_grad()
-    def prefill(self, context: int) -> None:
-        self._cache = DynamicCache()
-        ids_1L = torch.randint(0, self._model.config.vocab_size, (1, context))
-        self._run(ids_1L)
+    def prefill(self, context: int, batch: int) -> None:
+        self._cache = None
+        if self._static:
+            most = context + self._arguments["tokens"]
+            self._cache = StaticCache(config=self._model.config, max_cache_len=most)
+        else:
+            self._cache = DynamicCache()
+        ids_BL = torch.randint(0, self._model.config.vocab_size, (batch, context), device=self.device)
+        with self._press(context):
+            self._run(self._model, ids_BL, 0)
+        self._seen = context
+
+    def _press(self, context: int) -> Any:
+        if self._arguments["press"] is None:
+            return contextlib.nullcontext()
+        import kvpress
+
+        name, options = self._arguments["press"]
+        ratio = max(0.0, 1 - self._arguments["budget"] / context)
+        return getattr(kvpress, name)(compression_ratio=ratio, **options)(self._model)
 
     @torch.no_grad()
     def decode(self) -> None:
-        self._run(self._next_11)
+        self._run(self._step, self._next_B1, self._seen)
+        self._seen += 1
 
-    def _run(self, ids_1T: torch.Tensor) -> None:
-        out = self._model(ids_1T, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._next_11 = out.logits[:, -1:].argmax(-1)
+    def _run(self, step: Any, ids_BT: torch.Tensor, first: int) -> None:
+        pos_1T = torch.arange(first, first + ids_BT.shape[1], device=self.device)[None]
+        more = {"cache_position": pos_1T[0]} if self._static else {}
+        out = step(ids_BT, past_key_values=self._cache, position_ids=pos_1T, use_cache=True, logits_to_keep=1, **more)
+        self._next_B1 = out.logits[:, -1:].argmax(-1)
 
     def describe(self) -> dict[str, Any]:
         layers: list[Any] = list(self._cache.layers)
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        return {"kept": self._cache.get_seq_length(), "cache_bytes": cache_bytes}
+        kept = self._seen if self._static else layers[0].keys.shape[2]
+        return {"kept": kept, "cache_bytes": cache_bytes}
 
 
 if __name__ == "__main__":

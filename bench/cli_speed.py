@@ -1,0 +1,186 @@
+"""`restkv bench speed` and `restkv bench memory`: what a token and a context cost, ours and others' side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from restkv.errors import OutputError, PromptError
+
+if TYPE_CHECKING:
+    from bench.speed import Contest
+
+# The GPU suite: a shape whose weights fill a card, contexts that no full cache likes, one row and eight.
+SUITES: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "preset": "llama-3.1-8b",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "contexts": "4096,32768,131072",
+        "batches": "1,8",
+        "budget": 1024,
+        "methods": "restkv,full",
+        "peers": "transformers",
+        "rounds": 3,
+    }
+}
+
+ModelOption = Annotated[str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset.")]
+PresetOption = Annotated[str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
+BatchesOption = Annotated[str, typer.Option(help="Rows, separated by commas.")]
+MethodsOption = Annotated[
+    str, typer.Option(help="Ours: NAME[@PRESET][:OPTION=VALUE...], separated by commas; full too.")
+]
+BudgetOption = Annotated[int, typer.Option(help="Entries per KV head.")]
+PeersOption = Annotated[
+    str, typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody.")
+]
+PeerPythonOption = Annotated[
+    str | None, typer.Option(help="Interpreter that has the peers (bench/peers/README.md).", show_default="this one")
+]
+BackendOption = Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")]
+OutOption = Annotated[Path | None, typer.Option(help="Write the JSON here, and a figure beside it.")]
+
+
+def speed(
+    model: ModelOption = None,
+    preset: PresetOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+    contexts: ContextsOption = "2048,8192",
+    batches: BatchesOption = "1",
+    methods: MethodsOption = "restkv,full",
+    budget: BudgetOption = 512,
+    peers: PeersOption = "transformers",
+    peer_python: PeerPythonOption = None,
+    backend: BackendOption = "flex",
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(help="Turns each takes, after one that warms up.")] = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
+    suite: Annotated[str | None, typer.Option(help="gpu: a fixed set of the options above.")] = None,
+    out: OutOption = None,
+) -> None:
+    """Time to the first token and time per token, beside what the machine allows."""
+    from bench.speed import measure_speed
+
+    options = {
+        "preset": preset,
+        "dtype": dtype,
+        "device": device,
+        "contexts": contexts,
+        "batches": batches,
+        "methods": methods,
+        "budget": budget,
+        "peers": peers,
+        "rounds": rounds,
+    }
+    if suite is not None:
+        if suite not in SUITES:
+            raise PromptError(f"--suite {suite!r} is unknown; choose from {', '.join(SUITES)}")
+        options |= SUITES[suite]
+    contest = _contest(model, options, backend, threads, tokens, peer_python)
+    _finish(measure_speed(contest, typer.echo), out)
+
+
+def memory(
+    model: ModelOption = None,
+    preset: PresetOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+    contexts: ContextsOption = "2048,8192,32768",
+    batches: BatchesOption = "1",
+    methods: MethodsOption = "restkv,full",
+    budget: BudgetOption = 512,
+    peers: PeersOption = "transformers",
+    peer_python: PeerPythonOption = None,
+    backend: BackendOption = "flex",
+    threads: ThreadsOption = None,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 16,
+    out: OutOption = None,
+) -> None:
+    """Peak memory above the weights, phase by phase."""
+    from bench.speed import measure_memory
+
+    options = {
+        "preset": preset,
+        "dtype": dtype,
+        "device": device,
+        "contexts": contexts,
+        "batches": batches,
+        "methods": methods,
+        "budget": budget,
+        "peers": peers,
+        "rounds": 1,
+    }
+    _finish(measure_memory(_contest(model, options, backend, threads, tokens, peer_python), typer.echo), out)
+
+
+def _contest(
+    model: str | None,
+    options: dict[str, Any],
+    backend: str,
+    threads: int | None,
+    tokens: int,
+    peer_python: str | None,
+) -> Contest:
+    from bench.speed import Contest
+
+    preset = options["preset"] or (None if model else "llama-124m")
+    return Contest(
+        preset=preset,
+        model=model,
+        dtype=options["dtype"],
+        device=options["device"],
+        contexts=_whole(options["contexts"], "contexts"),
+        batches=_whole(options["batches"], "batches"),
+        methods=tuple(part.strip() for part in options["methods"].split(",") if part.strip()),
+        budget=options["budget"],
+        peers=tuple(part.strip() for part in options["peers"].split(",") if part.strip() not in ("", "none")),
+        backend=backend,
+        threads=threads or os.cpu_count() or 1,
+        rounds=options["rounds"],
+        tokens=tokens,
+        peer_python=peer_python,
+    )
+
+
+def _whole(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PromptError(f"--{option} {text!r}: give whole numbers separated by commas") from None
+
+
+def _finish(result: dict[str, Any], out: Path | None) -> None:
+    """Print the table; write the JSON and, where matplotlib is installed, the figure."""
+    from rich.table import Table
+
+    from bench.figures import save_png
+    from bench.speed import figure, table, title
+    from restkv.display import table_console
+
+    columns, lines = table(result)
+    shown = Table(*columns, title=title(result), title_justify="left")
+    for line in lines:
+        shown.add_row(*line)
+    table_console().print(shown)
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+    print(out)
+    if len(result["contest"]["contexts"]) > 1:
+        picture = out.with_suffix(".png")
+        save_png(figure(result), picture)
+        print(picture)

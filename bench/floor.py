@@ -1,0 +1,88 @@
+"""What the machine can do, and what that makes of a model's bytes and operations: the floor every timing is compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.config import ModelConfig
+
+TRIES = 11  # the first one compiles
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates measured in this run.
+
+    Attributes:
+        read: bytes per second at which a compiled matrix-vector product reads weights, the best of all tries and dtypes.
+        multiply: floating-point operations per second of a large matrix product, by dtype.
+    """
+
+    read: float
+    multiply: Mapping[str, float]
+
+
+def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256) -> Machine:
+    """Rates of this machine now. The matrix is larger than any cache."""
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    product = torch.compile(lambda m, v: (m * v).sum(-1), fullgraph=True, dynamic=False)
+    columns, best = 1024, 0.0
+    for kind in dict.fromkeys((dtype, "float32")):
+        made = getattr(torch, kind)
+        rows = megabytes * (1 << 20) // (made.itemsize * columns)
+        matrix = torch.randn(rows, columns, device=device).to(made)
+        vector = torch.randn(columns, device=device).to(made)
+        best = max(best, matrix.nbytes / _least(partial(product, matrix, vector), device))
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    return Machine(best, {dtype: 2 * size**3 / _least(lambda: a @ b, device, tries=4)})
+
+
+def _least(work: Callable[[], Tensor], device: str, tries: int = TRIES) -> float:
+    laps = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        laps.append(time.perf_counter() - start)
+    return min(laps[1:])
+
+
+def matrix_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Weights of all layers' matrices, and of the output matrix. The embedding is not read, but for one row."""
+    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return config.num_layers * layer, config.vocab_size * config.hidden_size
+
+
+def decode_floor(config: ModelConfig, dtype: str, machine: Machine, cache_bytes: int, kept: float, batch: int) -> float:
+    """Seconds one decode step takes at least: all weights and the live cache are read, every row multiplied with them."""
+    layers, head = matrix_parameters(config)
+    size: int = getattr(torch, dtype).itemsize
+    reading = ((layers + head) * size + cache_bytes) / machine.read
+    attended = 4 * kept * config.num_heads * config.head_dim * config.num_layers
+    return max(reading, batch * (2 * (layers + head) + attended) / machine.multiply[dtype])
+
+
+def prefill_floor(config: ModelConfig, dtype: str, machine: Machine, context: int, batch: int) -> float:
+    """Seconds a dense prefill takes at least: its matrix products, and half a square of attention per head and layer."""
+    layers, head = matrix_parameters(config)
+    attended = 2 * context**2 * config.num_heads * config.head_dim * config.num_layers
+    return batch * (2 * (layers * context + head) + attended) / machine.multiply[dtype]
+
+
+def machine_rows(machine: Machine) -> dict[str, Any]:
+    """JSON-ready."""
+    return {
+        "read_bytes_per_s": machine.read,
+        **{f"{dtype}_operations_per_s": rate for dtype, rate in machine.multiply.items()},
+    }
