@@ -3,7 +3,7 @@ in a small English and words of our own.
 
     niah_single      one thing has a code, a number; which?
     niah_multikey    four things have codes, one is asked for
-    niah_multivalue  one thing has four codes
+    niah_multivalue  one thing has four codes, a first to a fourth; which?
     niah_multiquery  four things have codes, all are asked for
     vt               variable tracking: a number is in a box, that box in a second box, and so on; in which boxes is it?
     cwe              common words: a list of words, five of which come up far more often than the others
@@ -32,6 +32,7 @@ from restkv.errors import PromptError
 
 ANSWER_ROOM = 16  # tokens an answer may take beyond the expected one
 COUNTS = {1: "", 2: "two ", 3: "three ", 4: "four "}
+ORDINALS = ("first", "second", "third", "fourth")
 
 
 @dataclass(frozen=True)
@@ -255,8 +256,12 @@ Fact = tuple[str, str]  # (what the sentence says up to the value, the value)
 
 
 def code_facts(things: Sequence[str], numbers: Sequence[str]) -> list[Fact]:
-    """The n-th number belongs to the n-th thing, and round again."""
-    return [(f"The code of the {things[i % len(things)]} is", number) for i, number in enumerate(numbers)]
+    """The n-th number belongs to the n-th thing, and round again; codes of a thing that has several are numbered."""
+    rounds = [f"{ordinal} " for ordinal in ORDINALS] if len(numbers) > len(things) else [""]
+    return [
+        (f"The {rounds[i // len(things)]}code of the {things[i % len(things)]} is", number)
+        for i, number in enumerate(numbers)
+    ]
 
 
 def box_facts(number: str, boxes: Sequence[str]) -> list[Fact]:

@@ -18,11 +18,11 @@ import restkv
 from bench import train_recall
 from bench.prose import ADJECTIVES, CODED_WORDS, MEN, NOUNS, WOMEN
 from bench.ruler import answer
-from bench.tasks import Frame, make_sample
-from bench.train_recall import ASKS, EOS, FREE, KINDS, Lesson, Lessons, Marks, Stage
+from bench.tasks import ORDINALS, Frame, make_sample
+from bench.train_recall import ASKS, COUNTED, EOS, KINDS, Lesson, Lessons, Marks, Stage
 from restkv.options import RECALL
 
-FACT = re.compile(r"The (?:code of the \w+ \w+|box around \w+) is \w+\.")
+FACT = re.compile(r"The (?:(?:(?:first|second|third|fourth) )?code of the \w+ \w+|box around \w+) is \w+\.")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,9 @@ def test_what_a_lesson_asks_it_has_told(tokenizer: Tokenizer, kind: str, length:
             ask = ASKS[lesson.asks[number]]
             asked[ask] += 1
             if ask == "several codes":
-                assert sum(fact.startswith(said[0].rpartition(" ")[0]) for fact in told) == len(said) > 1
+                thing = re.search(r"of the (\w+ \w+) is", said[0])
+                assert thing and sum(f" {thing[1]} " in fact for fact in told) == len(said) > 1
+                assert [fact.split()[1] for fact in said] == list(ORDINALS[: len(said)])
             if ask == "boxes":
                 inner, outer = zip(*(re.findall(r"around (\w+) is (\w+)\.", fact)[0] for fact in said), strict=True)
                 assert inner[1:] == outer[:-1] and inner[0] in question
@@ -142,7 +144,8 @@ def test_an_answer_is_right_when_every_token_of_it_is() -> None:
     assert marks.right == {"code": 0.5, "boxes": 1.0} and marks.worst == 0.5
     marks.add(torch.tensor([True] * 6), number, ask, row)
     assert marks.right["code"] == pytest.approx(0.525)
-    assert set(FREE) < set(ASKS)
+    marks.add(torch.tensor([False]), torch.tensor([0]), torch.tensor([ASKS.index("common words")]), torch.tensor([0]))
+    assert marks.worst == pytest.approx(0.525) and set(COUNTED) < set(ASKS)  # counting holds no stage up
 
 
 # -- training
@@ -194,9 +197,18 @@ def test_the_example_prompt_is_answered_from_the_compressed_cache(lm: restkv.LM)
     assert answer.stats.kept[0][0] < 70 < 400 < answer.stats.seen[0]
 
 
-@pytest.mark.parametrize("task", ("niah_single", "niah_multikey", "niah_multiquery", "vt"))
-def test_it_finds_what_it_is_asked_for_and_so_does_its_compressed_cache(lm: restkv.LM, task: str) -> None:
-    """docs/recall-mini.md has what was measured on 200 samples and longer texts."""
+@pytest.mark.parametrize(
+    ("task", "least"),
+    [
+        ("niah_single", 0.9),
+        ("niah_multikey", 0.9),
+        ("niah_multiquery", 0.6),
+        ("niah_multivalue", 0.5),
+        ("vt", 0.3),  # which box comes next is not known before the first one is found: what follows is evicted by then
+    ],
+)
+def test_it_finds_what_it_is_asked_for_and_so_does_its_compressed_cache(lm: restkv.LM, task: str, least: float) -> None:
+    """docs/results.md has what was measured on more samples and longer texts."""
     assert lm.tokenizer is not None
     frame = Frame(lm.tokenizer)
     policies = [restkv.FullCache(), restkv.ReSTKV(128, window=32), restkv.StreamingLLM(128)]
@@ -206,5 +218,5 @@ def test_it_finds_what_it_is_asked_for_and_so_does_its_compressed_cache(lm: rest
     ]
     full, rest, streaming = (sum(column) / len(column) for column in zip(*scores, strict=True))
     assert full >= 0.9
-    assert rest >= 0.6
+    assert rest >= least
     assert streaming <= 0.6  # most of what is asked for has left its window
