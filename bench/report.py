@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import as_image, need_matplotlib
+from bench.official.tables import TITLES as OFFICIAL_TITLES
 from bench.runs import TIMINGS, RunError, read_manifest, read_rows
-from bench.tables import Table, parts, progress
+from bench.tables import Part, Table, parts, progress
 from restkv.errors import OutputError
 
 STYLE = """
@@ -33,6 +34,12 @@ TITLES = {
     "ruler": "Retrieval (RULER families)",
     "needle": "Needle in a haystack",
     "fidelity": "Fidelity to the full cache",
+    **OFFICIAL_TITLES,
+}
+LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
 }
 
 
@@ -58,14 +65,9 @@ def markdown(folder: Path) -> str:
     Raises:
         RunError: see build.
     """
-    manifest, rows = read_manifest(folder), read_rows(folder)
-    kind, arguments = manifest["kind"], manifest["arguments"]
-    if kind not in TITLES:
-        raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
-    done, total = progress(kind, arguments, rows)
-    how = f"{TITLES[kind]} of {manifest['model']['fingerprint']}, {done} of {total} results"
-    blocks = [f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."]
-    for part in parts(kind, arguments, rows):
+    title, how, made = _told(folder)
+    blocks = [f"{title}, {how}"]
+    for part in made:
         if isinstance(part, Table):
             lines = [part.columns, [":--", *["--:"] * (len(part.columns) - 1)], *part.lines]
             blocks.append(f"**{part.caption}**")
@@ -73,6 +75,39 @@ def markdown(folder: Path) -> str:
                 "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
             )
     return "\n\n".join(blocks) + "\n"
+
+
+def latex(folder: Path) -> str:
+    """The run's tables as LaTeX (package booktabs), each under a comment with its caption; the first says how they were made.
+
+    Raises:
+        RunError: see build.
+    """
+    title, how, made = _told(folder)
+    blocks = [f"% {title}, {how}"]
+    for part in made:
+        if isinstance(part, Table):
+            lines = [" & ".join(_tex(cell) for cell in line) + r" \\" for line in (part.columns, *part.lines)]
+            columns = "l" + "r" * (len(part.columns) - 1)
+            body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+            blocks.append("\n".join([f"% {part.caption}", *body, r"\bottomrule", r"\end{tabular}"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _tex(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in text)
+
+
+def _told(folder: Path) -> tuple[str, str, list[Part]]:
+    """A run's title, how it was made in a line, and its parts."""
+    manifest, rows = read_manifest(folder), read_rows(folder)
+    kind, arguments = manifest["kind"], manifest["arguments"]
+    if kind not in TITLES:
+        raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
+    done, total = progress(kind, arguments, rows)
+    title = f"{TITLES[kind]} of {manifest['model']['fingerprint']}"
+    how = f"{done} of {total} results; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."
+    return title, how, parts(kind, arguments, rows)
 
 
 def build(folder: Path) -> str:
