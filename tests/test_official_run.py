@@ -422,7 +422,7 @@ def test_the_full_cache_is_transformers_greedy_generation(stories260k: Path, tmp
     words = transformers.AutoTokenizer.from_pretrained(stories260k)
     rows = read_rows(tmp_path / "run")
     assert len(rows) == 20 and 4 <= sum(row["cut"] > 0 for row in rows) <= 16
-    assert sum(row["score"] > 0 for row in rows) >= 10 and {row["ended"] for row in rows} == {"length", "eos"}
+    assert sum(row["score"] > 0 for row in rows) >= 8 and {row["ended"] for row in rows} == {"length", "eos"}
     for row in rows:
         line = (data / f"{row['task']}.jsonl").read_text(encoding="utf-8").splitlines()[row["index"]]
         prompt = wording.LONGBENCH[row["task"]].format(**json.loads(line))
