@@ -216,6 +216,7 @@ def report(
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown; write nothing.")
     ] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX; write nothing.")] = False,
     plain_json: Annotated[
         bool, typer.Option("--json", help="Print manifest and tables as JSON; write nothing.")
     ] = False,
@@ -228,10 +229,10 @@ def report(
 
         print(json.dumps(as_json(folder), indent=1, ensure_ascii=False))
         return
-    if as_markdown:
-        from bench.report import markdown
+    if as_markdown or as_latex:
+        from bench.report import latex, markdown
 
-        print(markdown(folder), end="")
+        print(markdown(folder) if as_markdown else latex(folder), end="")
         return
     from bench.needle import draw_needle
     from bench.report import write_report
@@ -343,3 +344,6 @@ def _show(folder: Path) -> None:
                 shown.add_row(*line)
             console.print(shown)
     console.print(f"results: {folder / SAMPLES}; a page with figures: restkv bench report {folder}", soft_wrap=True)
+
+
+from bench import cli_official  # noqa: E402, F401 - registers its commands on `app`

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import as_image, need_matplotlib
+from bench.official.tables import TITLES as OFFICIAL_TITLES
 from bench.runs import TIMINGS, RunError, read_manifest, read_rows
 from bench.tables import Table, parts, progress
 from restkv.errors import OutputError
@@ -34,6 +35,12 @@ TITLES = {
     "ruler": "Retrieval (RULER families)",
     "needle": "Needle in a haystack",
     "fidelity": "Fidelity to the full cache",
+    **OFFICIAL_TITLES,
+}
+LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
 }
 
 
@@ -60,13 +67,27 @@ def markdown(folder: Path) -> str:
         RunError: see build.
     """
     run = as_json(folder)
-    manifest = run["manifest"]
-    how = f"{TITLES[manifest['kind']]} of {manifest['model']['fingerprint']}, {run['done']} of {run['total']} results"
-    blocks = [f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."]
+    blocks = [_how_made(run)]
     for table in run["tables"]:
         lines = [table["columns"], [":--", *["--:"] * (len(table["columns"]) - 1)], *table["lines"]]
         blocks.append(f"**{table['caption']}**")
         blocks.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def latex(folder: Path) -> str:
+    """The run's tables as LaTeX (package booktabs), each under a comment with its caption; the first says how they were made.
+
+    Raises:
+        RunError: see build.
+    """
+    run = as_json(folder)
+    blocks = [f"% {_how_made(run)}"]
+    for table in run["tables"]:
+        head, *lines = [" & ".join(map(_tex, line)) + r" \\" for line in (table["columns"], *table["lines"])]
+        columns = "l" + "r" * (len(table["columns"]) - 1)
+        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines]
+        blocks.append("\n".join([f"% {table['caption']}", *body, r"\bottomrule", r"\end{tabular}"]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -83,6 +104,16 @@ def as_json(folder: Path) -> dict[str, Any]:
     done, total = progress(kind, arguments, rows)
     tables = [asdict(part) for part in parts(kind, arguments, rows) if isinstance(part, Table)]
     return {"manifest": manifest, "done": done, "total": total, "computing": _hours(folder), "tables": tables}
+
+
+def _how_made(run: Mapping[str, Any]) -> str:
+    manifest = run["manifest"]
+    how = f"{TITLES[manifest['kind']]} of {manifest['model']['fingerprint']}, {run['done']} of {run['total']} results"
+    return f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."
+
+
+def _tex(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def build(folder: Path) -> str:

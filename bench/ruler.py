@@ -13,17 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.methods import Method, check, equal_bytes
 from bench.runs import Run, open_run, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
-from bench.together import answer_together, prefill_all
+from bench.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
-from restkv.memory import Meter
 from restkv.policies import Policy
-from restkv.results import Decoding, Generation, Stats
+from restkv.results import Decoding
 from restkv.store import fingerprint
 
 QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
@@ -149,40 +146,28 @@ def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def answer(lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy]) -> list[dict[str, Any]]:
     """The sample's answer under every policy, in their order: output, score and what was kept. One prefill serves all."""
     context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
-    aware = mode == "aware"
-    prompt = context + asked if aware else context
-    room = sample.max_new_tokens
-    groups = answer_together(lm, policies, len(prompt), room if aware else len(asked) + room, extends=not aware)
-    prefill_all(lm, groups, prompt)
-    digest = hashlib.sha256(repr(context + asked).encode()).hexdigest()[:16]
-    rows: list[dict[str, Any]] = [{} for _ in policies]
-    for group in groups:
-        session, count = group.session, len(group.policies)
-        held = [(group.kept(row), group.live_bytes(row)) for row in range(count)]
-        if not aware:
-            session.extend([asked] * count)
-        stats, answers = Stats("", None, [len(context + asked)] * count, question=mode), list[Generation]()
-        for _ in lm.decode(session, Decoding(room, stop=FULL_STOP), stats, Meter(lm.device), answers):
-            pass
-        session.cache.free()
-        for index, policy, (kept, size), said in zip(group.about, group.policies, held, answers, strict=True):
-            rows[index] = {
-                "granularity": policy.granularity,
-                "budget": policy.budget,
-                "window": policy.window,
-                "kept": round(kept, 3),
-                "bytes": size,
-                "tokens": len(context + asked),
-                "prompt": digest,
-                "answers": sample.answers,
-                "output": said.text,
-                "score": score(said.text, sample.answers),
-            }
-    return rows
+    whole = context + asked
+    prompt, after = (whole, []) if mode == "aware" else (context, asked)
+    answers = answer_all(lm, policies, prompt, Decoding(sample.max_new_tokens, stop=FULL_STOP), asked=after)
+    digest = hashlib.sha256(repr(whole).encode()).hexdigest()[:16]
+    return [
+        {
+            "granularity": policy.granularity,
+            "budget": policy.budget,
+            "window": policy.window,
+            "kept": round(said.kept, 3),
+            "bytes": said.bytes,
+            "tokens": len(whole),
+            "prompt": digest,
+            "answers": sample.answers,
+            "output": said.generation.text,
+            "score": score(said.generation.text, sample.answers),
+        }
+        for policy, said in zip(policies, answers, strict=True)
+    ]
 
 
 class _Budgets:

@@ -48,13 +48,19 @@ Part = Table | Drawing
 
 def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     """Tables and figures of a run, in reading order."""
+    from bench.official import tables as official  # built on this module's tables
+
     if not rows:
         return []
+    if kind in official.TITLES:
+        return official.parts(kind, arguments, rows)
     return {"ruler": _ruler, "needle": _needle, "fidelity": _fidelity}[kind](arguments, rows)
 
 
 def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tuple[int, int]:
     """Rows there are, and rows of the complete run."""
+    if "results" in arguments:
+        return len(rows), arguments["results"]
     evicting = len(arguments["methods"]) - 1  # all but the full cache
     if kind == "fidelity":
         short = [

@@ -19,7 +19,9 @@ from modeling.pages import KVCache
 from restkv.evict import Evictor, companions_of
 from restkv.generate import Session, page_size
 from restkv.lm import LM
+from restkv.memory import Meter
 from restkv.policies import FullCache, Policy
+from restkv.results import Decoding, Generation, Row, Stats
 
 
 @dataclass
@@ -110,6 +112,58 @@ def _shared_session(lm: LM, policies: Sequence[Policy], length: int, later: int)
         page=page_size(most),
     )
     return session
+
+
+@dataclass(frozen=True)
+class Said:
+    """A policy's answer to a prompt, and what it had kept of the prompt: entries per layer and KV head, and bytes."""
+
+    kept: float
+    bytes: int
+    generation: Generation
+
+
+@torch.no_grad()
+def answer_all(
+    lm: LM,
+    policies: Sequence[Policy],
+    prompt: Sequence[int],
+    decoding: Decoding,
+    *,
+    asked: Sequence[int] = (),
+    eos: Sequence[int] | None = None,
+    least_one: bool = False,
+) -> list[Said]:
+    """Every policy's answer to a prompt, in their order; one prefill serves all.
+
+    Args:
+        prompt: token ids, evicted once they are prefilled.
+        asked: token ids appended after that.
+        eos: ids that end an answer, if not the checkpoint's.
+        least_one: the first token is the likeliest that ends no answer.
+    """
+    ends = lm.config.eos_token_ids if eos is None else eos
+    later = len(asked) + decoding.max_new_tokens
+    groups = answer_together(lm, policies, len(prompt), later, extends=bool(asked))
+    prefill_all(lm, groups, prompt)
+    said: dict[int, Said] = {}
+    for group in groups:
+        session, count = group.session, len(group.policies)
+        held = [(group.kept(row), group.live_bytes(row)) for row in range(count)]
+        if asked:
+            session.extend([asked] * count)
+        if least_one:
+            session.logits_BV = session.logits_BV.index_fill(
+                1, torch.tensor(ends, dtype=torch.long, device=lm.device), float("-inf")
+            )
+        stats = Stats("", None, [len(prompt) + len(asked)] * count, question="agnostic" if asked else "aware")
+        answers: list[Generation] = []
+        rows = [Row(lm.tokenizer, decoding, ends) for _ in group.policies]
+        for _ in lm.decode(session, decoding, stats, Meter(lm.device), answers, rows):
+            pass
+        session.cache.free()
+        said |= {index: Said(*kept, one) for index, kept, one in zip(group.about, held, answers, strict=True)}
+    return [said[index] for index in range(len(policies))]
 
 
 def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int]) -> None:

@@ -1,0 +1,235 @@
+"""Run a published benchmark: every method at every budget answers every item, one prefill for all of them.
+
+Letters: L prompt length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.methods import Method, check
+from bench.official.data import DataError
+from bench.official.suite import Item, Source, Suite
+from bench.ruler import Report, describe
+from bench.runs import Run, open_run, versions_text
+from bench.together import answer_all
+from restkv.errors import PromptError, RestKVWarning
+from restkv.lm import LM
+from restkv.policies import Policy
+from restkv.results import Decoding
+from restkv.store import fingerprint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run of a suite.
+
+    Attributes:
+        checkpoint: the model's name, by which published figures are found.
+        budgets: entries per KV head (of methods with a set per query head: per query head), window and sinks included, as the
+            papers count them; or fractions of the prompt.
+        limit: items per source at most.
+        fraction: of each source's items, spread evenly over it.
+        max_length: tokens of prompt, in place of the protocol's.
+    """
+
+    suite: Suite
+    checkpoint: str
+    methods: tuple[Method, ...]
+    budgets: tuple[int | float, ...]
+    limit: int | None = None
+    fraction: float = 1.0
+    max_length: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_length or self.suite.max_length
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(m, b) for m in self.methods for b in ((None,) if m.full else self.budgets)]
+
+    @property
+    def results(self) -> int:
+        """How many there will be."""
+        return sum(len(self.chosen(source)) for source in self.suite.sources) * len(self.cells)
+
+    def chosen(self, source: Source) -> list[int]:
+        """Numbers of the items that are run."""
+        count = min(source.count, max(1, round(source.count * self.fraction)))
+        return [index * source.count // count for index in range(count)][: self.limit]
+
+    def arguments(self, lm: LM) -> dict[str, Any]:
+        """JSON-ready, all that results depend on."""
+        sources = self.suite.sources
+        return {
+            "protocol": self.suite.protocol,
+            "checkpoint": self.checkpoint,
+            "tasks": list(dict.fromkeys(source.task.name for source in sources)),
+            "lengths": list(dict.fromkeys(source.length for source in sources if source.length)),
+            "methods": [method.label for method in self.methods],
+            "budgets": list(self.budgets),
+            "limit": self.limit,
+            "fraction": self.fraction,
+            "max_length": self.longest,
+            "eos": list(self.suite.eos),
+            "decoding": "greedy",
+            **self.suite.facts,
+            "results": self.results,
+            "model": fingerprint(lm.model),
+            "device": lm.device.type,
+            "backend": lm.backend,
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget; None for the full cache."""
+
+    method: Method
+    budget: int | float | None
+
+    def entries(self, length: int) -> int:
+        """For a prompt of L tokens."""
+        if self.budget is None:
+            return length
+        return max(1, round(self.budget * length)) if isinstance(self.budget, float) else self.budget
+
+
+def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
+    """Run a plan, or what is missing of it, into a folder (bench/runs.py).
+
+    Raises:
+        PolicyError: a method that cannot work with one of the budgets (whole budgets: before anything is run).
+        PromptError: a plan without sense. RunError: see open_run.
+    """
+    _check(lm, plan)
+    largest = max(cell.entries(plan.longest or lm.config.max_positions) for cell in plan.cells)
+    with open_run(folder, plan.suite.kind, plan.arguments(lm), describe(lm, plan.methods, largest)) as results:
+        _fill(lm, plan, results, report)
+    return folder
+
+
+def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
+    for source, index in _in_turn(plan):
+        keys = {cell: _key(source, index, cell) for cell in plan.cells}
+        missing = [cell for cell in plan.cells if keys[cell] not in results.done]
+        if not missing:
+            continue
+        for cell, row in zip(missing, answer(lm, plan, source, source.item(index), missing), strict=True):
+            about = {
+                "protocol": plan.suite.protocol,
+                "task": source.task.name,
+                "length": source.length,
+                "depth": source.depth,
+                "index": index,
+                "method": cell.method.label,
+                "preset": cell.method.preset,
+                "budget": cell.budget,
+                "wording": source.wording,
+            }
+            results.add(keys[cell], {**about, **row, "versions": versions_text()})
+            if report is not None:
+                report(len(results.done), plan.results)
+
+
+def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
+    """Item by item over all sources, so that a broken run has some of everything."""
+    chosen = [(source, plan.chosen(source)) for source in plan.suite.sources]
+    for place in range(max(len(numbers) for _, numbers in chosen)):
+        for source, numbers in chosen:
+            if place < len(numbers):
+                yield source, numbers[place]
+
+
+def _key(source: Source, index: int, cell: Cell) -> str:
+    places = [source.task.name, source.length, source.depth, index, cell.method.label, cell.budget]
+    return "/".join(f"{place}" for place in places if place is not None)
+
+
+def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The item's answer in every cell, in their order: output, score and what was kept."""
+    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+    task = source.task
+    ids, cut, chat = encode(lm, item, task.chat, plan.longest)
+    eos = list(plan.suite.eos)
+    if task.newline_ends:
+        eos.append(lm.tokenizer.encode("\n", bos=False)[-1])
+    policies: list[Policy] = []
+    for cell in cells:
+        entries = cell.entries(len(ids))
+        check(lm, cell.method, entries, len(ids), f"{len(ids)} tokens of {item.place}")
+        policies.append(cell.method.policy(entries))
+    answers = answer_all(lm, policies, ids, Decoding(task.max_new_tokens), eos=eos, least_one=task.least_one)
+    digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+    return [
+        {
+            "entries": cell.entries(len(ids)),
+            "granularity": policy.granularity,
+            "window": policy.window,
+            "kept": round(said.kept, 3),
+            "bytes": said.bytes,
+            "tokens": len(ids),
+            "cut": cut,
+            "chat": chat,
+            "prompt": digest,
+            "answers": item.answers,
+            "output": said.generation.text,
+            "new_tokens": len(said.generation.tokens),
+            "ended": said.generation.finish_reason,
+            "score": round(task.metric(said.generation.text, item.answers, item.classes), 6),
+        }
+        for cell, policy, said in zip(cells, policies, answers, strict=True)
+    ]
+
+
+def encode(lm: LM, item: Item, chat: bool, longest: int | None) -> tuple[list[int], int, bool]:
+    """Token ids of an item's prompt, how many tokens were cut out of its middle, and whether a chat template is around it.
+
+    A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again;
+    the chat template comes after that and writes any BOS itself.
+
+    Raises:
+        DataError: the prompt is empty.
+    """
+    words = lm.tokenizer
+    assert words is not None, "a folder without a tokenizer is refused when it is loaded"
+    text, ids = item.prompt, words.encode(item.prompt)
+    cut = 0
+    if longest is not None and len(ids) > longest:
+        half = longest // 2
+        text = words.decode(ids[:half]) + words.decode(ids[-half:])
+        cut = len(ids) - 2 * half
+        ids = words.encode(text)
+    chat = chat and words.has_chat_template
+    if chat:
+        ids = words.chat([{"role": "user", "content": text}])
+    if not item.prompt or not ids:
+        raise DataError(f"{item.place}: the prompt is empty")
+    return lm.encode(ids), cut, chat
+
+
+def _check(lm: LM, plan: Plan) -> None:
+    if plan.limit is not None and plan.limit < 1:
+        raise PromptError(f"limit {plan.limit}: give at least 1")
+    if not 0 < plan.fraction <= 1:
+        raise PromptError(f"fraction {plan.fraction:g}: give a number above 0, at most 1")
+    if plan.max_length is not None and plan.max_length < 2:
+        raise PromptError(f"max_length {plan.max_length}: a prompt has two halves; give at least 2")
+    positions = lm.config.max_positions
+    longest = plan.longest or max((source.length or 0 for source in plan.suite.sources), default=0)
+    for cell in plan.cells:
+        check(lm, cell.method, cell.entries(longest or positions), longest or positions, f"budget {cell.budget}")
+    room = max(source.task.max_new_tokens for source in plan.suite.sources)
+    if longest + room > positions:
+        warnings.warn(
+            f"prompts of up to {longest} tokens with {room} new ones exceed the model's {positions} positions; "
+            "the text may degrade; --max-length shortens prompts",
+            RestKVWarning,
+            stacklevel=3,
+        )
