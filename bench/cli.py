@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench.cli_harness import PASS_ON, lm_eval
 from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
@@ -24,6 +25,7 @@ EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for ea
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-attention,random"
 
 app = typer.Typer(name="bench", help="Measure what methods cost in quality, on any checkpoint.", no_args_is_help=True)
+app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 
 MethodsOption = Annotated[
     str, typer.Option(metavar="NAME[@PRESET][:OPTION=VALUE...],...", help="Methods; the full cache always runs too.")
