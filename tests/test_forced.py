@@ -28,7 +28,7 @@ POLICIES: list[Policy] = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(LMS),
     st.sampled_from(POLICIES),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tomllib
 import warnings
@@ -95,7 +97,7 @@ def folder(tmp_path_factory) -> Path:
     ]
     lines = {
         "choice": rows,
-        "rolling": [{"text": text} for text in [*TEXTS, STORY]],
+        "rolling": [{"text": text} for text in [*TEXTS, STORY[:250]]],
         "answer": [{"text": t} for t in TEXTS],
     }
     for name, docs in lines.items():
@@ -139,7 +141,8 @@ def numbers(responses):
 
 @pytest.mark.parametrize("max_length", [None, 48], ids=["whole", "truncated"])
 def test_the_full_cache_gives_what_hf_gives(checkpoint, max_length, evaluate):
-    theirs = HFLM(str(checkpoint), device="cpu", dtype="float32", batch_size=2, max_length=max_length)
+    # In larger batches `hf` decides by the first text whether all of them get a BOS.
+    theirs = HFLM(str(checkpoint), device="cpu", dtype="float32", batch_size=1, max_length=max_length)
     want = evaluate(theirs)
     for batch_size in (1, 3):
         model = ours(checkpoint, method="full", dtype="float32", batch_size=batch_size, max_length=max_length)
@@ -155,10 +158,9 @@ def test_the_full_cache_gives_what_hf_gives(checkpoint, max_length, evaluate):
 
 def test_pairs_are_encoded_as_by_hf(checkpoint):
     """Spaces at the end of a context, words cut in two, BOS written out, no context at all, and none but a BOS."""
-    theirs, model = (
-        HFLM(str(checkpoint), device="cpu", dtype="float32"),
-        ours(checkpoint, method="full", dtype="float32"),
-    )
+    # Its logits_cache mixes up pairs that are the same tokens cut at different places, as two of these are.
+    theirs = HFLM(str(checkpoint), device="cpu", dtype="float32", logits_cache=False)
+    model = ours(checkpoint, method="full", dtype="float32")
     pairs = [
         ("Lily ran  ", "home."),
         ("Li", "ly ran"),
@@ -210,7 +212,7 @@ METHODS = [
 @pytest.mark.parametrize("budget", [16, 0.3])
 def test_continuations_are_scored_on_the_evicted_cache(method, budget):
     options = {"window": 8, "budget": budget}
-    alone, together = ours(method=method, **options), ours(method=method, batch_size=4, **options)
+    alone, together = (ours(method=method, batch_size=size, dtype=torch.float64, **options) for size in (1, 4))
     pairs = [(context, end) for context in TEXTS for end in (" the ball.", " 48213", " and then he was gone.")]
     got = together.loglikelihood(asks(*pairs))
     want = []
@@ -219,7 +221,7 @@ def test_continuations_are_scored_on_the_evicted_cache(method, budget):
         want += together.lm.logprobs(context, [continuation], together.policy)
     assert [score for score, _ in got] == pytest.approx(want, abs=1e-4)
     for (score, greedy), (other, also) in zip(got, alone.loglikelihood(asks(*pairs)), strict=True):
-        assert score == pytest.approx(other, abs=1e-5) and greedy == also
+        assert score == pytest.approx(other, abs=1e-4) and greedy == also
     full = ours(method="full").loglikelihood(asks(*pairs))
     assert max(abs(score - other) for (score, _), (other, _) in zip(got, full, strict=True)) > 0.01
     kept = together.get_model_info()["kept"]["loglikelihood"]
@@ -241,7 +243,8 @@ def test_continuations_of_a_context_share_its_prefill(monkeypatch):
 
 
 def test_rolling_evicts_as_it_reads():
-    model = ours(budget=16, window=8, interval=4, max_length=100, batch_size=2)
+    # float64: an eviction that rounding decides otherwise would show in all tokens after it.
+    model = ours(budget=16, window=8, interval=4, max_length=100, batch_size=2, dtype=torch.float64)
     got = model.loglikelihood_rolling(asks((STORY,), (TEXTS[1],), kind="loglikelihood_rolling"))
     want = []
     for text in (STORY, TEXTS[1]):
@@ -253,7 +256,7 @@ def test_rolling_evicts_as_it_reads():
             total += model.lm.logprobs(context, [ids[start:end]], model.policy)[0]
             start = end
         want.append(total)
-    assert got == pytest.approx(want, abs=1e-3)
+    assert got == pytest.approx(want, abs=1e-4)
     full = ours(method="full", max_length=100).loglikelihood_rolling(asks((STORY,), kind="loglikelihood_rolling"))
     assert abs(full[0] - got[0]) > 1
 
@@ -337,7 +340,7 @@ def test_wrong_requests_are_one_line():
         model.loglikelihood(asks(("Anna", STORY)))
     with pytest.raises(PromptError, match="max_gen_toks=30 leaves no room for a context in max_length=30"):
         model.generate_until(asks(("Anna", {"max_gen_toks": 30}), kind="generate_until"))
-    with pytest.raises(PromptError, match="repetition_penalty=1.2 is not supported; restkv knows until"):
+    with pytest.raises(PromptError, match=r"repetition_penalty=1\.2 is not supported; restkv knows until"):
         model.generate_until(asks(("Anna", {"repetition_penalty": 1.2}), kind="generate_until"))
 
 
@@ -394,3 +397,24 @@ def test_the_command_runs_a_task(folder, tmp_path, monkeypatch, capsys):
         error
         == "restkv: error: snapkv: budget 8: window (32) + sinks (0) are always kept; give at least 32 or lower them"
     )
+
+
+@pytest.mark.slow
+def test_the_page(tmp_path):
+    """docs/lm-eval.md as it stands, in processes of its own: shell, then Python."""
+    text = (ROOT / "docs" / "lm-eval.md").read_text(encoding="utf-8")
+    (shell,), (code,) = (re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S) for kind in ("bash", "python"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "restkv").write_text(f'#!/bin/sh\nexec {sys.executable} -m restkv.cli "$@"\n')
+    (tmp_path / "bin" / "restkv").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    for command in (["bash", "-euo", "pipefail", "-c", shell], [sys.executable, "-c", code]):
+        ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert "|codes|" in ran.stdout or "'requests': 2" in ran.stdout
+    assert list((tmp_path / "codes" / "results").rglob("samples_codes_*.jsonl"))
