@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bench import cli_speed
+from bench.cli_harness import PASS_ON, lm_eval
 from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
@@ -27,9 +28,9 @@ RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-a
 app = typer.Typer(
     name="bench", help="Measure what methods cost in quality, time and memory, on any checkpoint.", no_args_is_help=True
 )
-
 app.command()(cli_speed.speed)
 app.command()(cli_speed.memory)
+app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 
 MethodsOption = Annotated[
     str, typer.Option(metavar="NAME[@PRESET][:OPTION=VALUE...],...", help="Methods; the full cache always runs too.")

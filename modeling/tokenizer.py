@@ -75,6 +75,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source."""
+        return self._template
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.
 
