@@ -15,6 +15,7 @@ from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
 from restkv.results import Decoding, Generation, Stats, TextStream
+from restkv.sparse import Pattern
 from restkv.store import load_session, save_session
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Chat:
         system: str | None = None,
         *,
         template: bool | None = None,
-        prefill: str = "dense",
+        prefill: str | Pattern = "dense",
         chunk: int = CHUNK,
     ) -> None:
         if lm.tokenizer is None:
@@ -65,7 +66,7 @@ class Chat:
         self.tokens: list[int] = []
         self._tokenizer = lm.tokenizer
         self._template = lm.tokenizer.has_chat_template if template is None else template
-        self._reading: dict[str, Any] = {"prefill": prefill, "chunk": chunk}
+        self._reading: dict[str, Any] = {"prefill": str(prefill), "chunk": chunk}
         self._spared = 0  # leading tokens that are never evicted
         self._session: Session | None = None  # None before the first turn, during each, and after one that failed
         self._turn: Generator[tuple[int, str]] | None = None
