@@ -199,8 +199,10 @@ class FlexPrefill(Pattern):
         for head in aware_H.nonzero().flatten().tolist():  # sync: few heads, each with M x M numbers to sort
             flat = pooled(q_HMD[head], head, reach_MM).flatten().double()
             value, order = flat.sort(descending=True, stable=True)
-            # Over all rows together: so many of the largest that their sum reaches gamma x rows.
-            some = order[(value.cumsum(0) - value < self.gamma * len(reach_MM)) & (value > 0)]
+            # Over all rows together: so many of the largest that their sum reaches gamma x rows. Whole rows often add up to just
+            # that, whatever rounding says.
+            enough = self.gamma * len(reach_MM) - 1e-9
+            some = order[(value.cumsum(0) - value < enough) & (value > 0)]
             listed_HMM[head].view(-1)[some] = True
         return self._map(listed_HMM, window)
 
