@@ -15,7 +15,7 @@ from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
 from restkv.results import Decoding, Generation, Stats, TextStream
-from restkv.sparse import Pattern
+from restkv.sparse import Pattern, parse_prefill
 from restkv.store import load_session, save_session
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Chat:
         prefill, chunk: how the first turn is read, and everything again after a change of policy (see Session).
     Raises:
         PolicyError: a fractional budget.
-        PromptError: the model has no tokenizer.
+        PromptError: the model has no tokenizer, or there is no such prefill.
     Attributes:
         lm, policy: from the first turn on, the policy protects the system prompt.
         messages: what was said.
@@ -66,6 +66,7 @@ class Chat:
         self.tokens: list[int] = []
         self._tokenizer = lm.tokenizer
         self._template = lm.tokenizer.has_chat_template if template is None else template
+        parse_prefill(str(prefill))  # refused now, not at the first turn
         self._reading: dict[str, Any] = {"prefill": str(prefill), "chunk": chunk}
         self._spared = 0  # leading tokens that are never evicted
         self._session: Session | None = None  # None before the first turn, during each, and after one that failed
