@@ -45,6 +45,9 @@ ChatOption = Annotated[
     typer.Option("--chat/--no-chat", help="Ask through the chat template.", show_default="if there is one"),
 ]
 SeedOption = Annotated[int, typer.Option(help="Of the samples.")]
+PrefillOption = Annotated[
+    str, typer.Option(metavar="dense|PATTERN", help="How prompts are read; see `restkv generate --help`.")
+]
 QuestionOption = Annotated[
     str, typer.Option(help="aware: evict with the question in sight; agnostic: before it is known; both.")
 ]
@@ -62,6 +65,7 @@ def ruler(
     evict: EvictOption = "prompt",
     seed: SeedOption = 0,
     chat: ChatOption = None,
+    prefill: PrefillOption = "dense",
     out: OutOption = Path("bench-ruler"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -82,6 +86,7 @@ def ruler(
         question,
         seed,
         _chat(lm, chat),
+        prefill=prefill,
     )
     with _bar() as report:
         run(lm, plan, out, report=report)
@@ -100,6 +105,7 @@ def needle(
     evict: EvictOption = "prompt",
     seed: SeedOption = 0,
     chat: ChatOption = None,
+    prefill: PrefillOption = "dense",
     out: OutOption = Path("bench-needle"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -119,6 +125,7 @@ def needle(
         question=question,
         seed=seed,
         chat=_chat(lm, chat),
+        prefill=prefill,
     )
     with _bar() as report:
         pictures = run_needle(lm, plan, out, report)
@@ -140,6 +147,7 @@ def fidelity(
     windows: Annotated[int, typer.Option(help="Pieces of the text, spread evenly over it.")] = 16,
     oracle: Annotated[int, typer.Option(help="So many of them also against greedy elimination.")] = 4,
     oracle_context: Annotated[int, typer.Option(help="Tokens of context for that.")] = 128,
+    prefill: PrefillOption = "dense",
     out: OutOption = Path("bench-fidelity"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -152,7 +160,15 @@ def fidelity(
     content = _read(text)
     lm = _load(model, dtype, device, backend)
     plan = FidelityPlan(
-        content, tuple(parse_methods(methods)), _budgets(budgets), context, tail, windows, oracle, oracle_context
+        content,
+        tuple(parse_methods(methods)),
+        _budgets(budgets),
+        context,
+        tail,
+        windows,
+        oracle,
+        oracle_context,
+        prefill,
     )
     with _bar() as report:
         run_fidelity(lm, plan, out, report)

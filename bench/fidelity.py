@@ -34,7 +34,7 @@ from bench.oracle import Oracle
 from bench.outputs import LayerTrace, full_pass, observation, relative_error
 from bench.ruler import Report, describe
 from bench.runs import Run, open_run, versions_text
-from bench.together import prefill_together
+from bench.together import pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
@@ -54,6 +54,8 @@ class FidelityPlan:
         windows: how many, spread evenly over the text.
         oracle: so many windows are compared with greedy backward elimination (0: none).
         oracle_context: their context, short because elimination is slow.
+        prefill: "dense", or the sparse pattern with which the contexts are read, as text (restkv/sparse.py). The reference is
+            dense either way, so that the full cache's row shows what the pattern alone costs.
     """
 
     text: str
@@ -64,13 +66,16 @@ class FidelityPlan:
     windows: int = 16
     oracle: int = 4
     oracle_context: int = 128
+    prefill: str = "dense"
 
     def entries(self, budget: int | float, context: int) -> int:
         return max(1, round(budget * context)) if isinstance(budget, float) else budget
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
-        plain = {name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context")}
+        plain = {
+            name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
+        }
         return plain | {
             "text": hashlib.sha256(self.text.encode()).hexdigest()[:16],
             "methods": [method.label for method in self.methods],
@@ -105,6 +110,7 @@ def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
         raise PromptError(
             f"oracle {plan.oracle} of {plan.oracle_context} tokens: give no more than windows and context"
         )
+    pattern_of(plan.prefill)
     for method in plan.methods:
         for budget in plan.budgets:
             for context in {plan.context, plan.oracle_context} if plan.oracle else {plan.context}:
@@ -133,6 +139,7 @@ def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[list[int]], results: Run
     oracles = [cell for cell in cells if plan.entries(cell[1], plan.oracle_context) < plan.oracle_context]
     total = len(windows) * len(cells) + plan.oracle * len(oracles)
     policies: dict[tuple[str, int | float, int], Policy] = {}
+    pattern = pattern_of(plan.prefill)
 
     def sessions(missing: Sequence[Cell], context: Sequence[int]) -> list[Session]:
         """One per cell, prefilled; budgets that must be searched for are found on the first window."""
@@ -141,12 +148,12 @@ def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[list[int]], results: Run
             if key not in policies:
                 first = windows[0][: len(context)]
                 entries = plan.entries(budget, len(context))
-                policies[key] = equal_bytes(lm, method, entries, lambda first=first: first)  # type: ignore[misc]
+                policies[key] = equal_bytes(lm, method, entries, lambda first=first: first, pattern)  # type: ignore[misc]
         made = [
             Session(lm.engine, policies[method.label, budget, len(context)], [len(context)], plan.tail)
             for method, budget in missing
         ]
-        prefill_together(lm, made, context)
+        prefill_together(lm, made, context, pattern)
         return made
 
     def add(key: str, row: dict[str, Any]) -> None:

@@ -28,10 +28,10 @@ from bench.forced import Kept, Score, score_rows, score_unevicted
 from bench.methods import Method
 from modeling.tokenizer import Tokenizer
 from restkv.errors import OutputError, PromptError, RestKVWarning
-from restkv.generate import PREFILLS
 from restkv.lm import load
 from restkv.options import RECALL, make_policy, parse_field
 from restkv.policies import Policy
+from restkv.sparse import parse_prefill
 from restkv.store import fingerprint, policy_to_dict
 
 NAME = "restkv"
@@ -51,7 +51,7 @@ class RestKVHarness(TemplateLM):
         dtype, device, backend: see restkv.load.
         batch_size: contexts run as rows of one session.
         max_length: tokens of context and continuation, or of context and answer; the model's positions when not given.
-        prefill: "dense" or "chunked", see Session.
+        prefill: "dense", "chunked" or a sparse pattern, see Session.
         options: any option of the method.
     Raises:
         PolicyError, PromptError, CheckpointError: one line that names the value and the mend.
@@ -75,8 +75,7 @@ class RestKVHarness(TemplateLM):
         if named.preset and preset:
             raise PromptError(f"method {method!r} and preset {preset!r} name a preset each; drop one of the two")
         self.policy = make_policy(named.name, preset or named.preset, {**named.options, **_values(options)})
-        if prefill not in PREFILLS:
-            raise PromptError(f"prefill {prefill!r} is not known; give {' or '.join(PREFILLS)}")
+        parse_prefill(prefill)
         self.prefill = prefill
         self.batch_size = _at_least_one("batch_size", batch_size)
         self.lm = load(str(pretrained), dtype=dtype, device=device, backend=backend)

@@ -23,6 +23,7 @@ from restkv.generate import Session
 from restkv.lm import LM
 from restkv.options import parse_field
 from restkv.policies import Policy, get_policy, policy_class
+from restkv.sparse import Pattern
 from restkv.store import policy_to_dict
 
 FULL = "full"
@@ -130,11 +131,13 @@ def check(lm: LM, method: Method, entries: int, length: int, what: str) -> None:
         raise PolicyError(f"{method.label}: {entries} entries per head ({what}): {error}") from None
 
 
-def equal_bytes(lm: LM, method: Method, entries: int, prompt: Callable[[], Sequence[int]]) -> Policy:
+def equal_bytes(
+    lm: LM, method: Method, entries: int, prompt: Callable[[], Sequence[int]], pattern: Pattern | None = None
+) -> Policy:
     """The policy that keeps `entries` entries per KV head of a prompt, or a little less.
 
     For sets per query head, whose unions depend on how much they overlap, the budget is searched for on `prompt()`: sixteen
-    budgets at a time, between the one for disjoint sets and the one for equal sets.
+    budgets at a time, between the one for disjoint sets and the one for equal sets. pattern: see prefill_together.
     """
     policy = method.policy(entries)
     group = lm.config.group
@@ -148,7 +151,7 @@ def equal_bytes(lm: LM, method: Method, entries: int, prompt: Callable[[], Seque
         step = max(1, (high - low) // 16)
         budgets = [*range(low + step, high, step)]
         sessions = [Session(lm.engine, replace(policy, budget=budget), [len(ids)], 1) for budget in budgets]
-        prefill_together(lm, sessions, ids)
+        prefill_together(lm, sessions, ids, pattern)
         fits = [budget for budget, session in zip(budgets, sessions, strict=True) if kept_mean(session) <= entries]
         low = max(fits, default=low)
         high = min((budget for budget in budgets if budget > low), default=high)

@@ -16,11 +16,12 @@ from typing import Any
 from bench.methods import Method, check, equal_bytes
 from bench.runs import Run, open_run, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
-from bench.together import answer_all
+from bench.together import answer_all, pattern_of
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.results import Decoding
+from restkv.sparse import Pattern
 from restkv.store import fingerprint
 
 QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
@@ -37,6 +38,7 @@ class Plan:
         samples: per task, length and depth.
         compression: prompt length over entries per KV head.
         question: a key of QUESTIONS.
+        prefill: "dense", or the sparse pattern with which all prompts are read, as text (restkv/sparse.py).
     """
 
     tasks: tuple[str, ...]
@@ -48,6 +50,7 @@ class Plan:
     seed: int = 0
     chat: bool = False
     depths: tuple[float | None, ...] = (None,)
+    prefill: str = "dense"
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
@@ -110,7 +113,7 @@ def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
     modes = QUESTIONS[plan.question]
     places = [(length, task, depth) for length in plan.lengths for task in plan.tasks for depth in plan.depths]
     total = plan.samples * len(places) * len(modes) * len(cells)
-    budgets = _Budgets(lm, plan, frame)
+    budgets, pattern = _Budgets(lm, plan, frame), pattern_of(plan.prefill)
     for index in range(plan.samples):
         for length, task, depth in places:
             at = "" if depth is None else f"@{depth:g}"
@@ -121,7 +124,8 @@ def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
                     continue
                 sample = make_sample(task, length, plan.seed, index, frame, depth)
                 policies = [budgets.get(cell, mode, task, length) for cell in missing]
-                for cell, row in zip(missing, answer(lm, frame, sample, mode, policies), strict=True):
+                answers = answer(lm, frame, sample, mode, policies, pattern)
+                for cell, row in zip(missing, answers, strict=True):
                     results.add(keys[cell], {**_about(sample, mode, cell, plan), **row})
                     if report is not None:
                         report(len(results.done), total)
@@ -146,12 +150,15 @@ def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
     }
 
 
-def answer(lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy]) -> list[dict[str, Any]]:
+def answer(
+    lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy], pattern: Pattern | None = None
+) -> list[dict[str, Any]]:
     """The sample's answer under every policy, in their order: output, score and what was kept. One prefill serves all."""
     context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
     whole = context + asked
     prompt, after = (whole, []) if mode == "aware" else (context, asked)
-    answers = answer_all(lm, policies, prompt, Decoding(sample.max_new_tokens, stop=FULL_STOP), asked=after)
+    decoding = Decoding(sample.max_new_tokens, stop=FULL_STOP)
+    answers = answer_all(lm, policies, prompt, decoding, asked=after, pattern=pattern)
     digest = hashlib.sha256(repr(whole).encode()).hexdigest()[:16]
     return [
         {
@@ -189,7 +196,8 @@ class _Budgets:
 
         key = (cell, mode, task, length)
         if key not in self._made:
-            self._made[key] = equal_bytes(self._lm, cell.method, cell.entries(length), prompt)
+            pattern = pattern_of(self._plan.prefill)
+            self._made[key] = equal_bytes(self._lm, cell.method, cell.entries(length), prompt, pattern)
         return self._made[key]
 
 
@@ -203,6 +211,7 @@ def _check(lm: LM, plan: Plan) -> None:
         raise PromptError(f"question {plan.question!r} is not known; choose from {', '.join(QUESTIONS)}")
     if plan.samples < 1:
         raise PromptError(f"samples {plan.samples}: give at least 1")
+    pattern_of(plan.prefill)
     for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
         if not values:
             raise PromptError(f"no {name} is given; name at least one")

@@ -1,4 +1,4 @@
-"""One prompt, many caches: a dense prefill does not depend on what is evicted after it, so that policies can share it.
+"""One prompt, many caches: a prefill in one piece does not depend on what is evicted after it, so that policies can share it.
 
 Letters: L prompt length, E hidden width, H query heads, K KV heads, D head dim, W queries, T new tokens, X = K or H, B rows, V
 vocabulary.
@@ -16,12 +16,15 @@ from torch import Tensor
 from modeling.forward import dense_layer
 from modeling.layers import Decoder
 from modeling.pages import KVCache
+from modeling.sparse import BlockMap
+from restkv.errors import PromptError
 from restkv.evict import Evictor, companions_of
 from restkv.generate import Session, page_size
 from restkv.lm import LM
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy
 from restkv.results import Decoding, Generation, Row, Stats
+from restkv.sparse import Pattern, chooser, parse_prefill
 
 
 @dataclass
@@ -133,6 +136,7 @@ def answer_all(
     asked: Sequence[int] = (),
     eos: Sequence[int] | None = None,
     least_one: bool = False,
+    pattern: Pattern | None = None,
 ) -> list[Said]:
     """Every policy's answer to a prompt, in their order; one prefill serves all.
 
@@ -141,11 +145,12 @@ def answer_all(
         asked: token ids appended after that.
         eos: ids that end an answer, if not the checkpoint's.
         least_one: the first token is the likeliest that ends no answer.
+        pattern: see prefill_together.
     """
     ends = lm.config.eos_token_ids if eos is None else eos
     later = len(asked) + decoding.max_new_tokens
     groups = answer_together(lm, policies, len(prompt), later, extends=bool(asked))
-    prefill_all(lm, groups, prompt)
+    prefill_all(lm, groups, prompt, pattern)
     said: dict[int, Said] = {}
     for group in groups:
         session, count = group.session, len(group.policies)
@@ -166,14 +171,30 @@ def answer_all(
     return [said[index] for index in range(len(policies))]
 
 
-def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int]) -> None:
-    """Session.prefill([ids]) of several new one-row sessions, at the price of one pass through the model."""
+def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int], pattern: Pattern | None = None) -> None:
+    """Session.prefill([ids]) of several new one-row sessions, at the price of one pass through the model.
+
+    pattern: which part of the prompt's attention to compute; None: all of it.
+    """
     alone = [Together(session, [session.policy], [session.evictor.row(0)], [0]) for session in sessions]
-    prefill_all(lm, alone, ids)
+    prefill_all(lm, alone, ids, pattern)
+
+
+def pattern_of(prefill: str) -> Pattern | None:
+    """The pattern of a bench's `prefill`, None for "dense".
+
+    Raises:
+        PromptError: an unknown one, or a chunked prefill, which depends on the policy and cannot be shared.
+    """
+    if prefill == "chunked":
+        raise PromptError(
+            "prefill 'chunked' evicts while it reads, so that methods cannot share it; give dense or a pattern"
+        )
+    return parse_prefill(prefill)
 
 
 @torch.no_grad()
-def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int]) -> None:
+def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
     """Run one prompt through the model and let every row of every session keep its share of it."""
     rows = [row for group in groups for row in group.rows]
     policies = [evictor.policy for _, evictor in rows]
@@ -189,12 +210,22 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int]) -> None:
         }
         watches = [watch for watch, _ in masses.values() if watch is not None]
 
-        def watch_all(q_THD: Tensor, k_KCD: Tensor, start: int, watches: list = watches) -> None:
+        def watch_all(
+            q_THD: Tensor, k_KCD: Tensor, start: int, chosen: BlockMap | None, watches: list = watches
+        ) -> None:
             for watch in watches:
-                watch(q_THD, k_KCD, start)
+                watch(q_THD, k_KCD, start, chosen)
 
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
-            lm.model, block, x_LE, rotary, last, watch=watch_all if watches else None, raw=slots
+            lm.model,
+            block,
+            x_LE,
+            rotary,
+            last,
+            watch=watch_all if watches else None,
+            raw=slots,
+            choose=chooser(pattern, lm.config, block.window, len(ids)),
+            backend=lm.backend,
         )
         for policy, (cache, evictor) in zip(policies, rows, strict=True):
             mass_XL = masses[policy.granularity][1] if "mass" in policy.needs else None

@@ -20,6 +20,9 @@ from modeling.masks import page_block_mask, paged_mask_mod, visible
 from modeling.pages import LayerView
 
 CAPPED_LOGITS = 1 << 22  # soft-capped logits are written out, so many at a time (16 MiB as float32)
+# Pairs of query and key whose mask is written out at a time: 40 MiB, as booleans and as the floats SDPA makes of them. It takes
+# at least 256 queries for SDPA's fastest tiles (128 cost half as much again), whose masks are smaller than most hidden states.
+MASKED_PAIRS, MASKED_QUERIES = 1 << 23, 256
 
 
 def paged_attention(
@@ -164,17 +167,20 @@ def causal_attention(
             q_HTD[None], k_KCD[None], v_KCD[None], is_causal=True, scale=scale, enable_gqa=H != K
         )
         return out[0].transpose(0, 1)
-    device = q_THD.device
-    seen_TC = visible(
-        torch.arange(first, end, device=device)[None], torch.arange(start, end, device=device)[:, None], window
-    )
+    column_C = torch.arange(first, end, device=q_THD.device)
+    position_T1 = torch.arange(start, end, device=q_THD.device)[:, None]
     q_KGTD = q_HTD.unflatten(0, (K, -1))
-    if softcap is None:  # keys are shared by stride, so that the group needs one mask
-        k_KGCD, v_KGCD = (t[:, None].expand(-1, H // K, -1, -1) for t in (k_KCD, v_KCD))
-        out_KGTD = F.scaled_dot_product_attention(q_KGTD, k_KGCD, v_KGCD, attn_mask=seen_TC[None, None], scale=scale)
-        return out_KGTD.flatten(0, 1).transpose(0, 1)
-    rows, parts = max(1, _rows(k_KCD) // (H // K)), []  # a mask for every query head is as large as logits, too
-    for q_KGtD, seen_tC in zip(q_KGTD.split(rows, 2), seen_TC.split(rows), strict=True):
-        out_KqD = masked_attention(q_KGtD.flatten(1, 2), k_KCD, v_KCD, seen_tC.repeat(H // K, 1), scale, softcap)
-        parts.append(out_KqD.unflatten(1, (H // K, -1)))
+    k_KGCD, v_KGCD = (t[:, None].expand(-1, H // K, -1, -1) for t in (k_KCD, v_KCD))
+    # A mask for every query head, which soft-capped logits need, is as large as the logits.
+    capped_rows = max(1, _rows(k_KCD) // (H // K))
+    rows = max(MASKED_QUERIES, MASKED_PAIRS // len(column_C)) if softcap is None else capped_rows
+    parts = []
+    for q_KGtD, position_t1 in zip(q_KGTD.split(rows, 2), position_T1.split(rows), strict=True):
+        seen_tC = visible(column_C, position_t1, window)
+        if softcap is None:  # keys are shared by stride, so that the group needs one mask
+            mask_11tC = seen_tC[None, None]
+            parts.append(F.scaled_dot_product_attention(q_KGtD, k_KGCD, v_KGCD, attn_mask=mask_11tC, scale=scale))
+        else:
+            out_KqD = masked_attention(q_KGtD.flatten(1, 2), k_KCD, v_KCD, seen_tC.repeat(H // K, 1), scale, softcap)
+            parts.append(out_KqD.unflatten(1, (H // K, -1)))
     return torch.cat(parts, 2).flatten(0, 1).transpose(0, 1)

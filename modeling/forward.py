@@ -7,6 +7,7 @@ R = B*K page lists, S slots, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from modeling.attention import causal_attention, paged_attention
 from modeling.layers import Block, Decoder
 from modeling.pages import EMPTY, SINK_PAGE, KVCache, LayerView
 from modeling.rope import rotate
+from modeling.sparse import BlockMap, sparse_attention
+
+Watch = Callable[[Tensor, Tensor, int, BlockMap | None], None]
+"""Called with q [T, H, D], k [K, C, D] of all columns so far, the first row's position, what the rows attend to (None: all)."""
+Choose = Callable[[Tensor, Tensor], BlockMap]
+"""Which blocks to attend to, from q [H, L, D] and k [K, L, D] of the prompt, after RoPE."""
 
 CHUNK = 1024  # prompt rows at a time: bounds the projections' and the MLP's temporary memory
 
@@ -26,17 +33,25 @@ def dense_layer(
     rotary: list[tuple[Tensor, Tensor]],
     last: int,
     *,
-    watch: Callable[[Tensor, Tensor, int], None] | None = None,
+    watch: Watch | None = None,
     raw: bool = False,
+    choose: Choose | None = None,
+    backend: str = "sdpa",
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Run one layer over a whole prompt with causal attention; x_LE is updated in place.
+    """Run one layer over a whole prompt with causal attention, all of it or some blocks; x_LE is updated in place.
+
+    Dense attention needs the keys up to a chunk's rows and follows chunk by chunk. A choice of blocks needs all queries and keys
+    first, so that with `choose` the queries are held too: as much as one hidden state.
 
     Args:
         rotary: model.rotary of positions 0 ... L-1, entries [1, L, D].
         last: W, how many of the last queries to return.
-        watch: called for every chunk of rows with q [T, H, D], k [K, C, D] of all columns so far, and the first row's position.
+        watch: called for every chunk of rows, in order, before its attention is computed.
         raw: return the keys before RoPE too.
+        choose: which blocks are attended to; None is dense attention.
+        backend: of the sparse attention.
+        chunk: rows at a time; a multiple of the blocks' size.
     Returns:
         q [H, W, D] (min(W, L) of them), k and v [K, L, D], all after RoPE, and the unrotated keys [K, L, D] or None.
     """
@@ -46,31 +61,38 @@ def dense_layer(
     k_KLD = x_LE.new_empty(config.num_kv_heads, length, config.head_dim)
     v_KLD = torch.empty_like(k_KLD)
     raw_KLD = torch.empty_like(k_KLD) if raw else None
+    q_LHD = None if choose is None else x_LE.new_empty(length, config.num_heads, config.head_dim)
     q_WHD = x_LE.new_empty(min(last, length), config.num_heads, config.head_dim)
     first_kept = length - len(q_WHD)
-    for start in range(0, length, chunk):
-        rows = slice(start, min(start + chunk, length))
-        x_1TE = x_LE[None, rows]
-        q_1THD, k_1TKD, v_1TKD = block.unrotated(x_1TE)
+    how: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": block.window}
+
+    def finish(q_THD: Tensor, rows: slice, chosen: BlockMap | None) -> None:
+        if watch is not None:
+            watch(q_THD, k_KLD[:, : rows.stop], rows.start, chosen)
+        if chosen is None:
+            o_THD = causal_attention(q_THD, k_KLD, v_KLD, rows.start, **how)
+        else:
+            o_THD = sparse_attention(q_THD, k_KLD, v_KLD, rows.start, chosen, backend=backend, **how)
+        x_LE[rows] = block.finish(x_LE[None, rows], o_THD[None])[0]
+
+    pieces = [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+    for rows in pieces:
+        q_1THD, k_1TKD, v_1TKD = block.unrotated(x_LE[None, rows])
         if raw_KLD is not None:
             raw_KLD[:, rows] = k_1TKD[0].transpose(0, 1)
         q_1THD, k_1TKD = (rotate(t, cos_1LD[:, rows], sin_1LD[:, rows]) for t in (q_1THD, k_1TKD))
         k_KLD[:, rows], v_KLD[:, rows] = k_1TKD[0].transpose(0, 1), v_1TKD[0].transpose(0, 1)
         if rows.stop > first_kept:
-            fresh = max(start, first_kept)
-            q_WHD[fresh - first_kept : rows.stop - first_kept] = q_1THD[0, fresh - start :]
-        if watch is not None:
-            watch(q_1THD[0], k_KLD[:, : rows.stop], start)
-        o_THD = causal_attention(
-            q_1THD[0],
-            k_KLD,
-            v_KLD,
-            start,
-            scale=config.attn_scale,
-            softcap=config.attn_softcap,
-            window=block.window,
-        )
-        x_LE[rows] = block.finish(x_1TE, o_THD[None])[0]
+            fresh = max(rows.start, first_kept)
+            q_WHD[fresh - first_kept : rows.stop - first_kept] = q_1THD[0, fresh - rows.start :]
+        if q_LHD is None:
+            finish(q_1THD[0], rows, None)
+        else:
+            q_LHD[rows] = q_1THD[0]
+    if choose is not None and q_LHD is not None:
+        chosen = choose(q_LHD.transpose(0, 1), k_KLD)
+        for rows in pieces:
+            finish(q_LHD[rows], rows, chosen)
     return q_WHD.transpose(0, 1), k_KLD, v_KLD, raw_KLD
 
 

@@ -15,6 +15,7 @@ from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
 from restkv.results import Decoding, Generation, Stats, TextStream
+from restkv.sparse import Pattern, parse_prefill
 from restkv.store import load_session, save_session
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Chat:
         prefill, chunk: how the first turn is read, and everything again after a change of policy (see Session).
     Raises:
         PolicyError: a fractional budget.
-        PromptError: the model has no tokenizer.
+        PromptError: the model has no tokenizer, or there is no such prefill.
     Attributes:
         lm, policy: from the first turn on, the policy protects the system prompt.
         messages: what was said.
@@ -53,7 +54,7 @@ class Chat:
         system: str | None = None,
         *,
         template: bool | None = None,
-        prefill: str = "dense",
+        prefill: str | Pattern = "dense",
         chunk: int = CHUNK,
     ) -> None:
         if lm.tokenizer is None:
@@ -65,7 +66,8 @@ class Chat:
         self.tokens: list[int] = []
         self._tokenizer = lm.tokenizer
         self._template = lm.tokenizer.has_chat_template if template is None else template
-        self._reading: dict[str, Any] = {"prefill": prefill, "chunk": chunk}
+        parse_prefill(str(prefill))  # refused now, not at the first turn
+        self._reading: dict[str, Any] = {"prefill": str(prefill), "chunk": chunk}
         self._spared = 0  # leading tokens that are never evicted
         self._session: Session | None = None  # None before the first turn, during each, and after one that failed
         self._turn: Generator[tuple[int, str]] | None = None

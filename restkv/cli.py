@@ -37,6 +37,7 @@ from restkv.options import (
     MethodOption,
     MinPOption,
     ModelArgument,
+    PrefillOption,
     PresetOption,
     SeedOption,
     SetOption,
@@ -209,10 +210,7 @@ def generate(
         float | None, typer.Option(rich_help_panel=KEEP, help="restkv: weight of the newest query in its average.")
     ] = None,
     field: SetOption = None,
-    prefill: Annotated[
-        str,
-        typer.Option(rich_help_panel=KEEP, help="dense, or chunked: evict between chunks, for prompts of any length."),
-    ] = "dense",
+    prefill: PrefillOption = "dense",
     chunk: Annotated[
         int | None, typer.Option(rich_help_panel=KEEP, help="Tokens per chunk of a chunked prefill.")
     ] = None,
@@ -363,6 +361,7 @@ def chat(
     preset: PresetOption = None,
     budget: BudgetOption = None,
     field: SetOption = None,
+    prefill: PrefillOption = "dense",
     max_new_tokens: LengthOption = 128,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
@@ -378,8 +377,10 @@ def chat(
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
     given: dict[str, Any] = {} if budget is None else {"budget": budget}
     policy = make_policy(method, preset, given | dict(map(parse_field, field or ())))
-    if load_file is not None and (system is not None or template is not None):
-        raise PromptError(f"{load_file}: a saved chat has its system prompt and template; drop --system and --template")
+    if load_file is not None and (system is not None or template is not None or prefill != "dense"):
+        raise PromptError(
+            f"{load_file}: a saved chat has its system prompt, template and prefill; drop --system, --template and --prefill"
+        )
 
     from restkv.chat import Chat
     from restkv.lm import load
@@ -396,7 +397,7 @@ def chat(
         "stop": stop or (),
     }
     if load_file is None:
-        conversation = Chat(lm, policy, system, template=template)
+        conversation = Chat(lm, policy, system, template=template, prefill=prefill)
     else:
         conversation = Chat.load(load_file, lm)
         if (given or field or preset or method != "restkv") and policy != conversation.anew().policy:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import UNBOUNDED, Companions, KVCache, LayerCache
+from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.errors import PolicyError
 from restkv.mass import column_mass
@@ -98,9 +101,7 @@ class Evictor:
 
     # -- after a prompt
 
-    def watch_prompt(
-        self, layer: int, length: int
-    ) -> tuple[Callable[[Tensor, Tensor, int], None] | None, Tensor | None]:
+    def watch_prompt(self, layer: int, length: int) -> tuple[Watch | None, Tensor | None]:
         """A callback for dense_layer that adds up the attention of all prompt queries, and the sums [X, L] it fills."""
         if "mass" not in self.policy.needs:
             return None, None
@@ -108,10 +109,9 @@ class Evictor:
         per_query = self.policy.granularity == "query"
         mass_XL = torch.zeros(config.num_heads if per_query else config.num_kv_heads, length, device=self.model.device)
 
-        def watch(q_THD: Tensor, k_KCD: Tensor, start: int) -> None:
-            mass_HC = column_mass(
-                q_THD, k_KCD, start, scale=config.attn_scale, softcap=config.attn_softcap, window=window
-            )
+        def watch(q_THD: Tensor, k_KCD: Tensor, start: int, chosen: BlockMap | None) -> None:
+            how: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": window}
+            mass_HC = column_mass(q_THD, k_KCD, start, chosen=chosen, **how)
             part_XC = mass_HC if per_query else mass_HC.unflatten(0, (config.num_kv_heads, -1)).mean(1)
             mass_XL[:, : part_XC.shape[1]] += part_XC
 

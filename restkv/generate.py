@@ -21,8 +21,8 @@ from restkv.evict import Evictor, Grams, companions_of
 from restkv.policies.base import Policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
+from restkv.sparse import Pattern, parse_prefill
 
-PREFILLS = ("dense", "chunked")
 CHUNK = 512  # tokens per chunk of a chunked prefill
 COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch.compile raises
@@ -114,7 +114,9 @@ class Session:
         lengths: prompt lengths of the rows.
         max_new_tokens: room to plan for; a cache without a decode budget is sized by it.
         prefill: "dense": each prompt in one piece, evicted when a layer is through (the paper); "chunked": `chunk` tokens at a
-            time, each chunk attending before it is evicted, so that memory is bounded for prompts of any length.
+            time, each chunk attending before it is evicted, so that memory is bounded for prompts of any length; a Pattern of
+            restkv.sparse or its text, such as "flexprefill:gamma=0.95": in one piece, and only a part of the attention is
+            computed.
         extends: more tokens than one at a time will be appended later (`extend`).
         forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.
     Raises:
@@ -128,13 +130,13 @@ class Session:
         lengths: Sequence[int],
         max_new_tokens: int,
         *,
-        prefill: str = "dense",
+        prefill: str | Pattern = "dense",
         chunk: int = CHUNK,
         extends: bool = False,
         forks: int = 0,
     ) -> None:
-        if prefill not in PREFILLS:
-            raise PromptError(f"prefill {prefill!r} is not known; give {' or '.join(PREFILLS)}")
+        prefill = str(prefill)
+        self._pattern = parse_prefill(prefill)
         if chunk < 1:
             raise PromptError(f"chunk={chunk}: a chunk has at least 1 token")
         self.engine, self.policy = engine, policy
@@ -207,7 +209,8 @@ class Session:
             cache, evictor = self.cache.row(row), self.evictor.row(row)
             first = ids[: self._chunk] if self._chunked else ids
             layers_done = None if self._chunked else progress
-            logits_1V = engine.model.head(prefill(engine.model, cache, evictor, first, layers_done))
+            x_1E = prefill(engine.model, cache, evictor, first, layers_done, self._pattern, engine.backend)
+            logits_1V = engine.model.head(x_1E)
             for start in range(len(first), len(ids), self._chunk):
                 piece = ids[start : start + self._chunk]
                 logits_1V = self._run(cache, [piece], logits_1V)

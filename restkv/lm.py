@@ -22,6 +22,7 @@ from restkv.memory import Meter
 from restkv.policies import FullCache, Policy, ReSTKV
 from restkv.prefill import Progress, dense_hidden
 from restkv.results import Decoding, Generation, Row, Stats, TextStream
+from restkv.sparse import Pattern
 
 Prompt = str | Sequence[int]
 
@@ -127,9 +128,9 @@ class LM:
         Args:
             prompts: a string, a list of token ids, or a list of either (then a list comes back, in the same order).
             policy: what to keep of the cache; ReSTKV(budget=1024) when none is given.
-            options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense" or "chunked") and chunk
-                (see Session); progress (called with what is done and what there is in all: layers, or tokens of a chunked
-                prefill).
+            options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense", "chunked" or a sparse
+                pattern) and chunk (see Session); progress (called with what is done and what there is in all: layers, or
+                tokens of a chunked prefill).
         Returns:
             Generation: text, tokens (the new ids), finish_reason and stats; rows of a batch share the stats object.
         Raises:
@@ -154,7 +155,7 @@ class LM:
         policy: Policy | None,
         results: list[Generation],
         *,
-        prefill: str = "dense",
+        prefill: str | Pattern = "dense",
         chunk: int = CHUNK,
         progress: Progress | None = None,
         **options: Any,
@@ -267,7 +268,12 @@ class LM:
 
     @torch.no_grad()
     def compress(
-        self, context: Prompt, policy: Policy | None = None, *, prefill: str = "dense", chunk: int = CHUNK
+        self,
+        context: Prompt,
+        policy: Policy | None = None,
+        *,
+        prefill: str | Pattern = "dense",
+        chunk: int = CHUNK,
     ) -> CompressedContext:
         """Prefill a text and keep what the policy keeps of it, to be asked many questions (query-agnostic).
 

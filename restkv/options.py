@@ -71,6 +71,15 @@ SetOption = Annotated[
         help="Any other option of the method. May be repeated.",
     ),
 ]
+PrefillOption = Annotated[
+    str,
+    typer.Option(
+        metavar="dense|chunked|PATTERN",
+        rich_help_panel=KEEP,
+        help="How the prompt is read. dense: in one piece. chunked: evict between chunks, for prompts of any length. Or compute "
+        "only a part of its attention: flexprefill, vertical-slash, a-shape, with options as in flexprefill:gamma=0.95.",
+    ),
+]
 LengthOption = Annotated[
     int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE, help="Length of the answer, at most.")
 ]

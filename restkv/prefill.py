@@ -14,19 +14,28 @@ from modeling.forward import dense_layer
 from modeling.layers import Decoder
 from modeling.pages import KVCache
 from restkv.evict import Evictor
+from restkv.sparse import Pattern, chooser
 
 Progress = Callable[[int, int], None]  # (layers or tokens done, of how many)
 
 
 def prefill(
-    model: Decoder, cache: KVCache, evictor: Evictor, ids: Sequence[int], progress: Progress | None = None
+    model: Decoder,
+    cache: KVCache,
+    evictor: Evictor,
+    ids: Sequence[int],
+    progress: Progress | None = None,
+    pattern: Pattern | None = None,
+    backend: str = "sdpa",
 ) -> Tensor:
-    """Dense prefill of a one-row cache, layer by layer: the full keys and values of ONE layer are alive at a time.
+    """Prefill of a one-row cache, layer by layer: the full keys and values of ONE layer are alive at a time.
 
     Args:
         cache, evictor: of the row alone (KVCache.row, Evictor.row).
         ids: the prompt's token ids.
         progress: called with the layers done and the layers in all.
+        pattern: which part of the attention to compute; None: all of it.
+        backend: of sparse attention.
     Returns:
         hidden state [1, E] of the last token after the last layer.
     """
@@ -36,7 +45,15 @@ def prefill(
     for index, block in enumerate(model.blocks):
         watch, mass_XL = evictor.watch_prompt(index, length)
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
-            model, block, x_LE, rotary, last, watch=watch, raw=evictor.policy.slot_positions
+            model,
+            block,
+            x_LE,
+            rotary,
+            last,
+            watch=watch,
+            raw=evictor.policy.slot_positions,
+            choose=chooser(pattern, model.config, block.window, length),
+            backend=backend,
         )
         evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
         if progress is not None:

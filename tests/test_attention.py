@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling.attention import CAPPED_LOGITS, causal_attention, masked_attention, paged_attention
+from modeling.attention import CAPPED_LOGITS, MASKED_PAIRS, causal_attention, masked_attention, paged_attention
 from modeling.masks import visible
 from modeling.pages import UNBOUNDED, LayerCache, PagePool
 from restkv.generate import Engine, Session
@@ -246,16 +246,27 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_never_writes_out_all_logits_of_a_chunk(softcap):
-    """Nor a mask per query head; soft-capped attention, which has no fused kernel, goes a few queries at a time."""
-    T, start, K, G, D = 512, 6000, 2, 8, 8
+    """Nor a mask per query head, nor a long chunk's mask; soft-capped attention, which has no fused kernel, goes a few queries at
+    a time."""
+    T, start, K, G, D = 1024, 7800, 2, 4, 8
     q_THD, k_KCD, v_KCD = torch.randn(T, K * G, D), torch.randn(K, start + T, D), torch.randn(K, start + T, D)
     with Largest() as largest:
         causal_attention(q_THD, k_KCD, v_KCD, start, scale=1.0, softcap=softcap, window=None)
-    assert largest.numel <= max(T * (start + T), CAPPED_LOGITS)
+    assert largest.numel <= (MASKED_PAIRS if softcap is None else CAPPED_LOGITS) < T * (start + T)
     seen_TC = torch.rand(T, start + T) < 0.5
     with Largest() as largest:
         masked_attention(q_THD.transpose(0, 1), k_KCD.repeat(G, 1, 1), v_KCD.repeat(G, 1, 1), seen_TC, 1.0, softcap)
     assert largest.numel < K * G * T * (start + T) / 4, "logits would be as many as this"
+
+
+@pytest.mark.parametrize(("queries", "pairs"), [(1, 1), (3, 1), (1, 100), (5, 1000)])
+def test_masked_attention_in_pieces_is_attention_at_once(queries, pairs, monkeypatch):
+    q_THD, k_KCD, v_KCD = torch.randn(13, 6, 8), torch.randn(2, 20, 8), torch.randn(2, 20, 8)
+    how = {"scale": 1.0, "softcap": None, "window": 9}
+    at_once = causal_attention(q_THD, k_KCD, v_KCD, 7, **how)
+    monkeypatch.setattr("modeling.attention.MASKED_QUERIES", queries)
+    monkeypatch.setattr("modeling.attention.MASKED_PAIRS", pairs)
+    assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-6
 
 
 @pytest.mark.parametrize("logits", [1, 100, 1000])

@@ -125,7 +125,8 @@ def test_beginning_with_a_saved_chat(talk, tmp_path):
     assert code == 0 and err[0].startswith("restkv: kept 30 of ")
     code, _, err = talk("", "--load", place, "--system", "Be kind.")
     assert code == 2 and err == [
-        f"restkv: error: {place}: a saved chat has its system prompt and template; drop --system and --template"
+        f"restkv: error: {place}: a saved chat has its system prompt, template and prefill; "
+        "drop --system, --template and --prefill"
     ]
     code, _, err = talk("", "--budget", "0.5")
     assert code == 2 and len(err) == 1 and "a chat grows" in err[0]

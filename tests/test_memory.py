@@ -214,11 +214,11 @@ PROMPT = 4_000
 
 
 @torch.no_grad()
-def peaks(depths: list[int], budget_by: str) -> list[int]:
+def peaks(depths: list[int], budget_by: str, prefill: str) -> list[int]:
     """Called apart: bytes by which the process peaks over what it held while a prompt goes through models of these depths."""
     policy, out = ReSTKV(128, budget_by=budget_by), []
     for depth in [1, *depths]:  # the first run makes buffers that come to stay
-        session = Session(Engine(wide_model(depth), "sdpa"), policy, [PROMPT], 1)
+        session = Session(Engine(wide_model(depth), "sdpa"), policy, [PROMPT], 1, prefill=prefill)
         before = psutil.Process().memory_info().rss
         meter = PeakMemory(torch.device("cpu"))
         session.prefill([small_ids(PROMPT)])
@@ -228,18 +228,27 @@ def peaks(depths: list[int], budget_by: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak to reset")
-@pytest.mark.parametrize("budget_by", ["uniform", "global"])
-def test_a_prompt_peaks_at_one_layer(budget_by):
-    """Reading a prompt takes one layer's keys and values, a few hidden states and one chunk's mask, however deep the model."""
+@pytest.mark.parametrize(
+    ("budget_by", "prefill"),
+    [("uniform", "dense"), ("global", "dense"), ("uniform", "flexprefill"), ("uniform", "vertical-slash:slash=2000")],
+)
+def test_a_prompt_peaks_at_one_layer(budget_by, prefill):
+    """Reading a prompt takes one layer's keys and values, a few hidden states and one chunk's mask, however deep the model.
+
+    A sparse prefill holds the layer's queries too; there, estimates and the gathered keys are smaller than that mask.
+    """
     depths = [1, 3, 9]
     config = wide_model(1).config
     layer = PROMPT * config.kv_bytes_per_token(torch.float32)
     hidden = PROMPT * config.hidden_size * 4
     mask = CHUNK * PROMPT * (4 + 1)  # as booleans, and as the floats SDPA makes of them
     kept = 128 * config.kv_bytes_per_token(torch.float32)
-    measured = apart(f"peaks({depths}, {budget_by!r})")
+    queries = 0 if prefill == "dense" else PROMPT * config.num_heads * config.head_dim * 4
+    measured = apart(f"peaks({depths}, {budget_by!r}, {prefill!r})")
     for depth, peak in zip(depths, measured, strict=True):
-        assert peak < layer + 6 * hidden + 2 * mask + 2 * depth * kept, f"{depth} layers: {peak / MIB:.1f} MiB"
+        assert peak < layer + queries + 6 * hidden + 2 * mask + 2 * depth * kept, (
+            f"{depth} layers: {peak / MIB:.1f} MiB"
+        )
     grown = measured[-1] - measured[1]
     assert grown < layer / 2, f"{depths} layers take {[peak / MIB for peak in measured]} MiB"
 

@@ -1,0 +1,200 @@
+"""Block-sparse attention of a prompt over its own keys: every block of queries attends to the blocks of keys listed for it.
+
+Letters: L prompt length, M = ceil(L / size) blocks of it, T rows of a chunk, R blocks of a chunk, H query heads, K KV heads, D
+head dim, C columns (key positions) of one block of queries.
+
+Which blocks are worth it is decided elsewhere. Two backends answer the same question: "flex" (compiled, one graph for all prompt
+lengths) and "sdpa", which gathers the listed keys of one head and one block of queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from modeling.attention import masked_attention
+from modeling.masks import visible
+
+ROWS = 1024  # queries of one compiled call; a chunk is padded to a multiple of it
+
+
+def reachable(blocks: int, size: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [M, M]: blocks of keys of which some query of a block sees some key, by causality and the sliding window.
+
+    With size 4 and window 3, query block 2 (positions 8 ... 11) sees the keys 6 ... 11: blocks 1 and 2.
+    """
+    row_M1, column_M = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
+    reached = column_M <= row_M1
+    return reached if window is None else reached & ((column_M + 1) * size > row_M1 * size - window + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """The blocks of keys that each query head's blocks of queries attend to. Within them causality and window hold.
+
+    Attributes:
+        listed_HMM: bool, query head x block of queries x block of keys; none that is not `reachable`, and the diagonal always,
+            so that every query sees at least itself.
+        size: tokens per block; divides ROWS.
+    """
+
+    listed_HMM: Tensor
+    size: int
+
+    def share(self, window: int | None) -> Tensor:
+        """Scalar float: listed blocks over those that dense attention computes."""
+        heads, blocks, _ = self.listed_HMM.shape
+        dense = reachable(blocks, self.size, window, self.listed_HMM.device).sum()
+        return self.listed_HMM.sum() / (heads * dense)
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, slice, Tensor]]:
+        """Head, queries (positions) and their columns [C], oldest first, for all blocks of the queries start ... stop - 1.
+
+        start is a multiple of size.
+        """
+        offset = torch.arange(self.size, device=self.listed_HMM.device)
+        for first in range(start, stop, self.size):
+            last = min(first + self.size, stop)
+            for head, listed_M in enumerate(self.listed_HMM[:, first // self.size]):
+                column_C = (listed_M.nonzero() * self.size + offset).flatten()  # sync: the eager twin needs its shapes
+                # Only the newest block, the diagonal, may reach beyond the queries.
+                yield head, slice(first, last), column_C[: len(column_C) - self.size + last - first]
+
+
+def sparse_attention(
+    q_THD: Tensor,
+    k_KLD: Tensor,
+    v_KLD: Tensor,
+    start: int,
+    chosen: BlockMap,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    backend: str,
+) -> Tensor:
+    """Attention of the prompt's tokens start ... start + T - 1 over the keys that are listed for them.
+
+    Args:
+        q_THD: queries after RoPE; start is a multiple of chosen.size.
+        k_KLD, v_KLD: keys and values of the whole prompt, contiguous; column c is position c.
+        backend: "flex" (compiled on first use, and again for another H, K, D, dtype, device, size, scale or softcap, but not for
+            another L, start, window or listing) or "sdpa".
+    Returns:
+        [T, H, D]
+    """
+    assert start % chosen.size == 0
+    if backend == "flex":
+        return _flex(q_THD, k_KLD, v_KLD, start, chosen, scale, softcap, window)
+    group = q_THD.shape[1] // len(k_KLD)
+    out_THD = torch.empty_like(q_THD)
+    for head, rows, column_C in chosen.rows(start, start + len(q_THD)):
+        mine = slice(rows.start - start, rows.stop - start)
+        position_T1 = torch.arange(rows.start, rows.stop, device=q_THD.device)[:, None]
+        out_THD[mine, head] = masked_attention(
+            q_THD[None, mine, head],
+            k_KLD[None, head // group].index_select(1, column_C),
+            v_KLD[None, head // group].index_select(1, column_C),
+            visible(column_C, position_T1, window)[None],
+            scale,
+            softcap,
+        )[0]
+    return out_THD
+
+
+def _flex(
+    q_THD: Tensor,
+    k_KLD: Tensor,
+    v_KLD: Tensor,
+    start: int,
+    chosen: BlockMap,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    T, H, D = q_THD.shape
+    size, blocks, device = chosen.size, chosen.listed_HMM.shape[-1], q_THD.device
+    rows = -(-T // ROWS) * ROWS
+    q_1HTD = q_THD.new_zeros(1, H, rows, D)
+    q_1HTD[0, :, :T] = q_THD.transpose(0, 1)
+    listed_HRM = torch.zeros(H, rows // size, blocks, dtype=torch.bool, device=device)
+    here = chosen.listed_HMM[:, start // size : -(-(start + T) // size)]
+    listed_HRM[:, : here.shape[1]] = here
+    partial_RM = _partial(start // size, rows // size, blocks, size, window, device)
+    k_1KLD, v_1KLD = k_KLD[None], v_KLD[None]
+    some, every = _lists(listed_HRM & partial_RM), _lists(listed_HRM & ~partial_RM)
+    for tensor in (k_1KLD, v_1KLD):
+        torch._dynamo.mark_dynamic(tensor, 2)
+    for _, index_1HRM in (some, every):
+        torch._dynamo.mark_dynamic(index_1HRM, 3)
+    bounds_2 = torch.tensor([start, blocks * size if window is None else window], device=device)
+    out_1HTD = _compiled(q_1HTD, k_1KLD, v_1KLD, *some, *every, bounds_2, size, scale, softcap)
+    return out_1HTD[0, :, :T].transpose(0, 1)
+
+
+def _partial(first: int, rows: int, blocks: int, size: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [R, M]: blocks that need a look at every position, those on the diagonal and on the edge of the window."""
+    row_R1, column_M = torch.arange(first, first + rows, device=device)[:, None], torch.arange(blocks, device=device)
+    partial = column_M == row_R1
+    return partial if window is None else partial | (column_M * size <= (row_R1 + 1) * size - 1 - window)
+
+
+def _lists(listed_HRM: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [1, H, R] and indices [1, H, R, M] int32 of the listed blocks, those that count first."""
+    index_HRM = (~listed_HRM).to(torch.int8).argsort(dim=-1, stable=True)
+    return listed_HRM.sum(-1, dtype=torch.int32)[None], index_HRM.to(torch.int32)[None]
+
+
+def _block_flex(
+    q_1HTD: Tensor,
+    k_1KLD: Tensor,
+    v_1KLD: Tensor,
+    some_1HR: Tensor,
+    some_1HRM: Tensor,
+    every_1HR: Tensor,
+    every_1HRM: Tensor,
+    bounds_2: Tensor,
+    size: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """What is compiled: blocks to be masked position by position, and blocks to be read as they are.
+
+    Args:
+        bounds_2: first query's position and window; tensors, or every chunk would compile anew.
+    """
+
+    def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (kv <= bounds_2[0] + q) & (kv > bounds_2[0] + q - bounds_2[1])
+
+    score_mod = None
+    if softcap is not None:
+        cap = softcap
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return cap * torch.tanh(score / cap)
+
+    mask = BlockMask.from_kv_blocks(
+        some_1HR,
+        some_1HRM,
+        every_1HR,
+        every_1HRM,
+        BLOCK_SIZE=(size, size),
+        mask_mod=causal,
+        seq_lengths=(q_1HTD.shape[2], k_1KLD.shape[2]),
+        compute_q_blocks=False,
+    )
+    # A Triton tile may not be larger than the blocks it reads.
+    tiles: Any = {"BLOCK_M": size, "BLOCK_N": size} if q_1HTD.device.type == "cuda" and size < 128 else {}
+    return flex_attention(
+        q_1HTD, k_1KLD, v_1KLD, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=tiles
+    )
+
+
+# K and V keep their length dynamic (mark_dynamic): it is right here, where they are whole inputs of the graph (FLEX §3).
+_compiled = torch.compile(_block_flex, fullgraph=True, dynamic=False)
