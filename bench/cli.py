@@ -315,3 +315,6 @@ def _show(folder: Path) -> None:
                 shown.add_row(*line)
             console.print(shown)
     console.print(f"results: {folder / SAMPLES}; a page with figures: restkv bench report {folder}", soft_wrap=True)
+
+
+from bench import cli_likelihood  # noqa: E402, F401  registers its commands, and takes what stands above

@@ -33,6 +33,9 @@ TITLES = {
     "ruler": "Retrieval (RULER families)",
     "needle": "Needle in a haystack",
     "fidelity": "Fidelity to the full cache",
+    "anli": "ANLI on evicted premises",
+    "perplexity": "Perplexity",
+    "smoothing": "Does smoothing pay?",
 }
 
 

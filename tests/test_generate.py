@@ -194,6 +194,16 @@ def test_a_chunk_counts_as_many_tokens_as_its_longest_row():
     assert session.kept()[0] == [10, 10]
 
 
+def test_a_policy_that_observes_no_query_evicts_prompts_in_sliding_window_layers_too():
+    """StreamingLLM's preset "paper": no window, and no query remembered for later, but the layer asks what is in sight."""
+    lm = LM(small_model(windows=(9, None)), None)
+    policy = StreamingLLM(budget=12, positions="original", interval=None)
+    session = Session(lm.engine, policy, [30], 1)
+    session.prefill([small_ids(30)])
+    # Sinks 0 to 3 and 22 to 29; out of sight of position 30 in the first layer (22 is the oldest it sees), but protected.
+    assert session.kept() == [[12], [12]]
+
+
 @torch.no_grad()
 def test_log_probabilities_of_appended_tokens_are_those_of_reading_them_one_by_one():
     """Ragged rows, chunks shorter than they are, and evictions between chunks; the dense twin where nothing is evicted."""
