@@ -116,8 +116,8 @@ def _smoothing(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     measures: list[tuple[str, Sequence[Row], Values, bool, Callable[[Sequence[Row]], Estimate]]] = []
     if text:
         measures.append(("perplexity", text, _by_text, False, _perplexity))
-    for (mode,), some in choices.items():
-        measures.append((f"accuracy, query-{mode}", some, partial(_scores, by="task"), True, _accuracy))
+    for (mode,), chosen in choices.items():
+        measures.append((f"accuracy, query-{mode}", chosen, partial(_scores, by="task"), True, _accuracy))
     verdicts: list[list[str]] = []
     differences: list[Part] = []
     levels: list[Part] = []
