@@ -1,8 +1,9 @@
 """Classification by teacher forcing: of a few answers to a question over a context, which is the likeliest?
 
 As in lm-eval's multiple choice, an answer counts with the sum of its tokens' log-probabilities, whatever its length; nothing
-is generated. "aware": context and question are one prompt, which is evicted with the question in sight. "agnostic": the context
-is evicted first, and the question appended to what is left (bench/ruler.py has the same two).
+is generated. "agnostic": the context is evicted, and the question appended to what is left. "aware": context and question are
+evicted together, all but the prompt's last token, which is read on what is left: the first token of an answer would otherwise be
+judged by a forward pass that has seen everything, and answers of one token would not depend on the method at all.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ class Encoded:
     choices: list[list[int]]
 
     def split(self, mode: str) -> tuple[list[int], list[int]]:
-        """(what is prefilled and evicted, what is appended afterwards)."""
-        return (self.context + self.question, []) if mode == "aware" else (self.context, self.question)
+        """(what is prefilled and evicted, what is appended afterwards), neither of them empty."""
+        whole = self.context + self.question
+        at = len(whole) - 1 if mode == "aware" else len(self.context)
+        return whole[:at], whole[at:]
 
 
 def encode(tokenizer: Tokenizer, item: Item) -> Encoded:

@@ -94,7 +94,7 @@ def choose_together(
 
     Args:
         prompt: token ids that are prefilled and evicted.
-        question: token ids appended to what is left; none if the prompt holds the question.
+        question: token ids appended to what is left; without any, the first token of a choice is judged by the dense prefill.
         choices: token ids that may go on from there; each on a fork of its own.
     Returns:
         One dict per policy: kept (entries per layer and KV head after the prompt), bytes (theirs), logprobs (one sum of

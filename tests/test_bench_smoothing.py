@@ -132,6 +132,9 @@ def test_rows_of_anli_say_what_was_asked_and_answered(lm: restkv.LM, anli: Path,
         assert row["score"] == (row["choice"] == 2)
     full = {row["question"]: row for row in rows if row["method"] == "full" and row["task"] == "R1"}
     assert full["aware"]["logprobs"] == pytest.approx(full["agnostic"]["logprobs"], abs=1e-4)
+    for mode, whole in full.items():  # what is evicted matters, in answers of one token too
+        evicted = [row for row in rows if row["question"] == mode and row["task"] == "R1" and row["method"] != "full"]
+        assert all(row["logprobs"] != pytest.approx(whole["logprobs"], abs=1e-3) for row in evicted)
     ours = next(row for row in rows if row["method"] == "restkv" and row["question"] == "aware")
     assert ours["entries"] == round(0.3 * ours["tokens"]) == ours["kept"]
 
