@@ -363,4 +363,4 @@ def _show(folder: Path) -> None:
     console.print(f"results: {folder / SAMPLES}; a page with figures: restkv bench report {folder}", soft_wrap=True)
 
 
-from bench import cli_official  # noqa: E402, F401 - registers its commands on `app`
+from bench import cli_likelihood, cli_official  # noqa: E402, F401 - they register their commands on `app`

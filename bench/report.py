@@ -36,6 +36,9 @@ TITLES = {
     "needle": "Needle in a haystack",
     "fidelity": "Fidelity to the full cache",
     **OFFICIAL_TITLES,
+    "anli": "ANLI on evicted premises",
+    "perplexity": "Perplexity",
+    "smoothing": "Does smoothing pay?",
 }
 LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",

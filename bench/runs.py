@@ -69,7 +69,7 @@ def open_run(folder: Path, kind: str, arguments: Mapping[str, Any], details: Map
     """Begin a run in a folder, or go on with the one that is there.
 
     Args:
-        kind: "ruler", "needle" or "fidelity".
+        kind: of run, a key of bench.report.TITLES.
         arguments: JSON-ready, all that results depend on; a folder is gone on with only where they are the same.
         details: JSON-ready, what else the manifest shall say.
     Raises:

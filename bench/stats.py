@@ -7,7 +7,7 @@ nothing about samples not seen.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,10 @@ class Estimate:
         mean, low, high = (f"{x:{sign}.{digits}f}" for x in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]"
 
+    def through(self, rising: Callable[[float], float]) -> Estimate:
+        """The estimate of a rising function of what was estimated."""
+        return Estimate(rising(self.mean), rising(self.low), rising(self.high), self.n)
+
 
 def mean_interval(*groups: Sequence[float], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """The mean of the groups' means (one group: the mean) with a bootstrap interval.
@@ -54,6 +58,18 @@ def mean_interval(*groups: Sequence[float], confidence: float = 0.95, draws: int
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     mean = float(np.mean([array.mean() for array in arrays]))
     return Estimate(mean, float(low), float(high), sum(array.size for array in arrays))
+
+
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """sum(above) / sum(below) with a bootstrap interval that draws pairs: nats over words of texts of unequal length, say."""
+    above_n, below_n = (np.asarray(values, dtype=np.float64) for values in (above, below))
+    assert above_n.size and above_n.size == below_n.size, "a ratio needs pairs of values"
+    picked = np.random.default_rng(seed).integers(above_n.size, size=(draws, above_n.size))
+    ratios = above_n[picked].sum(1) / below_n[picked].sum(1)
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(above_n.sum() / below_n.sum()), float(low), float(high), above_n.size)
 
 
 def paired_difference(

@@ -48,13 +48,15 @@ Part = Table | Drawing
 
 def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     """Tables and figures of a run, in reading order."""
-    from bench.official import tables as official  # built on this module's tables
+    from bench import tables_likelihood  # which takes its tools from here
+    from bench.official import tables as official  # so does this
 
     if not rows:
         return []
     if kind in official.TITLES:
         return official.parts(kind, arguments, rows)
-    return {"ruler": _ruler, "needle": _needle, "fidelity": _fidelity}[kind](arguments, rows)
+    makers = {"ruler": _ruler, "needle": _needle, "fidelity": _fidelity, **tables_likelihood.MAKERS}
+    return makers[kind](arguments, rows)
 
 
 def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tuple[int, int]:
@@ -122,17 +124,19 @@ def _scores(rows: Sequence[Row], by: str) -> dict[Any, dict[str, float]]:
     """Group -> sample -> score."""
     names = ("task", "length", "depth", "index")
     return {
-        group: {"/".join(str(row[name]) for name in names): row["score"] for row in part}
+        group: {"/".join(str(row.get(name)) for name in names): row["score"] for row in part}
         for (group,), part in grouped(rows, by).items()
     }
 
 
-def _accuracy_table(caption: str, by: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
+def _accuracy_table(
+    caption: str, by: str, rows: Sequence[Row], arguments: Mapping[str, Any], rate: str = "compression", unit: str = "x"
+) -> Table:
     """Mean score by group and over groups; the difference to the full cache is taken sample by sample."""
     groups = [group for group in arguments[f"{by}s"] if any(row[by] == group for row in rows)]
     full = _scores([row for row in rows if row["method"] == FULL], by)
     lines = []
-    for method, rate, part in _cells(rows, arguments, "compression"):
+    for method, at, part in _cells(rows, arguments, rate):
         scores = _scores(part, by)
         mean = mean_interval(*(list(values.values()) for values in scores.values()))
         pairs = [(scores[group], full[group]) for group in scores if group in full]
@@ -140,7 +144,7 @@ def _accuracy_table(caption: str, by: str, rows: Sequence[Row], arguments: Mappi
         lines.append(
             [
                 method,
-                f"{rate:g}x",
+                f"{at:g}{unit}",
                 f"{_mean(row['kept'] for row in part):.0f}",
                 *(f"{_mean(scores[group].values()):.3f}" if group in scores else "" for group in groups),
                 str(mean),

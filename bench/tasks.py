@@ -63,6 +63,15 @@ class Sample:
     meta: dict[str, Any]
 
 
+def parted(whole: list[int], start: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens of a text in two parts, given those of its beginning alone.
+
+    Where a word piece reaches over the end of the beginning it belongs to the rest.
+    """
+    shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+    return whole[:shared], whole[shared:]
+
+
 @dataclass(frozen=True)
 class Frame:
     """How a sample becomes token ids: as plain text, or as the user's turn of a chat whose answer has already begun."""
@@ -80,9 +89,7 @@ class Frame:
             turn = self.tokenizer.render([{"role": "user", "content": told}])
             whole = self.tokenizer.encode(turn + asked, bos=False)  # the template itself writes any BOS
             start = self.tokenizer.encode(turn[: turn.rindex(question)].rstrip(), bos=False)
-        # Where a word piece reaches over the end of the context it belongs to the question.
-        shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
-        return whole[:shared], whole[shared:]
+        return parted(whole, start)
 
     def count(self, text: str) -> int:
         """Tokens of a text that follows another one."""

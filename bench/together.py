@@ -198,7 +198,7 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
     """Run one prompt through the model and let every row of every session keep its share of it."""
     rows = [row for group in groups for row in group.rows]
     policies = [evictor.policy for _, evictor in rows]
-    last = max(max(policy.observed_prompt, cache.window) for policy, (cache, _) in zip(policies, rows, strict=True))
+    last = max(max(policy.observed_prompt, cache.window, 1) for policy, (cache, _) in zip(policies, rows, strict=True))
     slots = any(policy.slot_positions for policy in policies)
     x_LE, rotary = embed_prompt(lm.model, ids)
     for index, block in enumerate(lm.model.blocks):

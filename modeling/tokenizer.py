@@ -90,6 +90,10 @@ class Tokenizer:
             return ids
         return self._prefix + ids
 
+    def ends(self, text: str) -> list[int]:
+        """For every token of encode(text, bos=False), how many characters of the text it and those before it stand for."""
+        return [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+
     def encode_more(self, text: str) -> list[int]:
         """Token ids of a text that goes on after another: no BOS, and no space that a beginning would get.
 

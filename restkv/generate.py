@@ -40,14 +40,17 @@ class Engine:
     backend: str
     grams: Grams = field(init=False)
     decode: Callable[..., Tensor] = field(init=False)
+    hidden: Callable[..., Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.grams = Grams(self.model)
-        self.decode = _decode
+        self.decode, self.hidden = _decode, step
         if self.backend == "flex":
             config = torch._dynamo.config
             config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-            self.decode = torch.compile(_decode, fullgraph=True, dynamic=False)  # fullgraph: raise, never fall back
+            # fullgraph: raise, never fall back
+            self.decode = torch.compile(_decode, fullgraph=True, dynamic=False)
+            self.hidden = torch.compile(step, fullgraph=True, dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -236,8 +239,38 @@ class Session:
             self._after(max(map(len, pieces)), compact=True)
             self._room = 0
 
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Append tokens as `extend` does, and say how likely each was: log-probabilities (nats), float32, [T] for every row.
+
+        A token is judged by the cache as it was before its chunk, and by the chunk's earlier tokens.
+
+        Raises:
+            PolicyError: see extend.
+        """
+        head, said = self.engine.model.head, [self.logits_BV.new_empty(0)] * len(rows)
+        for start in range(0, max(map(len, rows)), self._chunk):
+            pieces = [ids[start : start + self._chunk] for ids in rows]
+            x_BTE, logits = self._append(self.cache, pieces, self.engine.hidden), list(self.logits_BV)
+            for row, piece in enumerate(pieces):  # one at a time: logits of all would be large
+                if piece:
+                    after_TV = head(x_BTE[row, : len(piece)])
+                    before_TV = torch.cat([logits[row][None], after_TV[:-1]])
+                    target_T1 = torch.tensor(piece, device=self.engine.device)[:, None]
+                    said[row] = torch.cat([said[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
+                    logits[row] = after_TV[-1]
+            self.logits_BV = torch.stack(logits)
+            self._after(max(map(len, pieces)), compact=True)
+            self._room = 0
+        return said
+
     def _run(self, cache: KVCache, pieces: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
-        """One chunk through the model; rows that get no token keep their logits."""
+        """One chunk through the model: logits after it; rows that get no token keep theirs."""
+        new_BV = self._append(cache, pieces, self.engine.decode)
+        got_B1 = torch.tensor([bool(piece) for piece in pieces], device=self.engine.device)[:, None]
+        return torch.where(got_B1, new_BV, logits_BV)
+
+    def _append(self, cache: KVCache, pieces: Sequence[Sequence[int]], run: Callable[..., Tensor]) -> Tensor:
+        """What `run` (Engine.decode or Engine.hidden) returns for one chunk, which the cache takes in."""
         engine = self.engine
         counts = [len(piece) for piece in pieces]
         width = self._chunk if engine.backend == "flex" else max(counts)  # one compiled graph for all pieces
@@ -247,11 +280,11 @@ class Session:
         offset_T = torch.arange(width, dtype=torch.int32, device=engine.device)
         pos_BT = torch.where(offset_T < counts_B[:, None], cache.next_pos[:, None] + offset_T, -1)
         cache.reserve(counts)
-        new_BV = engine.decode(
+        result = run(
             engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
         )
         cache.next_pos.add_(counts_B)
-        return torch.where((counts_B > 0)[:, None], new_BV, logits_BV)
+        return result
 
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""

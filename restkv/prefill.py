@@ -41,7 +41,7 @@ def prefill(
     """
     length = len(ids)
     x_LE, rotary = _embed(model, ids, cache.next_pos.device)
-    last = max(evictor.policy.observed_prompt, cache.window)
+    last = max(evictor.policy.observed_prompt, cache.window, 1)  # without a query nobody knows what is still in sight
     for index, block in enumerate(model.blocks):
         watch, mass_XL = evictor.watch_prompt(index, length)
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(

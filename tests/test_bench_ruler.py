@@ -172,6 +172,12 @@ def test_methods_that_cannot_be_are_refused(text: str, message: str) -> None:
         Method.parse(text).policy(64)
 
 
+def test_an_option_may_be_called_none() -> None:
+    assert Method.parse("restkv:pooling=none:interval=none").policy(64) == restkv.ReSTKV(
+        budget=64, pooling="none", interval=None
+    )
+
+
 def test_windows_shrink_to_half_a_small_budget_unless_they_were_asked_for() -> None:
     assert [Method.parse("restkv").policy(n).window for n in (20, 64, 200)] == [10, 32, 32]
     assert Method.parse("restkv:window=4").policy(20).window == 4

@@ -194,6 +194,43 @@ def test_a_chunk_counts_as_many_tokens_as_its_longest_row():
     assert session.kept()[0] == [10, 10]
 
 
+def test_a_policy_that_observes_no_query_evicts_prompts_in_sliding_window_layers_too():
+    """StreamingLLM's preset "paper": no window, and no query remembered for later, but the layer asks what is in sight."""
+    lm = LM(small_model(windows=(9, None)), None)
+    policy = StreamingLLM(budget=12, positions="original", interval=None)
+    session = Session(lm.engine, policy, [30], 1)
+    session.prefill([small_ids(30)])
+    # Sinks 0 to 3 and 22 to 29; out of sight of position 30 in the first layer (22 is the oldest it sees), but protected.
+    assert session.kept() == [[12], [12]]
+
+
+@torch.no_grad()
+def test_log_probabilities_of_appended_tokens_are_those_of_reading_them_one_by_one():
+    """Ragged rows, chunks shorter than they are, and evictions between chunks; the dense twin where nothing is evicted."""
+    lm, prompts, rows = small_lm(), [small_ids(20), small_ids(13, seed=1)], [small_ids(9, seed=2), small_ids(4, seed=3)]
+    for policy in (FullCache(), SnapKV(budget=10, window=4, interval=None), SnapKV(budget=10, window=4, interval=3)):
+        session = Session(lm.engine, policy, [20, 13], 9, chunk=3, extends=True)
+        session.prefill(prompts)
+        said = session.logprobs(rows)
+        for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
+            alone = Session(lm.engine, policy, [len(prompt)], 9, chunk=3, extends=True)
+            alone.prefill([prompt])
+            slow = []
+            for start in range(0, len(ids), 3):
+                calm = alone.fork(9)  # reads the chunk token by token, without evicting within it
+                calm._interval = None
+                for token in ids[start : start + 3]:
+                    slow.append(calm.logits_BV[0].double().log_softmax(-1)[token])
+                    calm.feed(torch.tensor([token]))
+                alone.extend([ids[start : start + 3]])
+            torch.testing.assert_close(said[row], torch.stack(slow).float(), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(session.logits_BV[row], alone.logits_BV[0], atol=2e-5, rtol=1e-5)
+            if isinstance(policy, FullCache):
+                dense_TV = lm.logits(prompt + ids)[len(prompt) - 1 : -1].double().log_softmax(-1)
+                dense_T = dense_TV.gather(1, torch.tensor(ids)[:, None])[:, 0]
+                torch.testing.assert_close(said[row], dense_T.float(), atol=2e-5, rtol=1e-5)
+
+
 # -- text
 
 

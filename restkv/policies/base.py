@@ -196,6 +196,8 @@ class Policy(ABC):
             raise PolicyError(f"{self.name}: {option} {getattr(self, option)!r}: {mend}")
 
     def _one_of(self, option: str, values: tuple[str, ...]) -> None:
+        if getattr(self, option) is None and "none" in values:  # what an option written as none has been read as
+            object.__setattr__(self, option, "none")
         self._require(getattr(self, option) in values, option, f"choose from {', '.join(values)}")
 
 
