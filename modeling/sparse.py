@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -95,16 +96,29 @@ def sparse_attention(
     out_THD = torch.empty_like(q_THD)
     for head, rows, column_C in chosen.rows(start, start + len(q_THD)):
         mine = slice(rows.start - start, rows.stop - start)
-        position_T1 = torch.arange(rows.start, rows.stop, device=q_THD.device)[:, None]
-        out_THD[mine, head] = masked_attention(
-            q_THD[None, mine, head],
-            k_KLD[None, head // group].index_select(1, column_C),
-            v_KLD[None, head // group].index_select(1, column_C),
-            visible(column_C, position_T1, window)[None],
-            scale,
-            softcap,
-        )[0]
+        q_1TD = q_THD[None, mine, head]
+        k_1CD, v_1CD = (t[None, head // group].index_select(1, column_C) for t in (k_KLD, v_KLD))
+        seen_1TC = _seen(rows, column_C, window)[None]
+        if softcap is None:  # every query sees itself: none needs masked_attention's care for those that see nothing
+            out_11TD = F.scaled_dot_product_attention(
+                q_1TD[None], k_1CD[None], v_1CD[None], attn_mask=seen_1TC[None], scale=scale
+            )
+            out_THD[mine, head] = out_11TD[0, 0]
+        else:
+            out_THD[mine, head] = masked_attention(q_1TD, k_1CD, v_1CD, seen_1TC, scale, softcap)[0]
     return out_THD
+
+
+def _seen(rows: slice, column_C: Tensor, window: int | None) -> Tensor:
+    """Bool [T, C] for one block of queries, whose own positions are the last columns."""
+    position_T = torch.arange(rows.start, rows.stop, device=column_C.device)
+    if window is not None:
+        return visible(column_C, position_T[:, None], window)
+    # Without a window only the diagonal block hides anything: comparing all positions would cost a third of the attention.
+    T = len(position_T)
+    seen_TC = torch.ones(T, len(column_C), dtype=torch.bool, device=column_C.device)
+    seen_TC[:, -T:].tril_()
+    return seen_TC
 
 
 def _flex(
