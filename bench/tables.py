@@ -81,7 +81,10 @@ def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tu
 
 def _ruler(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
-    for (mode, length), part in grouped(rows, "question", "length").items():
+    places = grouped(rows, "question", "length")
+    for (mode, length), part in places.items():
+        made.append(_overview(f"{length} tokens, {QUESTION[mode]}: mean over tasks [95 %]", part, arguments))
+    for (mode, length), part in places.items():
         made.append(_accuracy_table(f"{length} tokens, {QUESTION[mode]}", "task", part, arguments))
     for (mode,), part in grouped(rows, "question").items():
         panels = _accuracy_panels(part, arguments)
@@ -127,6 +130,21 @@ def _scores(rows: Sequence[Row], by: str) -> dict[Any, dict[str, float]]:
         group: {"/".join(str(row.get(name)) for name in names): row["score"] for row in part}
         for (group,), part in grouped(rows, by).items()
     }
+
+
+def _overview(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
+    """Methods down, compressions across; the full cache, which has none, stands in every column."""
+    means = {
+        (method, rate): mean_interval(*(list(values.values()) for values in _scores(part, "task").values()))
+        for method, rate, part in _cells(rows, arguments, "compression")
+    }
+    rates = sorted({rate for method, rate in means if method != FULL})
+    lines = [
+        [method, *(str(means.get((method, 1.0 if method == FULL else rate), "")) for rate in rates)]
+        for method in arguments["methods"]
+        if any(label == method for label, _ in means)
+    ]
+    return Table(caption, ["method", *(f"{rate:g}x" for rate in rates)], lines)
 
 
 def _accuracy_table(
