@@ -213,11 +213,13 @@ def _fidelity(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
 
 def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     lines, kl = [], {}
+    prefill = arguments.get("prefill", "dense")  # runs from before there was a choice were dense
     for method, _, part in _cells(rows, arguments, "entries"):
-        if method == FULL:
-            continue
-        entries = part[0]["entries"]
-        kl[method, entries] = mean_interval([row["kl"] for row in part])
+        if method == FULL and prefill == "dense":
+            continue  # it is what all are compared with
+        entries, divergence = part[0]["entries"], mean_interval([row["kl"] for row in part])
+        if method != FULL:
+            kl[method, entries] = divergence
         ratio = mean_interval([row["nll"] - row["full_nll"] for row in part])
         errors = [_mean(row["error"]) for row in part if row["error"] is not None]
         lines.append(
@@ -225,7 +227,7 @@ def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
                 method,
                 str(entries),
                 f"{_mean(row['kept'] for row in part):.0f}",
-                kl[method, entries].show(4),
+                divergence.show(4),
                 mean_interval([row["top1"] for row in part]).show(),
                 Estimate(math.exp(ratio.mean), math.exp(ratio.low), math.exp(ratio.high), ratio.n).show(),
                 mean_interval(errors).show() if errors else "positions renumbered",
@@ -234,6 +236,7 @@ def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
         )
     columns = ["method", "budget", "kept", "KL, nats/token", "top-1 agreement", "perplexity ratio", "layer error", "n"]
     caption = f"The full cache's next-token distribution, and what is left of it after {arguments['context']} tokens"
+    caption += "" if prefill == "dense" else f" read by {prefill}"
     made: list[Part] = [Table(f"{caption} (means over windows, 95 % intervals)", columns, lines)]
     series = _lines({cell: estimate for cell, estimate in kl.items() if estimate.mean > 0}, arguments)
     if series:

@@ -22,6 +22,7 @@ from bench.methods import parse_methods
 from bench.ruler import Plan, answer
 from bench.ruler import run as run_ruler
 from bench.runs import read_manifest, read_rows
+from bench.tables import Table, parts
 from bench.tasks import Frame, make_sample
 from bench.together import prefill_together
 from modeling.attention import causal_attention
@@ -401,6 +402,9 @@ def test_fidelity_shows_what_a_sparse_prefill_costs_the_full_cache(recall, tmp_p
         folder = run_fidelity(recall, replace(plan, prefill=prefill), tmp_path / prefill.partition(":")[0])
         assert read_manifest(folder)["arguments"]["prefill"] == prefill
         cost[prefill] = {row["method"]: row["kl"] for row in read_rows(folder)}
+        shown = parts("fidelity", read_manifest(folder)["arguments"], read_rows(folder))
+        (table,) = [part for part in shown if isinstance(part, Table)]
+        assert [line[0] for line in table.lines] == (["snapkv"] if prefill == "dense" else ["full", "snapkv"])
     dense, sparse = cost.values()
     assert abs(dense["full"]) < 1e-6 and sparse["full"] > 1e-4
     assert sparse["snapkv"] != dense["snapkv"]
