@@ -14,20 +14,8 @@ from restkv.errors import OutputError, PromptError
 if TYPE_CHECKING:
     from bench.speed import Contest
 
-# The GPU suite: a shape whose weights fill a card, contexts that no full cache likes, one row and eight.
-SUITES: dict[str, dict[str, Any]] = {
-    "gpu": {
-        "preset": "llama-3.1-8b",
-        "dtype": "bfloat16",
-        "device": "cuda",
-        "contexts": "4096,32768,131072",
-        "batches": "1,8",
-        "budget": 1024,
-        "methods": "restkv,full",
-        "peers": "transformers",
-        "rounds": 3,
-    }
-}
+# Fixed sets of options by name, as `bench speed` takes them.
+SUITES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("suites.json").read_text())
 
 ModelOption = Annotated[str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset.")]
 PresetOption = Annotated[str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")]
@@ -131,9 +119,9 @@ def _contest(
     tokens: int,
     peer_python: str | None,
 ) -> Contest:
-    from bench.speed import Contest
+    from bench.speed import PRESETS, Contest
 
-    preset = options["preset"] or (None if model else "llama-124m")
+    preset = options["preset"] or (None if model else next(iter(PRESETS)))
     return Contest(
         preset=preset,
         model=model,
