@@ -7,6 +7,8 @@ only one of them run it too.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -112,6 +114,8 @@ def _in_use(cuda: bool, reset: bool = True) -> int:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, or it would count as in use
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
