@@ -24,7 +24,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
 BatchesOption = Annotated[str, typer.Option(help="Rows, separated by commas.")]
 MethodsOption = Annotated[
-    str, typer.Option(help="Ours: NAME[@PRESET][:OPTION=VALUE...], separated by commas; full too.")
+    str, typer.Option(metavar="NAME[@PRESET][:OPTION=VALUE...],...", help="Ours; full is our full cache.")
 ]
 BudgetOption = Annotated[int, typer.Option(help="Entries per KV head.")]
 PeersOption = Annotated[
