@@ -9,14 +9,11 @@ to know about grouped-query attention. Both backends answer the same question; s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
-from modeling.masks import page_block_mask, paged_mask_mod, visible
+from modeling.masks import visible
 from modeling.pages import LayerView
 
 CAPPED_LOGITS = 1 << 22  # soft-capped logits are written out, so many at a time (16 MiB as float32)
@@ -49,42 +46,15 @@ def paged_attention(
     K = lists // B
     G = H // K
     folded_1RqD = q_BTHD.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(1, lists, G * T, D)
-    attend = _flex if backend == "flex" else _gathered
-    out_1RqD = attend(folded_1RqD, view, q_pos_BT, K, scale, softcap)
+    if backend == "flex":
+        from modeling.flex import (
+            paged_flex,
+        )  # brings the compiler, seconds of imports that the eager twin does not need
+
+        out_1RqD = paged_flex(folded_1RqD, view, q_pos_BT, K, scale, softcap)
+    else:
+        out_1RqD = _gathered(folded_1RqD, view, q_pos_BT, K, scale, softcap)
     return out_1RqD.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
-
-
-def _flex(q_1RqD: Tensor, view: LayerView, q_pos_BT: Tensor, heads: int, scale: float, softcap: float | None) -> Tensor:
-    _, lists, query_rows, head_dim = q_1RqD.shape
-    slots = view.pos.shape[0]
-    page = slots // view.table.shape[1]
-    # Zeroing padding gives the folded queries a 4-D buffer of their own: the CPU lowering looks at the buffer behind a view,
-    # and fails on, or misreads, one of another shape (FLEX bugs 1 and 2).
-    B, T = q_pos_BT.shape
-    padding_1Rq1 = (q_pos_BT < 0)[:, None, None].expand(B, heads, query_rows // T, T).reshape(1, lists, query_rows, 1)
-    q_1RqD = q_1RqD.masked_fill(padding_1Rq1, 0)
-    pages_R = (view.used + (page - 1)) // page
-    mask = page_block_mask(view, pages_R, paged_mask_mod(view, q_pos_BT, heads), query_rows)
-
-    score_mod = None
-    if softcap is not None:
-        cap = softcap
-
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return cap * torch.tanh(score / cap)
-
-    # A partition that is no multiple of the page keeps CPU lowering off its decode template, which reads wrong buffers for
-    # folded queries, fails without full blocks and overflows for logits below -88 (FLEX bugs 2-4).
-    options: Any = {"PARTITION_SIZE": page - 1} if q_1RqD.device.type == "cpu" else {}
-    return flex_attention(
-        q_1RqD,
-        view.k.expand(1, lists, slots, head_dim),  # stride 0: every list reads the same pool
-        view.v.expand(1, lists, slots, head_dim),
-        score_mod=score_mod,
-        block_mask=mask,
-        scale=scale,
-        kernel_options=options,
-    )
 
 
 def _gathered(

@@ -156,12 +156,18 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All weights of a model. `fused` joins q, k, v and gate, up into one matrix each; the function is the same."""
+    """All weights of a model. `fused` joins q, k, v and gate, up into one matrix each; the function is the same.
+
+    The embedding is left uninitialised: whoever builds a Decoder fills it (torch's own filling, of a matrix on the meta device,
+    loads the whole compiler).
+    """
 
     def __init__(self, config: ModelConfig, fused: bool = True):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Block(config, index, fused) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.rotaries = nn.ModuleList(Rotary(rope) for rope in config.ropes)

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modeling.attention import masked_attention
 from modeling.masks import visible
-
-ROWS = 1024  # queries of one compiled call; a chunk is padded to a multiple of it
 
 
 def reachable(blocks: int, size: int, window: int | None, device: torch.device) -> Tensor:
@@ -41,7 +37,7 @@ class BlockMap:
     Attributes:
         listed_HMM: bool, query head x block of queries x block of keys; none that is not `reachable`, and the diagonal always,
             so that every query sees at least itself.
-        size: tokens per block; divides ROWS.
+        size: tokens per block; divides modeling.flex.SPARSE_ROWS.
     """
 
     listed_HMM: Tensor
@@ -91,7 +87,11 @@ def sparse_attention(
     """
     assert start % chosen.size == 0
     if backend == "flex":
-        return _flex(q_THD, k_KLD, v_KLD, start, chosen, scale, softcap, window)
+        from modeling.flex import (
+            sparse_flex,
+        )  # brings the compiler, seconds of imports that the eager twin does not need
+
+        return sparse_flex(q_THD, k_KLD, v_KLD, start, chosen.listed_HMM, chosen.size, scale, softcap, window)
     group = q_THD.shape[1] // len(k_KLD)
     out_THD = torch.empty_like(q_THD)
     for head, rows, column_C in chosen.rows(start, start + len(q_THD)):
@@ -119,96 +119,3 @@ def _seen(rows: slice, column_C: Tensor, window: int | None) -> Tensor:
     seen_TC = torch.ones(T, len(column_C), dtype=torch.bool, device=column_C.device)
     seen_TC[:, -T:].tril_()
     return seen_TC
-
-
-def _flex(
-    q_THD: Tensor,
-    k_KLD: Tensor,
-    v_KLD: Tensor,
-    start: int,
-    chosen: BlockMap,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> Tensor:
-    T, H, D = q_THD.shape
-    size, blocks, device = chosen.size, chosen.listed_HMM.shape[-1], q_THD.device
-    rows = -(-T // ROWS) * ROWS
-    q_1HTD = q_THD.new_zeros(1, H, rows, D)
-    q_1HTD[0, :, :T] = q_THD.transpose(0, 1)
-    listed_HRM = torch.zeros(H, rows // size, blocks, dtype=torch.bool, device=device)
-    here = chosen.listed_HMM[:, start // size : -(-(start + T) // size)]
-    listed_HRM[:, : here.shape[1]] = here
-    partial_RM = _partial(start // size, rows // size, blocks, size, window, device)
-    k_1KLD, v_1KLD = k_KLD[None], v_KLD[None]
-    some, every = _lists(listed_HRM & partial_RM), _lists(listed_HRM & ~partial_RM)
-    for tensor in (k_1KLD, v_1KLD):
-        torch._dynamo.mark_dynamic(tensor, 2)
-    for _, index_1HRM in (some, every):
-        torch._dynamo.mark_dynamic(index_1HRM, 3)
-    bounds_2 = torch.tensor([start, blocks * size if window is None else window], device=device)
-    out_1HTD = _compiled(q_1HTD, k_1KLD, v_1KLD, *some, *every, bounds_2, size, scale, softcap)
-    return out_1HTD[0, :, :T].transpose(0, 1)
-
-
-def _partial(first: int, rows: int, blocks: int, size: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [R, M]: blocks that need a look at every position, those on the diagonal and on the edge of the window."""
-    row_R1, column_M = torch.arange(first, first + rows, device=device)[:, None], torch.arange(blocks, device=device)
-    partial = column_M == row_R1
-    return partial if window is None else partial | (column_M * size <= (row_R1 + 1) * size - 1 - window)
-
-
-def _lists(listed_HRM: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [1, H, R] and indices [1, H, R, M] int32 of the listed blocks, those that count first."""
-    index_HRM = (~listed_HRM).to(torch.int8).argsort(dim=-1, stable=True)
-    return listed_HRM.sum(-1, dtype=torch.int32)[None], index_HRM.to(torch.int32)[None]
-
-
-def _block_flex(
-    q_1HTD: Tensor,
-    k_1KLD: Tensor,
-    v_1KLD: Tensor,
-    some_1HR: Tensor,
-    some_1HRM: Tensor,
-    every_1HR: Tensor,
-    every_1HRM: Tensor,
-    bounds_2: Tensor,
-    size: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """What is compiled: blocks to be masked position by position, and blocks to be read as they are.
-
-    Args:
-        bounds_2: first query's position and window; tensors, or every chunk would compile anew.
-    """
-
-    def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (kv <= bounds_2[0] + q) & (kv > bounds_2[0] + q - bounds_2[1])
-
-    score_mod = None
-    if softcap is not None:
-        cap = softcap
-
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return cap * torch.tanh(score / cap)
-
-    mask = BlockMask.from_kv_blocks(
-        some_1HR,
-        some_1HRM,
-        every_1HR,
-        every_1HRM,
-        BLOCK_SIZE=(size, size),
-        mask_mod=causal,
-        seq_lengths=(q_1HTD.shape[2], k_1KLD.shape[2]),
-        compute_q_blocks=False,
-    )
-    # A Triton tile may not be larger than the blocks it reads.
-    tiles: Any = {"BLOCK_M": size, "BLOCK_N": size} if q_1HTD.device.type == "cuda" and size < 128 else {}
-    return flex_attention(
-        q_1HTD, k_1KLD, v_1KLD, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=tiles
-    )
-
-
-# K and V keep their length dynamic (mark_dynamic): it is right here, where they are whole inputs of the graph (FLEX §3).
-_compiled = torch.compile(_block_flex, fullgraph=True, dynamic=False)

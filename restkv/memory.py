@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,4 +60,6 @@ class Meter:
 
 
 def _compiled() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    """A process that has not loaded the compiler has compiled nothing."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else utils.counters["stats"]["unique_graphs"]
