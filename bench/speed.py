@@ -192,7 +192,7 @@ def _round_robin(
         low, tpot, high = _quartiles(laps[name])
         cache, kept = last[name]["cache_bytes"], last[name]["kept"]
         floor = decode_floor(contest.config, contest.dtype, machine, cache, kept, batch)
-        prefill = prefill_floor(contest.config, contest.dtype, machine, context, batch)
+        prefill = prefill_floor(contest.config, machine, context, batch)
         rows.append(
             {
                 "contestant": name,
@@ -289,7 +289,7 @@ def title(result: Mapping[str, Any]) -> str:
     if "rates" in result:
         rate = result["rates"]
         text += f"; reads {rate['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies "
-        text += f"{rate[contest['dtype'] + '_operations_per_s'] / 1e9:.0f} GFLOP/s"
+        text += f"{rate['operations_per_s'] / 1e9:.0f} GFLOP/s"
     return text
 
 
