@@ -351,15 +351,16 @@ def _show(folder: Path) -> None:
 
     from bench.runs import SAMPLES, read_manifest, read_rows
     from bench.tables import Table, parts
+    from restkv.display import titled
 
     manifest = read_manifest(folder)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)  # tables that a file need not wrap
     for part in parts(manifest["kind"], manifest["arguments"], read_rows(folder)):
         if isinstance(part, Table):
-            shown = RichTable(*part.columns, title=part.caption, title_justify="left")
+            shown = RichTable(*part.columns)
             for line in part.lines:
                 shown.add_row(*line)
-            console.print(shown)
+            console.print(titled(part.caption, shown))
     console.print(f"results: {folder / SAMPLES}; a page with figures: restkv bench report {folder}", soft_wrap=True)
 
 

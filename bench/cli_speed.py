@@ -153,13 +153,13 @@ def _finish(result: dict[str, Any], out: Path | None) -> None:
 
     from bench.figures import save_png
     from bench.speed import figure, table, title
-    from restkv.display import table_console
+    from restkv.display import table_console, titled
 
     columns, lines = table(result)
-    shown = Table(*columns, title=title(result), title_justify="left")
+    shown = Table(*columns)
     for line in lines:
         shown.add_row(*line)
-    table_console().print(shown)
+    table_console().print(titled(title(result), shown))
     if out is None:
         return
     try:

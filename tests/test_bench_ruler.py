@@ -326,7 +326,8 @@ def test_the_command_prints_tables_and_one_line_for_an_error(
     command = "bench ruler --tasks niah_single --lengths 200 --methods restkv --compression 8 --samples 2".split()
     assert main([*command, "--question", "aware", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "200 tokens, question in sight while evicting" in shown and "minus full" in shown
+    assert "200 tokens, question in sight while evicting (query-aware): mean over tasks [95 %]" in shown.split("\n")
+    assert "minus full" in shown
     assert f"restkv bench report {tmp_path}" in shown.replace("\n", "")
     assert main([*command, "--question", "both", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
