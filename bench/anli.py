@@ -22,11 +22,9 @@ from typing import Any
 from bench.choice import Item, choice_rows, fill_choices, modes_of, shortest
 from bench.likelihood import Asked, cells_of, share
 from bench.methods import Method, check
-from bench.ruler import Report, describe
-from bench.runs import open_run
+from bench.runs import Report, describe, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
-from restkv.store import fingerprint
 
 ROUNDS, SPLITS = (1, 2, 3), ("train", "dev", "test")
 LABELS = {"e": " True", "n": " Neither", "c": " False"}  # entailment, neutral, contradiction
@@ -83,9 +81,7 @@ class AnliPlan:
             "limit": self.limit,
             "question": self.question,
             "seed": self.seed,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
@@ -105,8 +101,8 @@ def run_anli(lm: LM, plan: AnliPlan, folder: Path, report: Report | None = None)
         check(lm, cell.method, _entries(cell.asked, length), length, what)
     arguments = {**plan.arguments(lm, items), "results": choice_rows(items, modes, cells)}
     details = describe(lm, plan.methods, max(_entries(asked, length) for asked in plan.budgets))
-    with open_run(folder, "anli", arguments, details) as results:
-        fill_choices(lm, items, modes, cells, _entries, results, report)
+    with open_run(folder, "anli", arguments, details, arguments["results"], report) as results:
+        fill_choices(lm, items, modes, cells, _entries, results)
     return folder
 
 

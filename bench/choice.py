@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.likelihood import Cell, Entries, choose_together, policy_of, write
-from bench.ruler import QUESTIONS, Report
+from bench.likelihood import Cell, Entries, choose_together, policy_of
+from bench.ruler import QUESTIONS
 from bench.runs import Run, versions_text
 from bench.tasks import Frame, make_sample, parted
 from modeling.tokenizer import Tokenizer
@@ -139,7 +139,6 @@ def fill_choices(
     cells: Sequence[Cell],
     entries: Entries,
     results: Run,
-    report: Report | None,
     once: bool = False,
 ) -> None:
     """A row per item, mode and cell, item by item.
@@ -152,7 +151,7 @@ def fill_choices(
         ids = encode(lm.tokenizer, item)
         for mode in modes:
             keys = [f"choice/{mode}/{item.task}/{item.index}/{cell.key}" for cell in cells]
-            write(results, keys, partial(_rows, lm, item, ids, mode, cells, entries, once), report)
+            results.add_together(keys, partial(_rows, lm, item, ids, mode, cells, entries, once))
 
 
 def _rows(

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from bench.methods import Method, equal_bytes
-from bench.ruler import Report
-from bench.runs import Run
 from bench.together import answer_together, prefill_all
 from restkv.lm import LM
 from restkv.policies import Policy
@@ -64,23 +62,6 @@ def policy_of(lm: LM, cell: Cell, entries: int, prompt: Sequence[int], once: boo
     """The policy that keeps so many entries per KV head of this prompt; `once`: and evicts nothing after it."""
     policy = equal_bytes(lm, cell.method, entries, lambda: prompt)
     return replace(policy, interval=None) if once else policy
-
-
-def write(
-    results: Run, keys: Sequence[str], make: Callable[[], Sequence[dict[str, Any]]], report: Report | None
-) -> None:
-    """Add the rows that a run does not have yet; all are made together, or none.
-
-    Rows of one session are computed as one batch, and a batch of other rows may round otherwise: what a broken-off run is
-    missing must come out of the batch that it would have come out of.
-    """
-    if all(key in results.done for key in keys):
-        return
-    for key, row in zip(keys, make(), strict=True):
-        if key not in results.done:
-            results.add(key, row)
-            if report is not None:
-                report(len(results.done), results.manifest["arguments"]["results"])
 
 
 # -- many policies, one prompt

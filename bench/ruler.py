@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.methods import Method, check, equal_bytes
-from bench.runs import Run, open_run, versions_text
+from bench.runs import Report, Run, describe, open_run, setting, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
 from bench.together import answer_all, pattern_of
 from restkv.errors import PromptError, RestKVWarning
@@ -22,11 +22,9 @@ from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.results import Decoding
 from restkv.sparse import Pattern
-from restkv.store import fingerprint
 
 QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
 FULL_STOP = "."  # ends every answer
-Report = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,29 @@ class Plan:
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
         once = any(method.once for method in self.methods)
-        plain = {
+        return {
             **asdict(self),
             "methods": [method.label for method in self.methods],
             "evict": "prompt" if once else "always",
+            **setting(lm),
         }
-        return {**plain, "model": fingerprint(lm.model), "device": lm.device.type, "backend": lm.backend}
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return QUESTIONS[self.question]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(m, c) for m in self.methods for c in ((1.0,) if m.full else self.compression)]
+
+    @property
+    def places(self) -> list[tuple[int, str, float | None]]:
+        return [(length, task, depth) for length in self.lengths for task in self.tasks for depth in self.depths]
+
+    @property
+    def results(self) -> int:
+        """How many there will be."""
+        return self.samples * len(self.places) * len(self.modes) * len(self.cells)
 
 
 @dataclass(frozen=True)
@@ -83,43 +98,23 @@ def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | 
         RunError: see open_run.
     """
     _check(lm, plan)
-    with open_run(folder, kind, plan.arguments(lm), describe(lm, plan.methods, _largest(plan))) as results:
-        _fill(lm, plan, results, report)
+    details = describe(lm, plan.methods, _largest(plan))
+    with open_run(folder, kind, plan.arguments(lm), details, plan.results, report) as results:
+        _fill(lm, plan, results)
     return folder
 
 
-def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
-    """What a manifest says besides the arguments: the policies in full (budgets and windows are said by each row), the model."""
-    config = lm.config
-    return {
-        "methods": {method.label: method.describe(entries) for method in methods},
-        "model": {
-            "fingerprint": fingerprint(lm.model),
-            "family": config.family,
-            "layers": config.num_layers,
-            "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
-            "max_positions": config.max_positions,
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "bytes_per_token": config.kv_bytes_per_token(lm.dtype),
-        },
-    }
-
-
-def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
+def _fill(lm: LM, plan: Plan, results: Run) -> None:
     """Fill a run sample by sample, number by number, so that a broken run has some of everything."""
     assert lm.tokenizer is not None
     frame = Frame(lm.tokenizer, plan.chat)
-    cells = [Cell(m, c) for m in plan.methods for c in ((1.0,) if m.full else plan.compression)]
-    modes = QUESTIONS[plan.question]
-    places = [(length, task, depth) for length in plan.lengths for task in plan.tasks for depth in plan.depths]
-    total = plan.samples * len(places) * len(modes) * len(cells)
     budgets, pattern = _Budgets(lm, plan, frame), pattern_of(plan.prefill)
     for index in range(plan.samples):
-        for length, task, depth in places:
+        for length, task, depth in plan.places:
             at = "" if depth is None else f"@{depth:g}"
-            for mode in modes:
-                keys = {cell: _key(mode, task, at, length, index, cell) for cell in cells}
-                missing = [cell for cell in cells if keys[cell] not in results.done]
+            for mode in plan.modes:
+                keys = {cell: _key(mode, task, at, length, index, cell) for cell in plan.cells}
+                missing = [cell for cell in plan.cells if keys[cell] not in results.done]
                 if not missing:
                     continue
                 sample = make_sample(task, length, plan.seed, index, frame, depth)
@@ -127,8 +122,6 @@ def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
                 answers = answer(lm, frame, sample, mode, policies, pattern)
                 for cell, row in zip(missing, answers, strict=True):
                     results.add(keys[cell], {**_about(sample, mode, cell, plan), **row})
-                    if report is not None:
-                        report(len(results.done), total)
 
 
 def _key(mode: str, task: str, at: str, length: int, index: int, cell: Cell) -> str:

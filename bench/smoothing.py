@@ -20,11 +20,9 @@ from bench.corpus import Document, prose
 from bench.likelihood import Asked, Cell, cells_of
 from bench.methods import Method, check
 from bench.perplexity import Protocol, digest, fill_perplexity
-from bench.ruler import Report, describe
-from bench.runs import open_run
+from bench.runs import Report, describe, open_run, setting
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
-from restkv.store import fingerprint
 
 SUBJECT = "restkv"
 # What ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output projection; the paper's order of
@@ -110,14 +108,12 @@ def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | No
         "seed": plan.seed,
         "left out": [*left_out, *(f"{name} (classification)" for name in also_out if name not in left_out)],
         "results": len(windows) * len(reading) + choice_rows(items, modes, choosing),
-        "model": fingerprint(lm.model),
-        "device": lm.device.type,
-        "backend": lm.backend,
+        **setting(lm),
     }
     details = describe(lm, plan.methods, rate(min(plan.compression), plan.length))
-    with open_run(folder, "smoothing", arguments, details) as results:
-        fill_perplexity(lm, windows, protocol, reading, rate, results, report)
-        fill_choices(lm, items, modes, choosing, rate, results, report, once=True)
+    with open_run(folder, "smoothing", arguments, details, arguments["results"], report) as results:
+        fill_perplexity(lm, windows, protocol, reading, rate, results)
+        fill_choices(lm, items, modes, choosing, rate, results, once=True)
     return folder
 
 

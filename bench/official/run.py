@@ -15,14 +15,12 @@ from typing import Any
 from bench.methods import Method, check
 from bench.official.data import DataError
 from bench.official.suite import Item, Source, Suite
-from bench.ruler import Report, describe
-from bench.runs import Run, open_run, versions_text
+from bench.runs import Report, Run, describe, open_run, setting, versions_text
 from bench.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.results import Decoding
-from restkv.store import fingerprint
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ class Plan:
             "decoding": "greedy",
             **self.suite.facts,
             "results": self.results,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
@@ -110,12 +106,13 @@ def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
     """
     _check(lm, plan)
     largest = max(cell.entries(plan.longest or lm.config.max_positions) for cell in plan.cells)
-    with open_run(folder, plan.suite.kind, plan.arguments(lm), describe(lm, plan.methods, largest)) as results:
-        _fill(lm, plan, results, report)
+    details = describe(lm, plan.methods, largest)
+    with open_run(folder, plan.suite.kind, plan.arguments(lm), details, plan.results, report) as results:
+        _fill(lm, plan, results)
     return folder
 
 
-def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
+def _fill(lm: LM, plan: Plan, results: Run) -> None:
     for source, index in _in_turn(plan):
         keys = {cell: _key(source, index, cell) for cell in plan.cells}
         missing = [cell for cell in plan.cells if keys[cell] not in results.done]
@@ -134,8 +131,6 @@ def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
                 "wording": source.wording,
             }
             results.add(keys[cell], {**about, **row, "versions": versions_text()})
-            if report is not None:
-                report(len(results.done), plan.results)
 
 
 def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
