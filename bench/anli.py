@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.choice import Item, choice_rows, fill_choices, modes_of, shortest
-from bench.likelihood import Asked, cells_of, share
+from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
+from bench.plans import Asked, cells_of, modes_of, share
 from bench.runs import Report, describe, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -56,7 +56,7 @@ class AnliPlan:
         budgets: shares of the prompt, or entries per KV head.
         shots: worked examples before each premise, drawn for each sample anew.
         limit: samples per round, from the file's beginning; None: all of them.
-        question: a key of bench.ruler.QUESTIONS.
+        question: aware, agnostic or both.
     """
 
     data: Path

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.likelihood import Cell, Entries, choose_together, policy_of
-from bench.ruler import QUESTIONS
+from bench.likelihood import choose_together
+from bench.plans import Cell, Entries, policy_of
 from bench.runs import Run, versions_text
 from bench.tasks import Frame, make_sample, parted
 from modeling.tokenizer import Tokenizer
@@ -98,17 +98,6 @@ def told_items(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> li
             spaced = tuple(f" {choice}" for choice in choices)
             items.append(Item(task, index, str(index), sample.context, question, spaced, choices.index(right)))
     return items
-
-
-def modes_of(question: str) -> tuple[str, ...]:
-    """The modes that aware, agnostic or both stand for.
-
-    Raises:
-        PromptError: anything else.
-    """
-    if question not in QUESTIONS:
-        raise PromptError(f"question {question!r} is not known; choose from {', '.join(QUESTIONS)}")
-    return QUESTIONS[question]
 
 
 def shortest(lm: LM, items: Sequence[Item], modes: Sequence[str]) -> int:

@@ -7,62 +7,17 @@ Letters: B rows, each with a policy of its own; V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.methods import Method, equal_bytes
 from bench.together import answer_together, prefill_all
 from restkv.lm import LM
 from restkv.policies import Policy
 
 PIECE = 64  # tokens read at once by all rows of a session: their attention and logits must fit into memory
-Asked = int | float  # a budget as it was asked for: entries, a share of the prompt, or a compression
-Entries = Callable[[Asked, int], int]  # what that is for a prompt of so many tokens, in entries per KV head
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one budget."""
-
-    method: Method
-    asked: Asked
-
-    @property
-    def key(self) -> str:
-        return f"{self.method.label}/{self.asked:g}"
-
-    def about(self, entries: int, policy: Policy) -> dict[str, Any]:
-        """What a row says of it: what was asked for, and the policy it became."""
-        return {
-            "method": self.method.label,
-            "preset": self.method.preset,
-            "asked": self.asked,
-            "entries": None if self.method.full else entries,
-            "granularity": policy.granularity,
-            "budget": policy.budget,
-            "observed": policy.window,
-        }
-
-
-def cells_of(methods: Sequence[Method], budgets: Sequence[Asked]) -> list[Cell]:
-    """Every method at every budget; the full cache once."""
-    return [Cell(method, asked) for method in methods for asked in ((1.0,) if method.full else budgets)]
-
-
-def share(asked: Asked, length: int) -> int:
-    """Entries per KV head: a whole number is that many, a fraction is one of the prompt."""
-    return max(1, round(asked * length)) if isinstance(asked, float) else asked
-
-
-def policy_of(lm: LM, cell: Cell, entries: int, prompt: Sequence[int], once: bool) -> Policy:
-    """The policy that keeps so many entries per KV head of this prompt; `once`: and evicts nothing after it."""
-    policy = equal_bytes(lm, cell.method, entries, lambda: prompt)
-    return replace(policy, interval=None) if once else policy
-
 
 # -- many policies, one prompt
 

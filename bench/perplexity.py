@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from bench.corpus import Document, Window, cut_windows
-from bench.likelihood import PIECE, Asked, Cell, Entries, cells_of, policy_of, share, tail_together
+from bench.likelihood import PIECE, tail_together
 from bench.methods import Method, check
+from bench.plans import Asked, Cell, Entries, cells_of, policy_of, share
 from bench.runs import Report, Run, describe, open_run, setting, versions_text
 from restkv.errors import PromptError
 from restkv.generate import Session

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods import Method, check, equal_bytes
+from bench.plans import Cell, cells_of, compressed, modes_of
 from bench.runs import Report, Run, describe, open_run, setting, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
 from bench.together import answer_all, pattern_of
@@ -23,7 +24,6 @@ from restkv.policies import Policy
 from restkv.results import Decoding
 from restkv.sparse import Pattern
 
-QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
 FULL_STOP = "."  # ends every answer
 
 
@@ -35,7 +35,7 @@ class Plan:
         depths: where the needle shall be; (None,) leaves it to the task.
         samples: per task, length and depth.
         compression: prompt length over entries per KV head.
-        question: a key of QUESTIONS.
+        question: aware, agnostic or both.
         prefill: "dense", or the sparse pattern with which all prompts are read, as text (restkv/sparse.py).
     """
 
@@ -62,11 +62,11 @@ class Plan:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return QUESTIONS[self.question]
+        return modes_of(self.question)
 
     @property
     def cells(self) -> list[Cell]:
-        return [Cell(m, c) for m in self.methods for c in ((1.0,) if m.full else self.compression)]
+        return cells_of(self.methods, self.compression)
 
     @property
     def places(self) -> list[tuple[int, str, float | None]]:
@@ -78,17 +78,6 @@ class Plan:
         return self.samples * len(self.places) * len(self.modes) * len(self.cells)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One method at one compression."""
-
-    method: Method
-    compression: float
-
-    def entries(self, length: int) -> int:
-        return max(1, round(length / self.compression))
-
-
 def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | None = None) -> Path:
     """Run a plan, or what is missing of it, into a folder (bench/runs.py).
 
@@ -98,7 +87,7 @@ def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | 
         RunError: see open_run.
     """
     _check(lm, plan)
-    details = describe(lm, plan.methods, _largest(plan))
+    details = describe(lm, plan.methods, compressed(min(plan.compression), max(plan.lengths)))
     with open_run(folder, kind, plan.arguments(lm), details, plan.results, report) as results:
         _fill(lm, plan, results)
     return folder
@@ -125,7 +114,7 @@ def _fill(lm: LM, plan: Plan, results: Run) -> None:
 
 
 def _key(mode: str, task: str, at: str, length: int, index: int, cell: Cell) -> str:
-    return f"{mode}/{task}{at}/{length}/{index}/{cell.method.label}/{cell.compression:g}"
+    return f"{mode}/{task}{at}/{length}/{index}/{cell.key}"
 
 
 def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
@@ -138,7 +127,7 @@ def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "method": cell.method.label,
         "preset": cell.method.preset,
-        "compression": cell.compression,
+        "compression": cell.asked,
         "versions": versions_text(),
     }
 
@@ -190,18 +179,13 @@ class _Budgets:
         key = (cell, mode, task, length)
         if key not in self._made:
             pattern = pattern_of(self._plan.prefill)
-            self._made[key] = equal_bytes(self._lm, cell.method, cell.entries(length), prompt, pattern)
+            self._made[key] = equal_bytes(self._lm, cell.method, compressed(cell.asked, length), prompt, pattern)
         return self._made[key]
-
-
-def _largest(plan: Plan) -> int:
-    return max(1, round(max(plan.lengths) / min(plan.compression, default=1)))
 
 
 def _check(lm: LM, plan: Plan) -> None:
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
-    if plan.question not in QUESTIONS:
-        raise PromptError(f"question {plan.question!r} is not known; choose from {', '.join(QUESTIONS)}")
+    modes_of(plan.question)
     if plan.samples < 1:
         raise PromptError(f"samples {plan.samples}: give at least 1")
     pattern_of(plan.prefill)
@@ -223,5 +207,4 @@ def _check(lm: LM, plan: Plan) -> None:
                 make_sample(task, length, plan.seed, 0, frame, depth)
         for method in plan.methods:
             for compression in plan.compression:
-                cell = Cell(method, compression)
-                check(lm, method, cell.entries(length), length, f"{length} tokens at {compression:g}x")
+                check(lm, method, compressed(compression, length), length, f"{length} tokens at {compression:g}x")

@@ -20,8 +20,10 @@ import restkv
 from bench.anli import anli_items, read_examples
 from bench.choice import encode, told_items
 from bench.corpus import Document, cut_windows, read_documents
-from bench.likelihood import choose_together, share, tail_together
+from bench.likelihood import choose_together, tail_together
+from bench.methods import parse_methods
 from bench.perplexity import Protocol, read
+from bench.plans import Cell, cells_of, compressed, modes_of, share
 from bench.stats import Estimate, ratio_interval
 from bench.tasks import Frame, make_sample
 from modeling.layers import Decoder
@@ -175,8 +177,29 @@ def test_answers_are_as_likely_as_teacher_forcing_each_policy_alone_says(
     )  # policies that keep other things say other things
 
 
-def test_shares_of_a_prompt() -> None:
-    assert [share(0.1, 47), share(0.5, 5), share(0.001, 5), share(12, 5)] == [5, 2, 1, 12]
+def test_shares_and_compressions_of_a_prompt() -> None:
+    assert [share(0.1, 47), share(0.5, 5), share(0.001, 5), share(12, 5), share(1.0, 47)] == [5, 2, 1, 12, 47]
+    assert [compressed(64, 1000), compressed(2, 5), compressed(64, 10), compressed(1.0, 47)] == [16, 2, 1, 47]
+
+
+def test_cells_are_every_method_at_every_budget_and_the_full_cache_once() -> None:
+    full, method = parse_methods("snapkv@official")
+    assert cells_of([full, method], [8, 0.5]) == [Cell(full, 1.0), Cell(method, 8), Cell(method, 0.5)]
+    assert [cell.key for cell in cells_of([full, method], [8, 0.5])] == [
+        "full/1",
+        "snapkv@official/8",
+        "snapkv@official/0.5",
+    ]
+
+
+def test_modes_of_a_question() -> None:
+    assert [modes_of(question) for question in ("aware", "agnostic", "both")] == [
+        ("aware",),
+        ("agnostic",),
+        ("aware", "agnostic"),
+    ]
+    with pytest.raises(PromptError, match="question 'maybe' is not known; choose from aware, agnostic, both"):
+        modes_of("maybe")
 
 
 # -- texts

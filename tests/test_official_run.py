@@ -107,7 +107,7 @@ def test_answers_are_those_of_the_public_api(lm: restkv.LM, suites: dict[str, Su
     ids = lm.encode(source.item(0).prompt)
     assert len(rows) == 1 + 3 * 2
     for cell, row in zip(every.cells, rows, strict=True):
-        assert row["entries"] == {16: 16, 0.5: round(len(ids) / 2), None: len(ids)}[cell.budget]
+        assert row["entries"] == {16: 16, 0.5: round(len(ids) / 2), 1.0: len(ids)}[cell.asked]
         alone = lm.generate(ids, cell.method.policy(row["entries"]), max_new_tokens=8)
         assert (row["output"], row["new_tokens"], row["ended"]) == (alone.text, len(alone.tokens), alone.finish_reason)
         assert row["score"] == round(source.task.metric(alone.text, row["answers"], ()), 6)
