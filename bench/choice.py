@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.likelihood import choose_together
 from bench.plans import Cell, Entries, policy_of
 from bench.runs import Run, versions_text
 from bench.tasks import Frame, make_sample, parted
+from bench.teacher_forcing import score_choices
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -149,10 +149,11 @@ def _rows(
     prompt, question = ids.split(mode)
     policies = [policy_of(lm, cell, entries(cell.asked, len(prompt)), prompt, once) for cell in cells]
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
-    forced = choose_together(lm, policies, prompt, question, ids.choices)
+    told = score_choices(lm, policies, prompt, question, ids.choices)
     rows = []
-    for cell, policy, told in zip(cells, policies, forced, strict=True):
-        choice = told["logprobs"].index(max(told["logprobs"]))
+    for cell, policy, (held, sums) in zip(cells, policies, told, strict=True):
+        logprobs = [round(value, 6) for value in sums]
+        choice = logprobs.index(max(logprobs))
         rows.append(
             {
                 "part": "choice",
@@ -161,7 +162,8 @@ def _rows(
                 "index": item.index,
                 "name": item.name,
                 **cell.about(entries(cell.asked, len(prompt)), policy),
-                **told,
+                **held.about(),
+                "logprobs": logprobs,
                 "tokens": len(prompt),
                 "prompt": digest,
                 "choice": choice,

@@ -146,8 +146,8 @@ def _marked(text: str, sample: Sample) -> Text:
 
 
 def _verdict(contenders: Sequence[Contender], sample: Sample) -> Table:
-    from bench.methods import kept_mean
     from bench.tasks import score
+    from bench.together import kept_mean
     from restkv.display import byte_text
 
     table = Table("method", "right", "kept of seen", "cache", "ms per token", expand=True)

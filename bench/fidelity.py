@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from bench.kept import kept_masks
-from bench.methods import Method, check, equal_bytes, kept_mean
+from bench.methods import Method, check, equal_bytes
 from bench.oracle import Oracle
 from bench.outputs import LayerTrace, full_pass, observation, relative_error
 from bench.plans import Asked, Cell, cells_of, share
 from bench.runs import Report, Run, describe, open_run, setting, versions_text
-from bench.together import pattern_of, prefill_together
+from bench.together import kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM

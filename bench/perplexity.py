@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from bench.corpus import Document, Window, cut_windows
-from bench.likelihood import PIECE, tail_together
 from bench.methods import Method, check
 from bench.plans import Asked, Cell, Entries, cells_of, policy_of, share
 from bench.runs import Report, Run, describe, open_run, setting, versions_text
+from bench.teacher_forcing import PIECE, tail_logprobs
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
@@ -176,9 +176,9 @@ def _after_prefill(
     counts = [entries(cell.asked, window.first) for cell in cells]
     policies = [policy_of(lm, cell, count, window.prompt, once=True) for cell, count in zip(cells, counts, strict=True)]
     rows = []
-    told = tail_together(lm, policies, window.prompt, window.scored)
+    told = tail_logprobs(lm, policies, window.prompt, window.scored)
     for cell, count, policy, (held, said_T) in zip(cells, counts, policies, told, strict=True):
-        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held}, said_T))
+        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held.about()}, said_T))
     return rows
 
 

@@ -147,15 +147,14 @@ def answer(
             "granularity": policy.granularity,
             "budget": policy.budget,
             "window": policy.window,
-            "kept": round(said.kept, 3),
-            "bytes": said.bytes,
+            **held.about(),
             "tokens": len(whole),
             "prompt": digest,
             "answers": sample.answers,
-            "output": said.generation.text,
-            "score": score(said.generation.text, sample.answers),
+            "output": said.text,
+            "score": score(said.text, sample.answers),
         }
-        for policy, said in zip(policies, answers, strict=True)
+        for policy, (held, said) in zip(policies, answers, strict=True)
     ]
 
 

@@ -158,19 +158,18 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
             "entries": share(cell.asked, len(ids)),
             "granularity": policy.granularity,
             "window": policy.window,
-            "kept": round(said.kept, 3),
-            "bytes": said.bytes,
+            **held.about(),
             "tokens": len(ids),
             "cut": cut,
             "chat": chat,
             "prompt": digest,
             "answers": item.answers,
-            "output": said.generation.text,
-            "new_tokens": len(said.generation.tokens),
-            "ended": said.generation.finish_reason,
-            "score": round(task.metric(said.generation.text, item.answers, item.classes), 6),
+            "output": said.text,
+            "new_tokens": len(said.tokens),
+            "ended": said.finish_reason,
+            "score": round(task.metric(said.text, item.answers, item.classes), 6),
         }
-        for cell, policy, said in zip(cells, policies, answers, strict=True)
+        for cell, policy, (held, said) in zip(cells, policies, answers, strict=True)
     ]
 
 
