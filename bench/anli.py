@@ -25,6 +25,7 @@ from bench.plans import Asked, cells_of, modes_of, share
 from bench.runs import Report, describe, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
+from restkv.options import reading
 
 ROUNDS, SPLITS = (1, 2, 3), ("train", "dev", "test")
 LABELS = {"e": " True", "n": " Neither", "c": " False"}  # entailment, neutral, contradiction
@@ -163,12 +164,8 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
     """
-    try:
+    with reading(path):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")
