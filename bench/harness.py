@@ -23,7 +23,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from bench.cli import EAGER
+from bench.cli_common import EAGER
 from bench.methods import Method
 from bench.teacher_forcing import Score, Tally, score_rows, score_unevicted
 from modeling.tokenizer import Tokenizer

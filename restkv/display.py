@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from restkv.results import Generation, Stats
 
 
-def table_console() -> Console:
-    """stdout, at the terminal's width or wide enough for a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def table_console(piped: int = 120) -> Console:
+    """stdout, at the terminal's width, or `piped` letters wide where it is none."""
+    return Console(width=None if sys.stdout.isatty() else piped, highlight=False)
 
 
 def titled(title: str, table: Table) -> Group:
