@@ -11,7 +11,6 @@ from the round's training file and stand before the premise, so that there is so
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -19,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.choice import Item, choice_rows, fill_choices, modes_of, shortest
-from bench.likelihood import Asked, cells_of, share
+from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
-from bench.ruler import Report, describe
-from bench.runs import open_run
+from bench.plans import Asked, cells_of, modes_of, share
+from bench.runs import Report, describe, digest, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
-from restkv.store import fingerprint
+from restkv.options import reading
 
 ROUNDS, SPLITS = (1, 2, 3), ("train", "dev", "test")
 LABELS = {"e": " True", "n": " Neither", "c": " False"}  # entailment, neutral, contradiction
@@ -58,7 +56,7 @@ class AnliPlan:
         budgets: shares of the prompt, or entries per KV head.
         shots: worked examples before each premise, drawn for each sample anew.
         limit: samples per round, from the file's beginning; None: all of them.
-        question: a key of bench.ruler.QUESTIONS.
+        question: aware, agnostic or both.
     """
 
     data: Path
@@ -74,7 +72,7 @@ class AnliPlan:
     def arguments(self, lm: LM, items: Sequence[Item]) -> dict[str, Any]:
         """JSON-ready; the data are in it as a hash."""
         return {
-            "data": hashlib.sha256(repr(items).encode()).hexdigest()[:16],
+            "data": digest(repr(items)),
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             "tasks": [f"R{number}" for number in self.rounds],
@@ -83,9 +81,7 @@ class AnliPlan:
             "limit": self.limit,
             "question": self.question,
             "seed": self.seed,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
@@ -105,8 +101,8 @@ def run_anli(lm: LM, plan: AnliPlan, folder: Path, report: Report | None = None)
         check(lm, cell.method, _entries(cell.asked, length), length, what)
     arguments = {**plan.arguments(lm, items), "results": choice_rows(items, modes, cells)}
     details = describe(lm, plan.methods, max(_entries(asked, length) for asked in plan.budgets))
-    with open_run(folder, "anli", arguments, details) as results:
-        fill_choices(lm, items, modes, cells, _entries, results, report)
+    with open_run(folder, "anli", arguments, details, arguments["results"], report) as results:
+        fill_choices(lm, items, modes, cells, _entries, results)
     return folder
 
 
@@ -167,12 +163,8 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
     """
-    try:
+    with reading(path):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")

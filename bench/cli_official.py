@@ -5,12 +5,22 @@ docs/published-benchmarks.md explains them. torch is imported inside the command
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli import EAGER, MethodsOption, OutOption, _bar, _budgets, _load, _names, _numbers, _show, app
+from bench.cli_common import (
+    EAGER,
+    MethodsOption,
+    OutOption,
+    load_model,
+    parse_budgets,
+    parse_numbers,
+    running,
+    split_names,
+)
 from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
@@ -45,59 +55,42 @@ LengthOption = Annotated[
 ]
 
 
-@app.command()
-def longbench(
-    data: DataOption,
-    model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
-    tasks: TasksOption = "all",
-    methods: MethodsOption = RIVALS,
-    budgets: BudgetsOption = "64,128,256,512,1024",
-    protocol: ProtocolOption = "official",
-    templates: TemplatesOption = None,
-    limit: LimitOption = None,
-    fraction: FractionOption = 1.0,
-    max_length: LengthOption = None,
-    out: OutOption = Path("bench-longbench"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
-) -> None:
-    """LongBench, 16 English and code tasks, from DIR/TASK.jsonl."""
-    from bench.official.longbench import longbench as suite_of
+def _by_task(kind: str, title: str, default_budgets: str) -> Callable[..., None]:
+    """The command of a benchmark whose files are DIR/TASK.jsonl."""
 
-    name, lm = _model(model, named_model, dtype, device, backend)
-    suite = suite_of(lm, data, _tasks(tasks), protocol, templates)
-    _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
+    def command(
+        data: DataOption,
+        model: ModelArgument = str(RECALL),
+        named_model: NamedModel = None,
+        tasks: TasksOption = "all",
+        methods: MethodsOption = RIVALS,
+        budgets: BudgetsOption = default_budgets,
+        protocol: ProtocolOption = "official",
+        templates: TemplatesOption = None,
+        limit: LimitOption = None,
+        fraction: FractionOption = 1.0,
+        max_length: LengthOption = None,
+        out: OutOption = Path(f"bench-{kind}"),
+        dtype: DtypeOption = "auto",
+        device: DeviceOption = "auto",
+        backend: BackendOption = EAGER,
+    ) -> None:
+        from bench.official.infinitebench import infinitebench
+        from bench.official.longbench import longbench
 
+        name, lm = _model(model, named_model, dtype, device, backend)
+        suite_of = {"longbench": longbench, "infinitebench": infinitebench}[kind]
+        suite = suite_of(lm, data, _tasks(tasks), protocol, templates)
+        _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
 
-@app.command()
-def infinitebench(
-    data: DataOption,
-    model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
-    tasks: TasksOption = "all",
-    methods: MethodsOption = RIVALS,
-    budgets: BudgetsOption = "1024",
-    protocol: ProtocolOption = "official",
-    templates: TemplatesOption = None,
-    limit: LimitOption = None,
-    fraction: FractionOption = 1.0,
-    max_length: LengthOption = None,
-    out: OutOption = Path("bench-infinitebench"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
-) -> None:
-    """InfiniteBench, 12 tasks, from DIR/TASK.jsonl."""
-    from bench.official.infinitebench import infinitebench as suite_of
-
-    name, lm = _model(model, named_model, dtype, device, backend)
-    suite = suite_of(lm, data, _tasks(tasks), protocol, templates)
-    _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
+    command.__doc__ = f"{title}, from DIR/TASK.jsonl."
+    return command
 
 
-@app.command("ruler-official")
+longbench = _by_task("longbench", "LongBench, 16 English and code tasks", "64,128,256,512,1024")
+infinitebench = _by_task("infinitebench", "InfiniteBench, 12 tasks", "1024")
+
+
 def ruler_official(
     data: DataOption,
     model: ModelArgument = str(RECALL),
@@ -121,11 +114,10 @@ def ruler_official(
     from bench.official.ruler import ruler as suite_of
 
     name, lm = _model(model, named_model, dtype, device, backend)
-    suite = suite_of(lm, data, _tasks(tasks), _numbers(lengths, "lengths") if lengths else None, protocol)
+    suite = suite_of(lm, data, _tasks(tasks), parse_numbers(lengths, "lengths") if lengths else None, protocol)
     _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
 
 
-@app.command("needle-official")
 def needle_official(
     data: DataOption,
     model: ModelArgument = str(RECALL),
@@ -158,20 +150,19 @@ def _model(model: str, named: str | None, dtype: str, device: str, backend: str)
     if named is not None and model != str(RECALL):
         raise PromptError(f"two models are given, {model} and --model {named}; give one")
     chosen = named or model
-    return Path(chosen).resolve().name if Path(chosen).is_dir() else chosen.rpartition("/")[2], _load(
-        chosen, dtype, device, backend
-    )
+    name = Path(chosen).resolve().name if Path(chosen).is_dir() else chosen.rpartition("/")[2]
+    return name, load_model(chosen, dtype, device, backend)
 
 
-def _tasks(text: str) -> list[str] | None:
-    return None if text == "all" else _names(text)
+def _tasks(text: str) -> tuple[str, ...] | None:
+    return None if text == "all" else split_names(text)
 
 
 def _range(text: str) -> tuple[int, ...]:
     parts = text.split(":")
     if len(parts) != 3:
-        return _numbers(text, "lengths")
-    first, last, step = _numbers(",".join(parts), "lengths")
+        return parse_numbers(text, "lengths")
+    first, last, step = parse_numbers(",".join(parts), "lengths")
     return tuple(range(first, last + 1, step))
 
 
@@ -189,7 +180,6 @@ def _run(
     from bench.methods import parse_methods
     from bench.official.run import Plan, run
 
-    plan = Plan(suite, name, tuple(parse_methods(methods)), _budgets(budgets), limit, fraction, max_length)
-    with _bar() as report:
+    plan = Plan(suite, name, tuple(parse_methods(methods)), parse_budgets(budgets), limit, fraction, max_length)
+    with running(out) as report:
         run(lm, plan, out, report)
-    _show(out)

@@ -10,7 +10,6 @@ window's scored tokens, and how many tokens, words and bytes they are: perplexit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,15 +20,14 @@ import torch
 from torch import Tensor
 
 from bench.corpus import Document, Window, cut_windows
-from bench.likelihood import PIECE, Asked, Cell, Entries, cells_of, policy_of, share, tail_together, write
 from bench.methods import Method, check
-from bench.ruler import Report, describe
-from bench.runs import Run, open_run, versions_text
+from bench.plans import Asked, Cell, Entries, cells_of, policy_of, share
+from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
+from bench.teacher_forcing import PIECE, tail_logprobs
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
-from restkv.store import fingerprint
 
 PROTOCOLS = ("streaming", "prefill", "chunked")
 BATCH = 8  # windows read side by side, as rows of one session
@@ -92,21 +90,19 @@ class PerplexityPlan:
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready; the texts are in it as a hash."""
         return {
-            "text": digest(self.documents),
+            "text": texts_digest(self.documents),
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             "protocol": self.protocol.name,
             **{name: getattr(self.protocol, name) for name in ("tokens", "context", "chunk")},
             "windows": self.windows,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
-def digest(documents: Sequence[Document]) -> str:
+def texts_digest(documents: Sequence[Document]) -> str:
     """A name for exactly these texts."""
-    return hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()[:16]
+    return digest("\0".join(document.text for document in documents))
 
 
 def run_perplexity(lm: LM, plan: PerplexityPlan, folder: Path, report: Report | None = None) -> Path:
@@ -125,8 +121,8 @@ def run_perplexity(lm: LM, plan: PerplexityPlan, folder: Path, report: Report | 
     windows = protocol.windows(lm, plan.documents, plan.windows)
     arguments = {**plan.arguments(lm), "results": len(windows) * len(cells)}
     details = describe(lm, plan.methods, max(share(asked, protocol.read) for asked in plan.budgets))
-    with open_run(folder, "perplexity", arguments, details) as results:
-        fill_perplexity(lm, windows, protocol, cells, share, results, report)
+    with open_run(folder, "perplexity", arguments, details, arguments["results"], report) as results:
+        fill_perplexity(lm, windows, protocol, cells, share, results)
     return folder
 
 
@@ -137,20 +133,19 @@ def fill_perplexity(
     cells: Sequence[Cell],
     entries: Entries,
     results: Run,
-    report: Report | None,
 ) -> None:
     """A row per window and cell: window by window, or (streaming, chunked) a few windows at a time, cell by cell."""
     numbered = list(enumerate(windows))
     if protocol.name == "prefill":
         for number, window in numbered:
             keys = [_key(protocol, number, cell) for cell in cells]
-            write(results, keys, partial(_after_prefill, lm, number, window, protocol, cells, entries), report)
+            results.add_together(keys, partial(_after_prefill, lm, number, window, protocol, cells, entries))
         return
     for start in range(0, len(windows), BATCH):
         some = numbered[start : start + BATCH]
         for cell in cells:
             keys = [_key(protocol, number, cell) for number, _ in some]
-            write(results, keys, partial(_from_nothing, lm, some, protocol, cell, entries), report)
+            results.add_together(keys, partial(_from_nothing, lm, some, protocol, cell, entries))
 
 
 def _key(protocol: Protocol, number: int, cell: Cell) -> str:
@@ -180,9 +175,9 @@ def _after_prefill(
     counts = [entries(cell.asked, window.first) for cell in cells]
     policies = [policy_of(lm, cell, count, window.prompt, once=True) for cell, count in zip(cells, counts, strict=True)]
     rows = []
-    told = tail_together(lm, policies, window.prompt, window.scored)
+    told = tail_logprobs(lm, policies, window.prompt, window.scored)
     for cell, count, policy, (held, said_T) in zip(cells, counts, policies, told, strict=True):
-        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held}, said_T))
+        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held.about()}, said_T))
     return rows
 
 

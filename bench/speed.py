@@ -126,9 +126,10 @@ def measure_speed(contest: Contest, report: Report = print, start_up: bool = Fal
 
     start_up: measure also how long ours take from nothing to a first token, without and with kernels of an earlier process.
     """
+    contestants = contest.contestants  # a method that makes no sense is refused before minutes go into the machine
     machine = measure_machine(contest.device, contest.threads, contest.dtype)
     rows: list[dict[str, Any]] = []
-    processes = {name: contest.start(name) for name in contest.contestants}
+    processes = {name: contest.start(name) for name in contestants}
     try:
         for context in contest.contexts:
             for batch in contest.batches:

@@ -340,7 +340,9 @@ class LayerCache:
         live_RC = pos_RC >= 0
         turned_RC = live_RC if rows_B is None else live_RC & rows_B.repeat_interleave(self.heads)[:, None]
         cos_RCD, sin_RCD = rotary(live_RC.cumsum(-1) - 1)
-        raw_RC1D = read(self.pool.companions["raw"], slot_RC)[:, :, None]  # cos and sin make the product float32 at least
+        raw_RC1D = read(self.pool.companions["raw"], slot_RC)[
+            :, :, None
+        ]  # cos and sin make the product float32 at least
         k_RCD = rotate(raw_RC1D, cos_RCD, sin_RCD)[:, :, 0].to(self.pool.k.dtype)
         self.pool.k.index_copy_(2, slot_RC[turned_RC], k_RCD[turned_RC][None, None])
 

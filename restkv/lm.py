@@ -314,7 +314,7 @@ class LM:
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits [L, V] float32 at every position of `ids` (L token ids), with the full cache."""
-        return self.model.head(dense_hidden(self.model, self.encode(ids), self.device))
+        return self.model.head(dense_hidden(self.model, self.encode(ids)))
 
     @torch.no_grad()
     def logprobs(self, context: Prompt, continuations: Sequence[Prompt], policy: Policy | None = None) -> list[float]:
