@@ -119,13 +119,15 @@ def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
             at = "" if depth is None else f"@{depth:g}"
             for mode in modes:
                 keys = {cell: _key(mode, task, at, length, index, cell) for cell in cells}
-                missing = [cell for cell in cells if keys[cell] not in results.done]
-                if not missing:
+                if all(key in results.done for key in keys.values()):
                     continue
                 sample = make_sample(task, length, plan.seed, index, frame, depth)
-                policies = [budgets.get(cell, mode, task, length) for cell in missing]
+                # All of them, also those that a broken run has: a batch of other rows may round otherwise.
+                policies = [budgets.get(cell, mode, task, length) for cell in cells]
                 answers = answer(lm, frame, sample, mode, policies, pattern)
-                for cell, row in zip(missing, answers, strict=True):
+                for cell, row in zip(cells, answers, strict=True):
+                    if keys[cell] in results.done:
+                        continue
                     results.add(keys[cell], {**_about(sample, mode, cell, plan), **row})
                     if report is not None:
                         report(len(results.done), total)

@@ -9,9 +9,11 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.likelihood import write
 from bench.methods import Method, check
 from bench.official.data import DataError
 from bench.official.suite import Item, Source, Suite
@@ -117,25 +119,31 @@ def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
 
 def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
     for source, index in _in_turn(plan):
-        keys = {cell: _key(source, index, cell) for cell in plan.cells}
-        missing = [cell for cell in plan.cells if keys[cell] not in results.done]
-        if not missing:
-            continue
-        for cell, row in zip(missing, answer(lm, plan, source, source.item(index), missing), strict=True):
-            about = {
-                "protocol": plan.suite.protocol,
-                "task": source.task.name,
-                "length": source.length,
-                "depth": source.depth,
-                "index": index,
-                "method": cell.method.label,
-                "preset": cell.method.preset,
-                "budget": cell.budget,
-                "wording": source.wording,
-            }
-            results.add(keys[cell], {**about, **row, "versions": versions_text()})
-            if report is not None:
-                report(len(results.done), plan.results)
+        keys = [_key(source, index, cell) for cell in plan.cells]
+        write(results, keys, partial(_rows, lm, plan, source, index), report)
+
+
+def _rows(lm: LM, plan: Plan, source: Source, index: int) -> list[dict[str, Any]]:
+    """What an item's answers in all cells are of, and the answers."""
+    about = {
+        "protocol": plan.suite.protocol,
+        "task": source.task.name,
+        "length": source.length,
+        "depth": source.depth,
+        "index": index,
+    }
+    return [
+        {
+            **about,
+            "method": cell.method.label,
+            "preset": cell.method.preset,
+            "budget": cell.budget,
+            "wording": source.wording,
+            **row,
+            "versions": versions_text(),
+        }
+        for cell, row in zip(plan.cells, answer(lm, plan, source, source.item(index), plan.cells), strict=True)
+    ]
 
 
 def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
