@@ -164,10 +164,10 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
     """The item's answer in every cell, in their order: output, score and what was kept."""
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     task = source.task
-    ids, cut, chat = encode(lm, item, task.chat, plan.longest)
+    ids, cut, chat = encode(lm, item, task.chat, plan.longest, plan.suite.joined)
     eos = list(plan.suite.eos)
     if task.newline_ends:
-        eos.append(lm.tokenizer.encode("\n", bos=False)[-1])
+        eos = [*(lm.tokenizer.eos_ids or eos), lm.tokenizer.encode("\n", bos=False)[-1]]
     policies: list[Policy] = []
     for cell in cells:
         entries = cell.entries(len(ids))
@@ -196,11 +196,11 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
     ]
 
 
-def encode(lm: LM, item: Item, chat: bool, longest: int | None) -> tuple[list[int], int, bool]:
+def encode(lm: LM, item: Item, chat: bool, longest: int | None, joined: bool = False) -> tuple[list[int], int, bool]:
     """Token ids of an item's prompt, how many tokens were cut out of its middle, and whether a chat template is around it.
 
-    A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again;
-    the chat template comes after that and writes any BOS itself.
+    A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again
+    (joined: see Suite); the chat template comes after that and writes any BOS itself.
 
     Raises:
         DataError: the prompt is empty.
@@ -211,7 +211,8 @@ def encode(lm: LM, item: Item, chat: bool, longest: int | None) -> tuple[list[in
     cut = 0
     if longest is not None and len(ids) > longest:
         half = longest // 2
-        text = words.decode(ids[:half]) + words.decode(ids[-half:])
+        pieces = [ids[:half] + ids[-half:]] if joined else [ids[:half], ids[-half:]]
+        text = "".join(map(words.decode, pieces))
         cut = len(ids) - 2 * half
         ids = words.encode(text)
     chat = chat and words.has_chat_template
