@@ -188,8 +188,10 @@ def _run(
 ) -> None:
     from bench.methods import parse_methods
     from bench.official.run import Plan, run
+    from bench.official.suite import PAPER
 
-    plan = Plan(suite, name, tuple(parse_methods(methods)), _budgets(budgets), limit, fraction, max_length)
+    chosen = parse_methods(methods, once=suite.protocol == PAPER)  # its code evicts the prompt and nothing after it
+    plan = Plan(suite, name, tuple(chosen), _budgets(budgets), limit, fraction, max_length)
     with _bar() as report:
         run(lm, plan, out, report)
     _show(out)

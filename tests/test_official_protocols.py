@@ -20,6 +20,7 @@ from bench.official.ruler import ruler
 from bench.official.run import Plan, answer, encode, run
 from bench.official.suite import OFFICIAL, PAPER, Item, Suite
 from bench.runs import read_manifest, read_rows
+from restkv.cli import main
 from restkv.lm import LM
 from restkv.options import RECALL
 
@@ -61,6 +62,19 @@ def test_every_task_runs_in_both_protocols(
     assert all(0 <= row["score"] <= 1 for row in rows)
     scored_by_rouge = kind == "infinitebench" or (kind, protocol) == ("needle-official", OFFICIAL)
     assert ("rouge-score" in arguments) == scored_by_rouge
+
+
+def test_the_papers_protocol_evicts_the_prompt_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the method does elsewhere while it decodes; an interval that is asked for stays."""
+    data = write_longbench(tmp_path / "data", 1, ["trec"])
+    given = f"--data {data} --tasks trec --budgets 16 --methods h2o,tova:interval=2 --limit 1".split()
+    intervals = {}
+    for protocol in BOTH:
+        out = tmp_path / protocol
+        assert main(["bench", "longbench", *given, "--protocol", protocol, "--out", str(out)]) == 0
+        methods = read_manifest(out)["methods"]
+        intervals[protocol] = [methods[label]["policy"]["interval"] for label in ("h2o", "tova:interval=2")]
+    assert intervals == {OFFICIAL: [1, 2], PAPER: [None, 2]}
 
 
 # -- what is asked
