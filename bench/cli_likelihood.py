@@ -24,6 +24,7 @@ from bench.cli import (
     _show,
     app,
 )
+from bench.cli_official import NamedModel, _model
 from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
@@ -37,6 +38,7 @@ ShotsOption = Annotated[int, typer.Option(help="Worked examples before each prem
 def anli(
     data: AnliOption,
     model: ModelArgument = str(RECALL),
+    named_model: NamedModel = None,
     methods: MethodsOption = LIKELY,
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (at least 8 entries), or entries per KV head.")
@@ -45,6 +47,7 @@ def anli(
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     shots: ShotsOption = 0,
     limit: Annotated[int | None, typer.Option(help="Samples per round.", show_default="all")] = None,
+    fraction: Annotated[float, typer.Option(help="Of each round's samples, spread evenly over them.")] = 1.0,
     question: QuestionOption = "both",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-anli"),
@@ -66,15 +69,17 @@ def anli(
         limit,
         question,
         seed,
+        fraction,
     )
     with _bar() as report:
-        run_anli(_load(model, dtype, device, backend), plan, out, report)
+        run_anli(_model(model, named_model, dtype, device, backend)[1], plan, out, report)
     _show(out)
 
 
 @app.command()
 def perplexity(
     model: ModelArgument = str(RECALL),
+    named_model: NamedModel = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +107,7 @@ def perplexity(
 
     how = Protocol(protocol, tokens, context if protocol == "prefill" else 0, chunk if protocol == "chunked" else 0)
     documents = None if data is None else tuple(read_documents(data))
-    lm = _load(model, dtype, device, backend)
+    _, lm = _model(model, named_model, dtype, device, backend)
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     if documents is None:
         documents = (prose(lm.tokenizer, windows * (how.context + how.tokens), seed=0),)

@@ -114,7 +114,7 @@ def test_a_run_has_all_its_rows_a_page_and_the_same_file_wherever_it_was_broken_
     assert "Partial run" not in page and page.count("<img") >= 1
     assert f"{expected} of {expected} results" in markdown(whole)
     for row in rows:
-        assert row["versions"] and (row["method"] == "full") == (row["entries"] is None)
+        assert row["versions"] and row["prompt"] and (row["method"] == "full") == (row["entries"] is None)
         if row["method"] == "full":
             continue
         fits = row["entries"] + (8 if row["granularity"] == "query" else 0)  # unions of the run's own prompt fit too
@@ -241,7 +241,8 @@ def test_the_commands_print_tables_and_one_line_for_an_error(
     small = "--tokens 8 --context 32 --windows 1 --budgets 0.25".split()
     assert main(["bench", "perplexity", *small, *base, str(tmp_path / "p")]) == 0
     assert "per word" in capsys.readouterr().out
-    limited = ["--data", str(anli), *"--limit 1 --rounds 1 --budgets 0.5 --question aware".split()]
+    limited = ["--data", str(anli), *"--limit 1 --fraction 0.5 --rounds 1 --budgets 0.5 --question aware".split()]
+    limited += ["--model", str(RECALL)]
     assert main(["bench", "anli", *limited, *base, str(tmp_path / "a")]) == 0
     assert "minus full" in capsys.readouterr().out
     small = "--length 128 --tail 8 --windows 1 --samples 1 --compression 4 --question aware".split()
@@ -253,6 +254,7 @@ def test_the_commands_print_tables_and_one_line_for_an_error(
         ["perplexity", "--protocol", "gliding"],
         ["smoothing", "--shots", "3"],
         ["anli", "--data", str(tmp_path / "nowhere")],
+        ["perplexity", "one", "--model", "another"],
     ):
         assert main(["bench", *wrong, "--out", str(tmp_path / "w")]) != 0
         told = capsys.readouterr().err

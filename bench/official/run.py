@@ -18,7 +18,7 @@ from bench.methods import Method, check
 from bench.official.data import DataError
 from bench.official.suite import Item, Source, Suite
 from bench.ruler import Report, describe
-from bench.runs import Run, open_run, versions_text
+from bench.runs import Run, chosen_rows, open_run, versions_text
 from bench.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
@@ -63,8 +63,7 @@ class Plan:
 
     def chosen(self, source: Source) -> list[int]:
         """Numbers of the items that are run."""
-        count = min(source.count, max(1, round(source.count * self.fraction)))
-        return [index * source.count // count for index in range(count)][: self.limit]
+        return chosen_rows(source.count, self.fraction, self.limit)
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready, all that results depend on."""
@@ -224,10 +223,6 @@ def encode(lm: LM, item: Item, chat: bool, longest: int | None, joined: bool = F
 
 
 def _check(lm: LM, plan: Plan) -> None:
-    if plan.limit is not None and plan.limit < 1:
-        raise PromptError(f"limit {plan.limit}: give at least 1")
-    if not 0 < plan.fraction <= 1:
-        raise PromptError(f"fraction {plan.fraction:g}: give a number above 0, at most 1")
     if plan.max_length is not None and plan.max_length < 2:
         raise PromptError(f"max_length {plan.max_length}: a prompt has two halves; give at least 2")
     positions = lm.config.max_positions
