@@ -197,6 +197,7 @@ def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
         "restkv:ema=False": {"ema": False},
         "restkv:pooling=none": {"pooling": "none"},
         "restkv:ema=False:pooling=none": {"ema": False, "pooling": "none"},
+        "restkv:tau=0": {"tau": 0},
         "restkv:output_weight=False": {"output_weight": False},
         "restkv:aggregate=indicator": {"aggregate": "indicator"},
         "restkv:budget_by=global": {"budget_by": "global"},
