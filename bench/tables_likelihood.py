@@ -22,6 +22,8 @@ def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     parts = grouped(rows, "question")
     for (mode,), part in parts.items():
         made.append(_accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments, "asked", ""))
+        if len(arguments["tasks"]) > 1:
+            made.append(_by_round(f"By round, {QUESTION[mode]}", part, arguments))
     panels = [_accuracy_panel(mode, part, arguments) for (mode,), part in parts.items()]
     return made + _drawing(
         "Accuracy against what is kept of the prompt. Mean over rounds; bars are 95 % intervals; guessing is right in a "
@@ -31,6 +33,24 @@ def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
         "share or entries kept",
         "accuracy",
     )
+
+
+def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
+    """Every round's accuracy and its difference to the full cache, sample by sample, each with its interval."""
+    rounds = [task for task in arguments["tasks"] if any(row["task"] == task for row in rows)]
+    full = _scores([row for row in rows if row["method"] == FULL], "task")
+    lines = []
+    for method, asked, part in _cells(rows, arguments, "asked"):
+        scores = _scores(part, "task")
+        line = [method, f"{asked:g}"]
+        for task in rounds:
+            ours = scores.get(task, {})
+            difference = None if method == FULL else paired_difference((ours, full.get(task, {})))
+            line.append(mean_interval(list(ours.values())).show() if ours else "")
+            line.append(difference.show(sign="+") if difference else "")
+        lines.append(line)
+    heads = [head for task in rounds for head in (f"{task} [95 %]", f"{task} minus full [95 %]")]
+    return Table(caption, ["method", "at", *heads], lines)
 
 
 def _accuracy_panel(mode: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Panel:

@@ -139,6 +139,34 @@ def test_rows_of_anli_say_what_was_asked_and_answered(lm: restkv.LM, anli: Path,
     assert ours["entries"] == round(0.3 * ours["tokens"]) == ours["kept"]
 
 
+def test_anli_says_every_rounds_accuracy_and_what_it_lost() -> None:
+    """Two rounds of four; the method loses the first sample of R1, and of R2 what the full cache had wrong too."""
+    arguments = {"methods": ["full", "h2o"], "tasks": ["R1", "R2"], "budgets": [0.5]}
+    right = {("full", "R1"): "1111", ("full", "R2"): "0011", ("h2o", "R1"): "0111", ("h2o", "R2"): "0011"}
+    rows = [
+        {"question": "aware", "task": task, "index": index, "method": method, "kept": 9}
+        | {"asked": 1.0 if method == "full" else 0.5, "score": float(score)}
+        for (method, task), scores in right.items()
+        for index, score in enumerate(scores)
+    ]
+    overall, by_round, *_ = parts("anli", arguments, rows)
+    assert isinstance(overall, Table) and isinstance(by_round, Table)
+    assert overall.lines[1][3:5] == ["0.750", "0.500"] and overall.lines[1][6].startswith("-0.125 [")
+    assert by_round.columns == [
+        "method",
+        "at",
+        "R1 [95 %]",
+        "R1 minus full [95 %]",
+        "R2 [95 %]",
+        "R2 minus full [95 %]",
+    ]
+    assert by_round.lines[0] == ["full", "1", "1.000 [1.000, 1.000]", "", by_round.lines[1][4], ""]
+    assert by_round.lines[1][2:4] == ["0.750 [0.250, 1.000]", "-0.250 [-0.750, +0.000]"]
+    assert by_round.lines[1][4].startswith("0.500 [0.000, 1") and by_round.lines[1][5] == "+0.000 [+0.000, +0.000]"
+    (alone, *_) = parts("anli", {**arguments, "tasks": ["R1"]}, [row for row in rows if row["task"] == "R1"])[1:]
+    assert not isinstance(alone, Table)  # one round: the first table has its interval
+
+
 def test_perplexities_of_a_table_are_those_of_its_rows(lm: restkv.LM, tmp_path: Path) -> None:
     run_perplexity(lm, perplexity_plan("prefill"), tmp_path)
     rows, arguments = read_rows(tmp_path), read_manifest(tmp_path)["arguments"]
