@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from bench.official.run import Plan, answer, encode, run
 from bench.official.suite import OFFICIAL, PAPER, Item, Suite
 from bench.official.tables import parts, published
 from bench.report import build, latex, markdown
-from bench.runs import SAMPLES, TIMINGS, RunError, read_manifest, read_rows
+from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
 from bench.tables import Table, progress
 from bench.together import answer_all
 from restkv.cli import main
@@ -430,6 +431,17 @@ def test_reports_show_a_run_of_every_benchmark(kind: str, finished: dict[str, Pa
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") >= 3 and r"restkv:window=4 & 16 & " in tex
     for line in tex.splitlines():
         assert line.startswith(("%", "\\")) or not line or line.endswith(r" \\")
+
+
+def test_reports_of_a_published_model_show_its_figures(finished: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = shutil.copytree(finished["longbench"], tmp_path / "run")
+    manifest = read_manifest(folder)
+    manifest["arguments"] |= {name: ARGUMENTS[name] for name in ("checkpoint", "model")}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for shown in (build(folder), markdown(folder), latex(folder)):
+        assert "published for Llama-3.1-8B-Instruct" in shown and "39.96" in shown
+    assert "39.96" not in markdown(finished["longbench"])
 
 
 def test_a_table_in_latex_escapes_what_latex_reads(
