@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.choice import Item, choice_rows, fill_choices, modes_of, shortest
-from bench.likelihood import Asked, cells_of, share
+from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
-from bench.ruler import Report, describe
-from bench.runs import chosen_rows, open_run
+from bench.plans import Asked, cells_of, modes_of, share
+from bench.runs import Report, chosen_rows, describe, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
-from restkv.store import fingerprint
+from restkv.options import reading
 
 ROUNDS, SPLITS = (1, 2, 3), ("train", "dev", "test")
 LABELS = {"e": " True", "n": " Neither", "c": " False"}  # entailment, neutral, contradiction
@@ -59,7 +58,7 @@ class AnliPlan:
         shots: worked examples before each premise, drawn for each sample anew.
         limit: samples per round at most, after `fraction` has chosen; None: all of them.
         fraction: of each round's samples, spread evenly over the file.
-        question: a key of bench.ruler.QUESTIONS.
+        question: aware, agnostic or both.
     """
 
     data: Path
@@ -86,9 +85,7 @@ class AnliPlan:
             "fraction": self.fraction,
             "question": self.question,
             "seed": self.seed,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
@@ -108,8 +105,8 @@ def run_anli(lm: LM, plan: AnliPlan, folder: Path, report: Report | None = None)
         check(lm, cell.method, _entries(cell.asked, length), length, what)
     arguments = {**plan.arguments(lm, items), "results": choice_rows(items, modes, cells)}
     details = describe(lm, plan.methods, max(_entries(asked, length) for asked in plan.budgets))
-    with open_run(folder, "anli", arguments, details) as results:
-        fill_choices(lm, items, modes, cells, _entries, results, report)
+    with open_run(folder, "anli", arguments, details, arguments["results"], report) as results:
+        fill_choices(lm, items, modes, cells, _entries, results)
     return folder
 
 
@@ -172,12 +169,8 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
     """
-    try:
+    with reading(path):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.likelihood import Cell, Entries, choose_together, policy_of, write
-from bench.ruler import QUESTIONS, Report
+from bench.plans import Cell, Entries, policy_of
 from bench.runs import Run, versions_text
 from bench.tasks import Frame, make_sample, parted
+from bench.teacher_forcing import score_choices
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -100,17 +100,6 @@ def told_items(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> li
     return items
 
 
-def modes_of(question: str) -> tuple[str, ...]:
-    """The modes that aware, agnostic or both stand for.
-
-    Raises:
-        PromptError: anything else.
-    """
-    if question not in QUESTIONS:
-        raise PromptError(f"question {question!r} is not known; choose from {', '.join(QUESTIONS)}")
-    return QUESTIONS[question]
-
-
 def shortest(lm: LM, items: Sequence[Item], modes: Sequence[str]) -> int:
     """Tokens of the shortest prompt that will be evicted; every item can be encoded.
 
@@ -139,7 +128,6 @@ def fill_choices(
     cells: Sequence[Cell],
     entries: Entries,
     results: Run,
-    report: Report | None,
     once: bool = False,
 ) -> None:
     """A row per item, mode and cell, item by item.
@@ -152,7 +140,7 @@ def fill_choices(
         ids = encode(lm.tokenizer, item)
         for mode in modes:
             keys = [f"choice/{mode}/{item.task}/{item.index}/{cell.key}" for cell in cells]
-            write(results, keys, partial(_rows, lm, item, ids, mode, cells, entries, once), report)
+            results.add_together(keys, partial(_rows, lm, item, ids, mode, cells, entries, once))
 
 
 def _rows(
@@ -161,10 +149,11 @@ def _rows(
     prompt, question = ids.split(mode)
     policies = [policy_of(lm, cell, entries(cell.asked, len(prompt)), prompt, once) for cell in cells]
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
-    forced = choose_together(lm, policies, prompt, question, ids.choices)
+    told = score_choices(lm, policies, prompt, question, ids.choices)
     rows = []
-    for cell, policy, told in zip(cells, policies, forced, strict=True):
-        choice = told["logprobs"].index(max(told["logprobs"]))
+    for cell, policy, (held, sums) in zip(cells, policies, told, strict=True):
+        logprobs = [round(value, 6) for value in sums]
+        choice = logprobs.index(max(logprobs))
         rows.append(
             {
                 "part": "choice",
@@ -173,7 +162,8 @@ def _rows(
                 "index": item.index,
                 "name": item.name,
                 **cell.about(entries(cell.asked, len(prompt)), policy),
-                **told,
+                **held.about(),
+                "logprobs": logprobs,
                 "tokens": len(prompt),
                 "prompt": digest,
                 "choice": choice,

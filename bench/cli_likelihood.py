@@ -1,6 +1,6 @@
 """`restkv bench anli`, `perplexity` and `smoothing`: what eviction costs where nothing is generated.
 
-docs/perplexity-and-anli.md explains them. bench/cli.py imports this module at its end, so that its commands are known.
+docs/perplexity-and-anli.md explains them. torch is imported inside the commands, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from typing import Annotated
 
 import typer
 
-from bench.cli import (
+from bench.cli_common import (
     EAGER,
+    METHODS_FORM,
+    CompressionOption,
     MethodsOption,
+    NamedModelOption,
     OutOption,
     QuestionOption,
     SeedOption,
-    _bar,
-    _budgets,
-    _load,
-    _numbers,
-    _rates,
-    _show,
-    app,
+    load_model,
+    parse_budgets,
+    parse_compression,
+    parse_numbers,
+    pick_model,
+    running,
 )
-from bench.cli_official import NamedModel, _model
 from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
@@ -34,11 +35,10 @@ AnliOption = Annotated[Path, typer.Option("--data", help="The folder anli_v1.0 o
 ShotsOption = Annotated[int, typer.Option(help="Worked examples before each premise, from the round's train.jsonl.")]
 
 
-@app.command()
 def anli(
     data: AnliOption,
     model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
+    named_model: NamedModelOption = None,
     methods: MethodsOption = LIKELY,
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (at least 8 entries), or entries per KV head.")
@@ -62,8 +62,8 @@ def anli(
     plan = AnliPlan(
         data,
         tuple(parse_methods(methods)),
-        _budgets(budgets),
-        _numbers(rounds, "rounds"),
+        parse_budgets(budgets),
+        parse_numbers(rounds, "rounds"),
         split,
         shots,
         limit,
@@ -71,15 +71,13 @@ def anli(
         seed,
         fraction,
     )
-    with _bar() as report:
-        run_anli(_model(model, named_model, dtype, device, backend)[1], plan, out, report)
-    _show(out)
+    with running(out) as report:
+        run_anli(load_model(pick_model(model, named_model), dtype, device, backend), plan, out, report)
 
 
-@app.command()
 def perplexity(
     model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
+    named_model: NamedModelOption = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -107,17 +105,15 @@ def perplexity(
 
     how = Protocol(protocol, tokens, context if protocol == "prefill" else 0, chunk if protocol == "chunked" else 0)
     documents = None if data is None else tuple(read_documents(data))
-    _, lm = _model(model, named_model, dtype, device, backend)
+    lm = load_model(pick_model(model, named_model), dtype, device, backend)
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     if documents is None:
         documents = (prose(lm.tokenizer, windows * (how.context + how.tokens), seed=0),)
-    plan = PerplexityPlan(documents, tuple(parse_methods(methods)), _budgets(budgets), how, windows)
-    with _bar() as report:
+    plan = PerplexityPlan(documents, tuple(parse_methods(methods)), parse_budgets(budgets), how, windows)
+    with running(out) as report:
         run_perplexity(lm, plan, out, report)
-    _show(out)
 
 
-@app.command()
 def smoothing(
     model: ModelArgument = str(RECALL),
     text: Annotated[
@@ -131,12 +127,12 @@ def smoothing(
     methods: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME[@PRESET][:OPTION=VALUE...],...",
+            metavar=METHODS_FORM,
             help="Instead of ReST-KV, ReST-KV without its parts, and its rivals.",
             show_default="see the docs",
         ),
     ] = None,
-    compression: Annotated[str, typer.Option(help="Length over entries per KV head.")] = "2,4,8,16,32,64",
+    compression: CompressionOption = "2,4,8,16,32,64",
     length: Annotated[int, typer.Option(help="Tokens of a context.")] = 1024,
     tail: Annotated[int, typer.Option(help="Tokens scored after the context of a text.")] = 128,
     windows: Annotated[int, typer.Option(help="Of the text, at most.")] = 48,
@@ -157,7 +153,7 @@ def smoothing(
         raise PromptError(f"--shots {shots}: only ANLI has worked examples; give --anli too")
     plan = SmoothingPlan(
         tuple(parse_methods(ARMS if methods is None else methods)),
-        _rates(compression),
+        parse_compression(compression),
         None if text is None else tuple(read_documents(text)),
         length,
         tail,
@@ -168,6 +164,5 @@ def smoothing(
         question,
         seed,
     )
-    with _bar() as report:
-        run_smoothing(_load(model, dtype, device, backend), plan, out, report)
-    _show(out)
+    with running(out) as report:
+        run_smoothing(load_model(model, dtype, device, backend), plan, out, report)

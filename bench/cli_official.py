@@ -5,13 +5,24 @@ docs/published-benchmarks.md explains them. torch is imported inside the command
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli import EAGER, MethodsOption, OutOption, _bar, _budgets, _load, _names, _numbers, _show, app
-from restkv.errors import PromptError
+from bench.cli_common import (
+    EAGER,
+    MethodsOption,
+    NamedModelOption,
+    OutOption,
+    load_model,
+    parse_budgets,
+    parse_numbers,
+    pick_model,
+    running,
+    split_names,
+)
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -21,9 +32,6 @@ if TYPE_CHECKING:
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm"
 NEEDLE_LENGTHS = "1000:32000:200"  # as in the paper's script
 DataOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder with the benchmark's own files.")]
-NamedModel = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
-]
 TasksOption = Annotated[str, typer.Option(help="Names separated by commas; all takes those that there are files of.")]
 BudgetsOption = Annotated[
     str, typer.Option(help="Entries per head, window included, as the papers count; or fractions of the prompt.")
@@ -45,63 +53,46 @@ LengthOption = Annotated[
 ]
 
 
-@app.command()
-def longbench(
-    data: DataOption,
-    model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
-    tasks: TasksOption = "all",
-    methods: MethodsOption = RIVALS,
-    budgets: BudgetsOption = "64,128,256,512,1024",
-    protocol: ProtocolOption = "official",
-    templates: TemplatesOption = None,
-    limit: LimitOption = None,
-    fraction: FractionOption = 1.0,
-    max_length: LengthOption = None,
-    out: OutOption = Path("bench-longbench"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
-) -> None:
-    """LongBench, 16 English and code tasks, from DIR/TASK.jsonl."""
-    from bench.official.longbench import longbench as suite_of
+def _by_task(kind: str, title: str, default_budgets: str) -> Callable[..., None]:
+    """The command of a benchmark whose files are DIR/TASK.jsonl."""
 
-    name, lm = _model(model, named_model, dtype, device, backend)
-    suite = suite_of(lm, data, _tasks(tasks), protocol, templates)
-    _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
+    def command(
+        data: DataOption,
+        model: ModelArgument = str(RECALL),
+        named_model: NamedModelOption = None,
+        tasks: TasksOption = "all",
+        methods: MethodsOption = RIVALS,
+        budgets: BudgetsOption = default_budgets,
+        protocol: ProtocolOption = "official",
+        templates: TemplatesOption = None,
+        limit: LimitOption = None,
+        fraction: FractionOption = 1.0,
+        max_length: LengthOption = None,
+        out: OutOption = Path(f"bench-{kind}"),
+        dtype: DtypeOption = "auto",
+        device: DeviceOption = "auto",
+        backend: BackendOption = EAGER,
+    ) -> None:
+        from bench.official.infinitebench import infinitebench
+        from bench.official.longbench import longbench
 
+        name, lm = _model(model, named_model, dtype, device, backend)
+        suite_of = {"longbench": longbench, "infinitebench": infinitebench}[kind]
+        suite = suite_of(lm, data, _tasks(tasks), protocol, templates)
+        _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
 
-@app.command()
-def infinitebench(
-    data: DataOption,
-    model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
-    tasks: TasksOption = "all",
-    methods: MethodsOption = RIVALS,
-    budgets: BudgetsOption = "1024",
-    protocol: ProtocolOption = "official",
-    templates: TemplatesOption = None,
-    limit: LimitOption = None,
-    fraction: FractionOption = 1.0,
-    max_length: LengthOption = None,
-    out: OutOption = Path("bench-infinitebench"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
-) -> None:
-    """InfiniteBench, 12 tasks, from DIR/TASK.jsonl."""
-    from bench.official.infinitebench import infinitebench as suite_of
-
-    name, lm = _model(model, named_model, dtype, device, backend)
-    suite = suite_of(lm, data, _tasks(tasks), protocol, templates)
-    _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
+    command.__doc__ = f"{title}, from DIR/TASK.jsonl."
+    return command
 
 
-@app.command("ruler-official")
+longbench = _by_task("longbench", "LongBench, 16 English and code tasks", "64,128,256,512,1024")
+infinitebench = _by_task("infinitebench", "InfiniteBench, 12 tasks", "1024")
+
+
 def ruler_official(
     data: DataOption,
     model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
+    named_model: NamedModelOption = None,
     tasks: TasksOption = "all",
     lengths: Annotated[
         str | None, typer.Option(help="Subfolders of DIR, separated by commas.", show_default="all there are")
@@ -121,15 +112,14 @@ def ruler_official(
     from bench.official.ruler import ruler as suite_of
 
     name, lm = _model(model, named_model, dtype, device, backend)
-    suite = suite_of(lm, data, _tasks(tasks), _numbers(lengths, "lengths") if lengths else None, protocol)
+    suite = suite_of(lm, data, _tasks(tasks), parse_numbers(lengths, "lengths") if lengths else None, protocol)
     _run(lm, name, suite, methods, budgets, out, limit, fraction, max_length)
 
 
-@app.command("needle-official")
 def needle_official(
     data: DataOption,
     model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
+    named_model: NamedModelOption = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens, 200 of them left free: numbers separated by commas, or FIRST:LAST:STEP.")
     ] = NEEDLE_LENGTHS,
@@ -155,23 +145,20 @@ def needle_official(
 
 def _model(model: str, named: str | None, dtype: str, device: str, backend: str) -> tuple[str, LM]:
     """The model and the name it goes by."""
-    if named is not None and model != str(RECALL):
-        raise PromptError(f"two models are given, {model} and --model {named}; give one")
-    chosen = named or model
-    return Path(chosen).resolve().name if Path(chosen).is_dir() else chosen.rpartition("/")[2], _load(
-        chosen, dtype, device, backend
-    )
+    chosen = pick_model(model, named)
+    name = Path(chosen).resolve().name if Path(chosen).is_dir() else chosen.rpartition("/")[2]
+    return name, load_model(chosen, dtype, device, backend)
 
 
-def _tasks(text: str) -> list[str] | None:
-    return None if text == "all" else _names(text)
+def _tasks(text: str) -> tuple[str, ...] | None:
+    return None if text == "all" else split_names(text)
 
 
 def _range(text: str) -> tuple[int, ...]:
     parts = text.split(":")
     if len(parts) != 3:
-        return _numbers(text, "lengths")
-    first, last, step = _numbers(",".join(parts), "lengths")
+        return parse_numbers(text, "lengths")
+    first, last, step = parse_numbers(",".join(parts), "lengths")
     return tuple(range(first, last + 1, step))
 
 
@@ -191,7 +178,6 @@ def _run(
     from bench.official.suite import PAPER
 
     chosen = parse_methods(methods, once=suite.protocol == PAPER)  # its code evicts the prompt and nothing after it
-    plan = Plan(suite, name, tuple(chosen), _budgets(budgets), limit, fraction, max_length)
-    with _bar() as report:
+    plan = Plan(suite, name, tuple(chosen), parse_budgets(budgets), limit, fraction, max_length)
+    with running(out) as report:
         run(lm, plan, out, report)
-    _show(out)

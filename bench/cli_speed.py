@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench.cli_common import METHODS_FORM, parse_numbers, print_table, split_names
 from restkv.errors import OutputError, PromptError
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
 BatchesOption = Annotated[str, typer.Option(help="Rows, separated by commas.")]
-MethodsOption = Annotated[
-    str, typer.Option(metavar="NAME[@PRESET][:OPTION=VALUE...],...", help="Ours; full is our full cache.")
-]
+MethodsOption = Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")]
 BudgetOption = Annotated[int, typer.Option(help="Entries per KV head.")]
 PeersOption = Annotated[
     str, typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody.")
@@ -127,11 +126,11 @@ def _contest(
         model=model,
         dtype=options["dtype"],
         device=options["device"],
-        contexts=_whole(options["contexts"], "contexts"),
-        batches=_whole(options["batches"], "batches"),
-        methods=tuple(part.strip() for part in options["methods"].split(",") if part.strip()),
+        contexts=parse_numbers(options["contexts"], "contexts"),
+        batches=parse_numbers(options["batches"], "batches"),
+        methods=split_names(options["methods"]),
         budget=options["budget"],
-        peers=tuple(part.strip() for part in options["peers"].split(",") if part.strip() not in ("", "none")),
+        peers=tuple(peer for peer in split_names(options["peers"]) if peer != "none"),
         backend=backend,
         threads=threads or os.cpu_count() or 1,
         rounds=options["rounds"],
@@ -140,26 +139,13 @@ def _contest(
     )
 
 
-def _whole(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise PromptError(f"--{option} {text!r}: give whole numbers separated by commas") from None
-
-
 def _finish(result: dict[str, Any], out: Path | None) -> None:
     """Print the table; write the JSON and, where matplotlib is installed, the figure."""
-    from rich.table import Table
-
     from bench.figures import save_png
     from bench.speed import figure, table, title
     from restkv.display import table_console
 
-    columns, lines = table(result)
-    shown = Table(*columns, title=title(result), title_justify="left")
-    for line in lines:
-        shown.add_row(*line)
-    table_console().print(shown)
+    print_table(table_console(), title(result), *table(result))
     if out is None:
         return
     try:

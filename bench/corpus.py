@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.prose import sentences
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError, RestKVWarning
+from restkv.options import reading
 
 SUFFIXES = (".txt", ".jsonl")
 FIELDS = ("page", "text")
@@ -80,12 +81,8 @@ def read_documents(path: Path) -> list[Document]:
 def _read(path: Path) -> list[Document]:
     if path.suffix not in SUFFIXES:
         raise PromptError(f"{path}: not {' or '.join(SUFFIXES)}; convert it first")
-    try:
+    with reading(path):
         content = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix == ".txt":
         return [Document(path.name, content)] if content.strip() else []
     documents, pieces = [], []

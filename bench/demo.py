@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bench.cli_common import EAGER, METHODS_FORM, load_model
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -43,22 +44,19 @@ def demo(
     compression: Annotated[float, typer.Option(min=1, help="Context over entries kept per KV head.")] = 32.0,
     methods: Annotated[
         str,
-        typer.Option(
-            metavar="NAME[@PRESET][:OPTION=VALUE...],...", help="Methods; the full cache is always there too."
-        ),
+        typer.Option(metavar=METHODS_FORM, help="Methods; the full cache is always there too."),
     ] = "restkv,snapkv,h2o,streamingllm",
     task: Annotated[str, typer.Option(help="A task of `restkv bench ruler`.")] = "niah_multiquery",
     seed: Annotated[int, typer.Option(help="Of the text and its needles.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    backend: BackendOption = "sdpa",
+    backend: BackendOption = EAGER,
 ) -> None:
     """Hide codes in a long text, compress its cache in several ways, and watch who still knows them."""
     from bench.methods import check, parse_methods
     from bench.tasks import Frame, make_sample
-    from restkv.lm import load
 
-    lm = load(model, dtype=dtype, device=device, backend=backend)
+    lm = load_model(model, dtype, device, backend)
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     frame = Frame(lm.tokenizer, lm.tokenizer.has_chat_template)
     sample = make_sample(task, context, seed, 0, frame)
@@ -146,8 +144,8 @@ def _marked(text: str, sample: Sample) -> Text:
 
 
 def _verdict(contenders: Sequence[Contender], sample: Sample) -> Table:
-    from bench.methods import kept_mean
     from bench.tasks import score
+    from bench.together import kept_mean
     from restkv.display import byte_text
 
     table = Table("method", "right", "kept of seen", "cache", "ms per token", expand=True)

@@ -29,19 +29,16 @@ import torch
 from torch import Tensor
 
 from bench.kept import kept_masks
-from bench.methods import Method, check, equal_bytes, kept_mean
+from bench.methods import Method, check, equal_bytes
 from bench.oracle import Oracle
 from bench.outputs import LayerTrace, full_pass, observation, relative_error
-from bench.ruler import Report, describe
-from bench.runs import Run, open_run, versions_text
-from bench.together import pattern_of, prefill_together
+from bench.plans import Asked, Cell, cells_of, share
+from bench.runs import Report, Run, describe, open_run, setting, versions_text
+from bench.together import kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
-from restkv.store import fingerprint
-
-Cell = tuple[Method, int | float]  # a method and what it was asked to keep
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class FidelityPlan:
 
     text: str
     methods: tuple[Method, ...]
-    budgets: tuple[int | float, ...]
+    budgets: tuple[Asked, ...]
     context: int = 384
     tail: int = 64
     windows: int = 16
@@ -68,8 +65,19 @@ class FidelityPlan:
     oracle_context: int = 128
     prefill: str = "dense"
 
-    def entries(self, budget: int | float, context: int) -> int:
-        return max(1, round(budget * context)) if isinstance(budget, float) else budget
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.methods, self.budgets)
+
+    @property
+    def oracle_cells(self) -> list[Cell]:
+        """Those that evict something of an oracle's context."""
+        return [cell for cell in self.cells if share(cell.asked, self.oracle_context) < self.oracle_context]
+
+    @property
+    def results(self) -> int:
+        """How many there will be."""
+        return self.windows * len(self.cells) + self.oracle * len(self.oracle_cells)
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
@@ -80,9 +88,7 @@ class FidelityPlan:
             "text": hashlib.sha256(self.text.encode()).hexdigest()[:16],
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
@@ -94,9 +100,9 @@ def run_fidelity(lm: LM, plan: FidelityPlan, folder: Path, report: Report | None
         sense. RunError: see open_run.
     """
     windows = _check(lm, plan)
-    most = max(plan.entries(budget, plan.context) for budget in plan.budgets)
-    with open_run(folder, "fidelity", plan.arguments(lm), describe(lm, plan.methods, most)) as results:
-        _fill(lm, plan, windows, results, report)
+    details = describe(lm, plan.methods, max(share(budget, plan.context) for budget in plan.budgets))
+    with open_run(folder, "fidelity", plan.arguments(lm), details, plan.results, report) as results:
+        _fill(lm, plan, windows, results)
     return folder
 
 
@@ -114,7 +120,7 @@ def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
     for method in plan.methods:
         for budget in plan.budgets:
             for context in {plan.context, plan.oracle_context} if plan.oracle else {plan.context}:
-                check(lm, method, plan.entries(budget, context), context, f"budget {budget} of {context} tokens")
+                check(lm, method, share(budget, context), context, f"budget {budget} of {context} tokens")
     before, ids = lm.tokenizer.encode(""), lm.tokenizer.encode(plan.text, bos=False)
     size = plan.context + plan.tail + 1 - len(before)
     if len(ids) < size:
@@ -134,68 +140,55 @@ def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[list[int]], results: Run, report: Report | None) -> None:
-    cells = [(method, budget) for method in plan.methods for budget in ((1.0,) if method.full else plan.budgets)]
-    oracles = [cell for cell in cells if plan.entries(cell[1], plan.oracle_context) < plan.oracle_context]
-    total = len(windows) * len(cells) + plan.oracle * len(oracles)
-    policies: dict[tuple[str, int | float, int], Policy] = {}
+def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[list[int]], results: Run) -> None:
+    policies: dict[tuple[Cell, int], Policy] = {}
     pattern = pattern_of(plan.prefill)
 
     def sessions(missing: Sequence[Cell], context: Sequence[int]) -> list[Session]:
         """One per cell, prefilled; budgets that must be searched for are found on the first window."""
-        for method, budget in missing:
-            key = (method.label, budget, len(context))
-            if key not in policies:
-                first = windows[0][: len(context)]
-                entries = plan.entries(budget, len(context))
-                policies[key] = equal_bytes(lm, method, entries, lambda first=first: first, pattern)  # type: ignore[misc]
-        made = [
-            Session(lm.engine, policies[method.label, budget, len(context)], [len(context)], plan.tail)
-            for method, budget in missing
-        ]
+        length = len(context)
+        for cell in missing:
+            if (cell, length) not in policies:
+                entries = share(cell.asked, length)
+                policies[cell, length] = equal_bytes(lm, cell.method, entries, lambda: windows[0][:length], pattern)
+        made = [Session(lm.engine, policies[cell, length], [length], plan.tail) for cell in missing]
         prefill_together(lm, made, context, pattern)
         return made
 
-    def add(key: str, row: dict[str, Any]) -> None:
-        results.add(key, row)
-        if report is not None:
-            report(len(results.done), total)
-
     for number, ids in enumerate(windows):
-        keys = {cell: f"text/{number}/{cell[0].label}/{cell[1]!r}" for cell in cells}
-        missing = [cell for cell in cells if keys[cell] not in results.done]
+        keys = {cell: f"text/{number}/{cell.method.label}/{cell.asked!r}" for cell in plan.cells}
+        missing = [cell for cell in plan.cells if keys[cell] not in results.done]
         if missing:
             logits_TV, layers = full_pass(lm, ids[:-1], plan.tail)
             for cell, session in zip(missing, sessions(missing, ids[: plan.context]), strict=True):
-                about = _about("text", number, cell, session, plan.entries(cell[1], plan.context))
+                about = _about("text", number, cell, session, share(cell.asked, plan.context))
                 error = layer_errors(lm, session, layers, plan.context)
                 compared = compare(lm, session, ids[plan.context :], logits_TV)
-                add(keys[cell], {**about, **compared, "error": error})
+                results.add(keys[cell], {**about, **compared, "error": error})
                 session.cache.free()
         if number >= plan.oracle:
             continue
-        keys = {cell: f"oracle/{number}/{cell[0].label}/{cell[1]!r}" for cell in oracles}
-        missing = [cell for cell in oracles if keys[cell] not in results.done]
+        keys = {cell: f"oracle/{number}/{cell.method.label}/{cell.asked!r}" for cell in plan.oracle_cells}
+        missing = [cell for cell in plan.oracle_cells if keys[cell] not in results.done]
         if missing:
             context = plan.oracle_context
             _, layers = full_pass(lm, ids[: context + plan.tail], context + plan.tail)
             oracle = Oracle(lm, layers, context)
             for cell, session in zip(missing, sessions(missing, ids[:context]), strict=True):
-                about = _about("oracle", number, cell, session, plan.entries(cell[1], context))
-                add(keys[cell], {**about, **oracle.gap(session)})
+                about = _about("oracle", number, cell, session, share(cell.asked, context))
+                results.add(keys[cell], {**about, **oracle.gap(session)})
                 session.cache.free()
 
 
 def _about(part: str, number: int, cell: Cell, session: Session, entries: int) -> dict[str, Any]:
-    method, budget = cell
     policy = session.policy
     return {
         "part": part,
         "window": number,
-        "method": method.label,
-        "preset": method.preset,
+        "method": cell.method.label,
+        "preset": cell.method.preset,
         "granularity": policy.granularity,
-        "asked": budget,
+        "asked": cell.asked,
         "entries": entries,
         "budget": policy.budget,
         "observed": policy.window,

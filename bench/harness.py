@@ -23,9 +23,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from bench.cli import EAGER
-from bench.forced import Kept, Score, score_rows, score_unevicted
+from bench.cli_common import EAGER
 from bench.methods import Method
+from bench.teacher_forcing import Score, Tally, score_rows, score_unevicted
 from modeling.tokenizer import Tokenizer
 from restkv.errors import OutputError, PromptError, RestKVWarning
 from restkv.lm import load
@@ -83,7 +83,7 @@ class RestKVHarness(TemplateLM):
         if max_length is not None:
             self.max_length = _at_least_one("max_length", max_length)
         self.max_gen_toks = 256  # where a task does not say, as with `hf`
-        self.kept: dict[str, Kept] = {}  # by kind of request
+        self.kept: dict[str, Tally] = {}  # by kind of request
         self._device = self.lm.device
 
     @classmethod
@@ -148,7 +148,7 @@ class RestKVHarness(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """JSON-ready: what the figures are of, and how much of the caches was kept, by kind of request."""
-        return {**self._identity(), "kept": {kind: asdict(kept) for kind, kept in self.kept.items()}}
+        return {**self._identity(), "kept": {kind: asdict(tally) for kind, tally in self.kept.items()}}
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -245,7 +245,7 @@ class RestKVHarness(TemplateLM):
         quiet: bool,
     ) -> None:
         """Score `targets` after the contexts of `rows` (policy, context, indices of targets), in batches."""
-        kept = self.kept.setdefault(kind, Kept())
+        tally = self.kept.setdefault(kind, Tally())
         with tqdm(total=len(targets), desc=kind, disable=quiet) as bar:
             for batch in self._batches(rows, size=lambda row: len(row[1]) + len(targets[row[2][0]])):
                 policy = batch[0][0]
@@ -254,12 +254,12 @@ class RestKVHarness(TemplateLM):
                 else:
                     contexts = [ids for _, ids, _ in batch]
                     wanted = [[targets[at] for at in indices] for _, _, indices in batch]
-                    scores = score_rows(self.lm, policy, contexts, wanted, self.prefill, kept)
+                    scores = score_rows(self.lm, policy, contexts, wanted, self.prefill, tally)
                 for (_, _, indices), row in zip(batch, scores, strict=True):
                     for index, score in zip(indices, row, strict=True):
                         done(index, score)
                         bar.update()
-        self._remark(kept)
+        self._remark(tally)
 
     def _batches(self, rows: Sequence[Any], size: Callable[[Any], int]) -> Iterator[list[Any]]:
         """Rows of the same first item, batch_size at a time, the largest first: what does not fit fails at once."""
@@ -270,11 +270,12 @@ class RestKVHarness(TemplateLM):
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _remark(self, kept: Kept) -> None:
+    def _remark(self, tally: Tally) -> None:
         """Say so when the figures are the full cache's although a method was asked for."""
-        if self.policy.budget is not None and kept.requests and not kept.evictions and kept.kept > kept.seen - 0.5:
+        nothing_gone = tally.requests and not tally.evictions and tally.kept > tally.seen - 0.5
+        if self.policy.budget is not None and nothing_gone:
             warnings.warn(
-                f"{self.policy.name} with budget {self.policy.budget} evicted nothing in {kept.requests} requests: the "
+                f"{self.policy.name} with budget {self.policy.budget} evicted nothing in {tally.requests} requests: the "
                 "contexts are too short for it, or (rolling tasks) it has no interval",
                 RestKVWarning,
                 stacklevel=4,
@@ -284,7 +285,7 @@ class RestKVHarness(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop string (left out), EOS, or max_gen_toks tokens."""
-        kept = self.kept.setdefault("generate_until", Kept())
+        tally = self.kept.setdefault("generate_until", Tally())
         answers = [""] * len(requests)
         rows = []
         for index, (context, given) in enumerate(request.args for request in requests):
@@ -305,15 +306,12 @@ class RestKVHarness(TemplateLM):
                 prompts = [ids for _, ids, _ in batch]
                 done = self.lm.generate(prompts, self.policy, prefill=self.prefill, **decoding)
                 stats = done[0].stats
-                kept.requests += len(batch)
-                kept.seen += sum(stats.seen)
-                kept.kept += sum(map(sum, stats.kept)) / len(stats.kept)
-                kept.evictions += stats.evictions
+                tally.add(stats.seen, stats.kept, stats.evictions)
                 for (_, _, index), answer in zip(batch, done, strict=True):
                     answers[index] = answer.text
                     self.cache_hook.add_partial("generate_until", requests[index].args, answer.text)
                     bar.update()
-        self._remark(kept)
+        self._remark(tally)
         return answers
 
     def _decoding(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from bench.together import prefill_together
+from bench.together import kept_mean, prefill_together
 from restkv.errors import PolicyError
 from restkv.evict import Evictor
 from restkv.generate import Session
@@ -156,9 +156,3 @@ def equal_bytes(
         low = max(fits, default=low)
         high = min((budget for budget in budgets if budget > low), default=high)
     return replace(policy, budget=low)
-
-
-def kept_mean(session: Session) -> float:
-    """Live entries per layer and KV head of a one-row session."""
-    layers = session.kept()
-    return sum(row[0] for row in layers) / len(layers)

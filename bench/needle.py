@@ -8,8 +8,8 @@ from typing import Any
 
 from bench.figures import Grid, heat_maps, need_matplotlib, save_png
 from bench.methods import Method
-from bench.ruler import Plan, Report, run
-from bench.runs import read_rows
+from bench.ruler import Plan, run
+from bench.runs import Report, read_rows
 from bench.stats import grouped
 from restkv.errors import PromptError
 from restkv.lm import LM

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from bench.corpus import Document, Window, cut_windows
-from bench.likelihood import PIECE, Asked, Cell, Entries, cells_of, policy_of, share, tail_together, write
 from bench.methods import Method, check
-from bench.ruler import Report, describe
-from bench.runs import Run, open_run, versions_text
+from bench.plans import Asked, Cell, Entries, cells_of, policy_of, share
+from bench.runs import Report, Run, describe, open_run, setting, versions_text
+from bench.teacher_forcing import PIECE, tail_logprobs
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
-from restkv.store import fingerprint
 
 PROTOCOLS = ("streaming", "prefill", "chunked")
 BATCH = 8  # windows read side by side, as rows of one session
@@ -98,9 +97,7 @@ class PerplexityPlan:
             "protocol": self.protocol.name,
             **{name: getattr(self.protocol, name) for name in ("tokens", "context", "chunk")},
             "windows": self.windows,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
 
 
@@ -125,8 +122,8 @@ def run_perplexity(lm: LM, plan: PerplexityPlan, folder: Path, report: Report | 
     windows = protocol.windows(lm, plan.documents, plan.windows)
     arguments = {**plan.arguments(lm), "results": len(windows) * len(cells)}
     details = describe(lm, plan.methods, max(share(asked, protocol.read) for asked in plan.budgets))
-    with open_run(folder, "perplexity", arguments, details) as results:
-        fill_perplexity(lm, windows, protocol, cells, share, results, report)
+    with open_run(folder, "perplexity", arguments, details, arguments["results"], report) as results:
+        fill_perplexity(lm, windows, protocol, cells, share, results)
     return folder
 
 
@@ -137,20 +134,19 @@ def fill_perplexity(
     cells: Sequence[Cell],
     entries: Entries,
     results: Run,
-    report: Report | None,
 ) -> None:
     """A row per window and cell: window by window, or (streaming, chunked) a few windows at a time, cell by cell."""
     numbered = list(enumerate(windows))
     if protocol.name == "prefill":
         for number, window in numbered:
             keys = [_key(protocol, number, cell) for cell in cells]
-            write(results, keys, partial(_after_prefill, lm, number, window, protocol, cells, entries), report)
+            results.add_together(keys, partial(_after_prefill, lm, number, window, protocol, cells, entries))
         return
     for start in range(0, len(windows), BATCH):
         some = numbered[start : start + BATCH]
         for cell in cells:
             keys = [_key(protocol, number, cell) for number, _ in some]
-            write(results, keys, partial(_from_nothing, lm, some, protocol, cell, entries), report)
+            results.add_together(keys, partial(_from_nothing, lm, some, protocol, cell, entries))
 
 
 def _key(protocol: Protocol, number: int, cell: Cell) -> str:
@@ -181,9 +177,9 @@ def _after_prefill(
     counts = [entries(cell.asked, window.first) for cell in cells]
     policies = [policy_of(lm, cell, count, window.prompt, once=True) for cell, count in zip(cells, counts, strict=True)]
     rows = []
-    told = tail_together(lm, policies, window.prompt, window.scored)
+    told = tail_logprobs(lm, policies, window.prompt, window.scored)
     for cell, count, policy, (held, said_T) in zip(cells, counts, policies, told, strict=True):
-        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held}, said_T))
+        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held.about()}, said_T))
     return rows
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.methods import Method, check, equal_bytes
-from bench.runs import Run, open_run, versions_text
+from bench.plans import Cell, cells_of, compressed, modes_of
+from bench.runs import Report, Run, describe, open_run, setting, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
 from bench.together import answer_all, pattern_of
 from restkv.errors import PromptError, RestKVWarning
@@ -22,11 +24,8 @@ from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.results import Decoding
 from restkv.sparse import Pattern
-from restkv.store import fingerprint
 
-QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
 FULL_STOP = "."  # ends every answer
-Report = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Plan:
         depths: where the needle shall be; (None,) leaves it to the task.
         samples: per task, length and depth.
         compression: prompt length over entries per KV head.
-        question: a key of QUESTIONS.
+        question: aware, agnostic or both.
         prefill: "dense", or the sparse pattern with which all prompts are read, as text (restkv/sparse.py).
     """
 
@@ -55,23 +54,29 @@ class Plan:
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
         once = any(method.once for method in self.methods)
-        plain = {
+        return {
             **asdict(self),
             "methods": [method.label for method in self.methods],
             "evict": "prompt" if once else "always",
+            **setting(lm),
         }
-        return {**plain, "model": fingerprint(lm.model), "device": lm.device.type, "backend": lm.backend}
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return modes_of(self.question)
 
-@dataclass(frozen=True)
-class Cell:
-    """One method at one compression."""
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.methods, self.compression)
 
-    method: Method
-    compression: float
+    @property
+    def places(self) -> list[tuple[int, str, float | None]]:
+        return [(length, task, depth) for length in self.lengths for task in self.tasks for depth in self.depths]
 
-    def entries(self, length: int) -> int:
-        return max(1, round(length / self.compression))
+    @property
+    def results(self) -> int:
+        """How many there will be."""
+        return self.samples * len(self.places) * len(self.modes) * len(self.cells)
 
 
 def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | None = None) -> Path:
@@ -83,58 +88,35 @@ def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | 
         RunError: see open_run.
     """
     _check(lm, plan)
-    with open_run(folder, kind, plan.arguments(lm), describe(lm, plan.methods, _largest(plan))) as results:
-        _fill(lm, plan, results, report)
+    details = describe(lm, plan.methods, compressed(min(plan.compression), max(plan.lengths)))
+    with open_run(folder, kind, plan.arguments(lm), details, plan.results, report) as results:
+        _fill(lm, plan, results)
     return folder
 
 
-def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
-    """What a manifest says besides the arguments: the policies in full (budgets and windows are said by each row), the model."""
-    config = lm.config
-    return {
-        "methods": {method.label: method.describe(entries) for method in methods},
-        "model": {
-            "fingerprint": fingerprint(lm.model),
-            "family": config.family,
-            "layers": config.num_layers,
-            "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
-            "max_positions": config.max_positions,
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "bytes_per_token": config.kv_bytes_per_token(lm.dtype),
-        },
-    }
-
-
-def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
+def _fill(lm: LM, plan: Plan, results: Run) -> None:
     """Fill a run sample by sample, number by number, so that a broken run has some of everything."""
     assert lm.tokenizer is not None
     frame = Frame(lm.tokenizer, plan.chat)
-    cells = [Cell(m, c) for m in plan.methods for c in ((1.0,) if m.full else plan.compression)]
-    modes = QUESTIONS[plan.question]
-    places = [(length, task, depth) for length in plan.lengths for task in plan.tasks for depth in plan.depths]
-    total = plan.samples * len(places) * len(modes) * len(cells)
     budgets, pattern = _Budgets(lm, plan, frame), pattern_of(plan.prefill)
+
+    def rows(length: int, task: str, depth: float | None, mode: str, index: int) -> list[dict[str, Any]]:
+        """A sample's answers in all cells, which share its prefill."""
+        sample = make_sample(task, length, plan.seed, index, frame, depth)
+        policies = [budgets.get(cell, mode, task, length) for cell in plan.cells]
+        answers = answer(lm, frame, sample, mode, policies, pattern)
+        return [{**_about(sample, mode, cell, plan), **row} for cell, row in zip(plan.cells, answers, strict=True)]
+
     for index in range(plan.samples):
-        for length, task, depth in places:
+        for length, task, depth in plan.places:
             at = "" if depth is None else f"@{depth:g}"
-            for mode in modes:
-                keys = {cell: _key(mode, task, at, length, index, cell) for cell in cells}
-                if all(key in results.done for key in keys.values()):
-                    continue
-                sample = make_sample(task, length, plan.seed, index, frame, depth)
-                # All of them, also those that a broken run has: a batch of other rows may round otherwise.
-                policies = [budgets.get(cell, mode, task, length) for cell in cells]
-                answers = answer(lm, frame, sample, mode, policies, pattern)
-                for cell, row in zip(cells, answers, strict=True):
-                    if keys[cell] in results.done:
-                        continue
-                    results.add(keys[cell], {**_about(sample, mode, cell, plan), **row})
-                    if report is not None:
-                        report(len(results.done), total)
+            for mode in plan.modes:
+                keys = [_key(mode, task, at, length, index, cell) for cell in plan.cells]
+                results.add_together(keys, partial(rows, length, task, depth, mode, index))
 
 
 def _key(mode: str, task: str, at: str, length: int, index: int, cell: Cell) -> str:
-    return f"{mode}/{task}{at}/{length}/{index}/{cell.method.label}/{cell.compression:g}"
+    return f"{mode}/{task}{at}/{length}/{index}/{cell.key}"
 
 
 def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
@@ -147,7 +129,7 @@ def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "method": cell.method.label,
         "preset": cell.method.preset,
-        "compression": cell.compression,
+        "compression": cell.asked,
         "versions": versions_text(),
     }
 
@@ -167,15 +149,14 @@ def answer(
             "granularity": policy.granularity,
             "budget": policy.budget,
             "window": policy.window,
-            "kept": round(said.kept, 3),
-            "bytes": said.bytes,
+            **held.about(),
             "tokens": len(whole),
             "prompt": digest,
             "answers": sample.answers,
-            "output": said.generation.text,
-            "score": score(said.generation.text, sample.answers),
+            "output": said.text,
+            "score": score(said.text, sample.answers),
         }
-        for policy, said in zip(policies, answers, strict=True)
+        for policy, (held, said) in zip(policies, answers, strict=True)
     ]
 
 
@@ -199,18 +180,13 @@ class _Budgets:
         key = (cell, mode, task, length)
         if key not in self._made:
             pattern = pattern_of(self._plan.prefill)
-            self._made[key] = equal_bytes(self._lm, cell.method, cell.entries(length), prompt, pattern)
+            self._made[key] = equal_bytes(self._lm, cell.method, compressed(cell.asked, length), prompt, pattern)
         return self._made[key]
-
-
-def _largest(plan: Plan) -> int:
-    return max(1, round(max(plan.lengths) / min(plan.compression, default=1)))
 
 
 def _check(lm: LM, plan: Plan) -> None:
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
-    if plan.question not in QUESTIONS:
-        raise PromptError(f"question {plan.question!r} is not known; choose from {', '.join(QUESTIONS)}")
+    modes_of(plan.question)
     if plan.samples < 1:
         raise PromptError(f"samples {plan.samples}: give at least 1")
     pattern_of(plan.prefill)
@@ -232,5 +208,4 @@ def _check(lm: LM, plan: Plan) -> None:
                 make_sample(task, length, plan.seed, 0, frame, depth)
         for method in plan.methods:
             for compression in plan.compression:
-                cell = Cell(method, compression)
-                check(lm, method, cell.entries(length), length, f"{length} tokens at {compression:g}x")
+                check(lm, method, compressed(compression, length), length, f"{length} tokens at {compression:g}x")

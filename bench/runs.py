@@ -17,18 +17,24 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from restkv import __version__
 from restkv.errors import PromptError, RestKVError
 
+if TYPE_CHECKING:
+    from bench.methods import Method
+    from restkv.lm import LM
+
 FORMAT = 1
 MANIFEST, SAMPLES, TIMINGS = "manifest.json", "samples.jsonl", "timings.jsonl"
+
+Report = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 class RunError(RestKVError):
@@ -48,10 +54,12 @@ class Run:
     done: set[str]
     _samples: IO[str]
     _timings: IO[str]
+    _total: int
+    _report: Report | None
     _lap: float = field(default_factory=time.perf_counter)
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Write a row; when this returns it is on the disk."""
+        """Write a row, which is on the disk then, and report."""
         assert key not in self.done, f"{key} is done already"
         lap = time.perf_counter()
         timing = {"key": key, "seconds": round(lap - self._lap, 4), "finished": _now()}
@@ -62,16 +70,39 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror}); rerun to go on") from None
         self.done.add(key)
+        if self._report is not None:
+            self._report(len(self.done), self._total)
+
+    def add_together(self, keys: Sequence[str], make: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """Add those of some rows that are missing; all are made, or none.
+
+        Rows of one session are computed as one batch, and a batch of other rows may round otherwise: what a broken-off run
+        is missing must come out of the batch that it would have come out of.
+        """
+        if all(key in self.done for key in keys):
+            return
+        for key, row in zip(keys, make(), strict=True):
+            if key not in self.done:
+                self.add(key, row)
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, kind: str, arguments: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[Run]:
+def open_run(
+    folder: Path,
+    kind: str,
+    arguments: Mapping[str, Any],
+    details: Mapping[str, Any],
+    total: int = 0,
+    report: Report | None = None,
+) -> Iterator[Run]:
     """Begin a run in a folder, or go on with the one that is there.
 
     Args:
         kind: of run, a key of bench.report.TITLES.
         arguments: JSON-ready, all that results depend on; a folder is gone on with only where they are the same.
         details: JSON-ready, what else the manifest shall say.
+        total: rows of the complete run.
+        report: called after every row.
     Raises:
         RunError: the folder cannot be written, is in use, or holds a run with other arguments (the difference is named).
     """
@@ -97,7 +128,33 @@ def open_run(folder: Path, kind: str, arguments: Mapping[str, Any], details: Map
             part = path.with_name(MANIFEST + ".part")
             part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             part.replace(path)
-        yield Run(folder, manifest, {row["key"] for row in read_rows(folder)}, samples, timings)
+        yield Run(folder, manifest, {row["key"] for row in read_rows(folder)}, samples, timings, total, report)
+
+
+def setting(lm: LM) -> dict[str, Any]:
+    """Which model, where and how: what the results of every run depend on, for its arguments."""
+    from restkv.store import fingerprint
+
+    return {"model": fingerprint(lm.model), "device": lm.device.type, "backend": lm.backend}
+
+
+def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
+    """What a manifest says besides the arguments: the policies in full (budgets and windows are said by each row), the model."""
+    from restkv.store import fingerprint
+
+    config = lm.config
+    return {
+        "methods": {method.label: method.describe(entries) for method in methods},
+        "model": {
+            "fingerprint": fingerprint(lm.model),
+            "family": config.family,
+            "layers": config.num_layers,
+            "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
+            "max_positions": config.max_positions,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "bytes_per_token": config.kv_bytes_per_token(lm.dtype),
+        },
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

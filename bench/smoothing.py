@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.anli import anli_items
-from bench.choice import choice_rows, fill_choices, modes_of, shortest, told_items
+from bench.choice import choice_rows, fill_choices, shortest, told_items
 from bench.corpus import Document, prose
-from bench.likelihood import Asked, Cell, cells_of
 from bench.methods import Method, check
 from bench.perplexity import Protocol, digest, fill_perplexity
-from bench.ruler import Report, describe
-from bench.runs import open_run
+from bench.plans import Cell, cells_of, compressed, modes_of
+from bench.runs import Report, describe, open_run, setting
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
-from restkv.store import fingerprint
 
 SUBJECT = "restkv"
 # What ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output term, the output projection; the
@@ -47,7 +45,7 @@ class SmoothingPlan:
         windows, samples: how many windows, and how many generated questions of each task (or ANLI samples per round).
         anli: folder of ANLI (bench/anli.py); None: generated questions.
         shots: worked examples before each ANLI premise.
-        question: a key of bench.ruler.QUESTIONS.
+        question: aware, agnostic or both.
     """
 
     methods: tuple[Method, ...]
@@ -61,11 +59,6 @@ class SmoothingPlan:
     samples: int = 100
     question: str = "both"
     seed: int = 0
-
-
-def rate(asked: Asked, length: int) -> int:
-    """Entries per KV head at a compression."""
-    return max(1, round(length / asked))
 
 
 def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | None = None) -> Path:
@@ -110,14 +103,12 @@ def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | No
         "seed": plan.seed,
         "left out": [*left_out, *(f"{name} (classification)" for name in also_out if name not in left_out)],
         "results": len(windows) * len(reading) + choice_rows(items, modes, choosing),
-        "model": fingerprint(lm.model),
-        "device": lm.device.type,
-        "backend": lm.backend,
+        **setting(lm),
     }
-    details = describe(lm, plan.methods, rate(min(plan.compression), plan.length))
-    with open_run(folder, "smoothing", arguments, details) as results:
-        fill_perplexity(lm, windows, protocol, reading, rate, results, report)
-        fill_choices(lm, items, modes, choosing, rate, results, report, once=True)
+    details = describe(lm, plan.methods, compressed(min(plan.compression), plan.length))
+    with open_run(folder, "smoothing", arguments, details, arguments["results"], report) as results:
+        fill_perplexity(lm, windows, protocol, reading, compressed, results)
+        fill_choices(lm, items, modes, choosing, compressed, results, once=True)
     return folder
 
 
@@ -127,7 +118,7 @@ def _workable(lm: LM, cells: Sequence[Cell], length: int) -> tuple[list[Cell], l
     bad: dict[Cell, PolicyError] = {}
     for cell in cells:
         try:
-            check(lm, cell.method, rate(cell.asked, length), length, f"{length} tokens at {cell.asked:g}x")
+            check(lm, cell.method, compressed(cell.asked, length), length, f"{length} tokens at {cell.asked:g}x")
             good.append(cell)
         except PolicyError as error:
             bad[cell] = error

@@ -83,7 +83,8 @@ def _ruler(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     places = grouped(rows, "question", "length")
     for (mode, length), part in places.items():
-        made.append(_overview(f"{length} tokens, {QUESTION[mode]}: mean over tasks [95 %]", part, arguments))
+        if len({row["method"] for row in part}) > 1:  # one alone is compared with nothing
+            made.append(_overview(f"{length} tokens, {QUESTION[mode]}: mean over tasks [95 %]", part, arguments))
     for (mode, length), part in places.items():
         made.append(_accuracy_table(f"{length} tokens, {QUESTION[mode]}", "task", part, arguments))
     for (mode,), part in grouped(rows, "question").items():

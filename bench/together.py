@@ -7,8 +7,9 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ from restkv.memory import Meter
 from restkv.policies import FullCache, Policy
 from restkv.results import Decoding, Generation, Row, Stats
 from restkv.sparse import Pattern, chooser, parse_prefill
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a policy has kept of a prompt: entries per layer and KV head, and bytes."""
+
+    kept: float
+    bytes: int
+
+    def about(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"kept": round(self.kept, 3), "bytes": self.bytes}
 
 
 @dataclass
@@ -46,17 +61,19 @@ class Together:
     def rows(self) -> list[tuple[KVCache, Evictor]]:
         return [(self.session.cache.row(index), evictor) for index, evictor in enumerate(self.evictors)]
 
-    def kept(self, row: int) -> float:
-        """Live entries per layer and KV head."""
-        layers = self.session.kept()
-        return sum(rows[row] for rows in layers) / len(layers)
-
-    def live_bytes(self, row: int) -> int:
-        """Bytes of a row's live entries with their positions and what its own policy stores beside them."""
+    def held(self, row: int) -> Held:
+        """A row's live entries, and their bytes with positions and what its own policy stores beside them."""
         engine, policy = self.session.engine, self.policies[row]
         extra = sum(math.prod(shape) * dtype.itemsize for shape, dtype in companions_of(policy, engine.model).values())
         slot = 2 * engine.model.config.head_dim * engine.model.dtype.itemsize + torch.int32.itemsize + extra
-        return slot * sum(int(layer.live_counts()[row].sum()) for layer in self.session.cache.layers)
+        live = sum(int(layer.live_counts()[row].sum()) for layer in self.session.cache.layers)
+        return Held(kept_mean(self.session, row), slot * live)
+
+
+def kept_mean(session: Session, row: int = 0) -> float:
+    """Live entries of a row per layer and KV head."""
+    layers = session.kept()
+    return sum(rows[row] for rows in layers) / len(layers)
 
 
 def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int, extends: bool) -> list[Together]:
@@ -117,16 +134,38 @@ def _shared_session(lm: LM, policies: Sequence[Policy], length: int, later: int)
     return session
 
 
-@dataclass(frozen=True)
-class Said:
-    """A policy's answer to a prompt, and what it had kept of the prompt: entries per layer and KV head, and bytes."""
-
-    kept: float
-    bytes: int
-    generation: Generation
-
-
 @torch.no_grad()
+def under_each(
+    lm: LM,
+    policies: Sequence[Policy],
+    prompt: Sequence[int],
+    later: int,
+    measure: Callable[[Session], Sequence[Found]],
+    *,
+    extends: bool,
+    pattern: Pattern | None = None,
+) -> list[tuple[Held, Found]]:
+    """Measure something on what each policy has kept of a prompt; one prefill serves all.
+
+    Args:
+        prompt: token ids, evicted once they are prefilled.
+        later: tokens that `measure` appends at most; extends: several at a time.
+        measure: called with every session, whose rows are some of the policies; one value for each row.
+        pattern: see prefill_together.
+    Returns:
+        For each policy what it kept, and its value.
+    """
+    groups = answer_together(lm, policies, len(prompt), later, extends)
+    prefill_all(lm, groups, prompt, pattern)
+    found: dict[int, tuple[Held, Found]] = {}
+    for group in groups:
+        held = [group.held(row) for row in range(len(group.policies))]
+        values = measure(group.session)
+        group.session.cache.free()
+        found |= zip(group.about, zip(held, values, strict=True), strict=True)
+    return [found[index] for index in range(len(policies))]
+
+
 def answer_all(
     lm: LM,
     policies: Sequence[Policy],
@@ -137,8 +176,8 @@ def answer_all(
     eos: Sequence[int] | None = None,
     least_one: bool = False,
     pattern: Pattern | None = None,
-) -> list[Said]:
-    """Every policy's answer to a prompt, in their order; one prefill serves all.
+) -> list[tuple[Held, Generation]]:
+    """What every policy kept of a prompt, and its answer, in their order; one prefill serves all.
 
     Args:
         prompt: token ids, evicted once they are prefilled.
@@ -148,13 +187,9 @@ def answer_all(
         pattern: see prefill_together.
     """
     ends = lm.config.eos_token_ids if eos is None else eos
-    later = len(asked) + decoding.max_new_tokens
-    groups = answer_together(lm, policies, len(prompt), later, extends=bool(asked))
-    prefill_all(lm, groups, prompt, pattern)
-    said: dict[int, Said] = {}
-    for group in groups:
-        session, count = group.session, len(group.policies)
-        held = [(group.kept(row), group.live_bytes(row)) for row in range(count)]
+
+    def answer(session: Session) -> list[Generation]:
+        count = len(session.active)
         if asked:
             session.extend([asked] * count)
         if least_one:
@@ -163,12 +198,13 @@ def answer_all(
             )
         stats = Stats("", None, [len(prompt) + len(asked)] * count, question="agnostic" if asked else "aware")
         answers: list[Generation] = []
-        rows = [Row(lm.tokenizer, decoding, ends) for _ in group.policies]
+        rows = [Row(lm.tokenizer, decoding, ends) for _ in range(count)]
         for _ in lm.decode(session, decoding, stats, Meter(lm.device), answers, rows):
             pass
-        session.cache.free()
-        said |= {index: Said(*kept, one) for index, kept, one in zip(group.about, held, answers, strict=True)}
-    return [said[index] for index in range(len(policies))]
+        return answers
+
+    later = len(asked) + decoding.max_new_tokens
+    return under_each(lm, policies, prompt, later, answer, extends=bool(asked), pattern=pattern)
 
 
 def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int], pattern: Pattern | None = None) -> None:

@@ -49,6 +49,7 @@ from restkv.options import (
     parse_field,
     parse_interval,
     parse_span,
+    reading,
 )
 
 if TYPE_CHECKING:
@@ -293,13 +294,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
-    place = "stdin" if file is None else str(file)
-    try:
+    with reading("stdin" if file is None else file):
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, fields
 from inspect import getdoc, getmodule
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
     from restkv.results import Generation, Stats
 
 
-def table_console() -> Console:
-    """stdout, at the terminal's width or wide enough for a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def table_console(piped: int = 120) -> Console:
+    """stdout, at the terminal's width, or `piped` letters wide where it is none."""
+    return Console(width=None if sys.stdout.isatty() else piped, highlight=False)
+
+
+def titled(title: str, table: Table) -> Group:
+    """A table under its title, which may be wider than the table: one of rich's own would break at the table's width."""
+    return Group(Text(title, style="table.title"), table)
 
 
 def byte_text(count: float) -> str:
@@ -103,7 +108,7 @@ def methods_table() -> tuple[Table, str]:
     return table, f"Every method takes {', '.join(map(_option, common))}."
 
 
-def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Policy]) -> Table:
+def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Policy]) -> Group:
     """What the cache of each policy holds after a prompt of `context` tokens.
 
     "Held here" counts live entries with their positions and companions (accumulated attention, unrotated keys, kept bits);
@@ -117,7 +122,7 @@ def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Po
     config, dtype = outline.config, outline.dtype
     pair = 2 * config.head_dim * dtype.itemsize
     full = context * config.kv_bytes_per_token(dtype)
-    table = Table("method", "entries per KV head", "held here", "of a full cache", "per query head", title=Text(name))
+    table = Table("method", "entries per KV head", "held here", "of a full cache", "per query head")
     for policy in policies:
         companions = companions_of(policy, outline).values()
         slot = pair + int32.itemsize + sum(math.prod(shape) * kind.itemsize for shape, kind in companions)
@@ -129,14 +134,14 @@ def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Po
         held, copied = sum(entries) * config.num_kv_heads * slot, sum(budgets) * config.num_heads * pair
         mean = sum(entries) / len(entries)
         table.add_row(policy.name, f"{mean:,.0f}", byte_text(held), f"{held / full:.1%}", byte_text(copied))
-    return table
+    return titled(name, table)
 
 
 def _option(field: Field[Any]) -> str:
     return field.name if field.default is MISSING else f"{field.name}={field.default}"
 
 
-def checkpoint_table(name: str, outline: Decoder, context: int, kept: int) -> Table:
+def checkpoint_table(name: str, outline: Decoder, context: int, kept: int) -> Group:
     """Shapes and sizes of a model; `kept` entries per KV head against a full cache of `context` tokens."""
     config = outline.config
     parameters = sum(parameter.numel() for parameter in outline.parameters())
@@ -158,7 +163,7 @@ def checkpoint_table(name: str, outline: Decoder, context: int, kept: int) -> Ta
         f"full cache at {context:,} tokens": byte_text(per_token * context),
         f"cache at {kept:,} entries per KV head": f"{byte_text(per_token * kept)} ({kept / context:.1%})",
     }
-    table = Table(title=Text(name), show_header=False)
+    table = Table(show_header=False)
     for row in rows.items():
         table.add_row(*row)
-    return table
+    return titled(name, table)

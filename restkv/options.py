@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from restkv.errors import PolicyError
+from restkv.errors import PolicyError, PromptError
 
 if TYPE_CHECKING:
     from restkv.policies import Policy
@@ -103,6 +105,21 @@ CompileOption = Annotated[
     bool | None,
     typer.Option(rich_help_panel=MODEL, help="Compile the decode step, for long answers.", show_default="on CUDA only"),
 ]
+
+
+@contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """Around whatever reads a text from there.
+
+    Raises:
+        PromptError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
 
 
 def parse_span(text: str) -> tuple[int, int]:

@@ -20,10 +20,12 @@ import restkv
 from bench.anli import anli_items, read_examples
 from bench.choice import encode, told_items
 from bench.corpus import Document, cut_windows, read_documents
-from bench.likelihood import choose_together, share, tail_together
+from bench.methods import parse_methods
 from bench.perplexity import Protocol, read
+from bench.plans import Cell, cells_of, compressed, modes_of, share
 from bench.stats import Estimate, ratio_interval
 from bench.tasks import Frame, make_sample
+from bench.teacher_forcing import score_choices, tail_logprobs
 from modeling.layers import Decoder
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError, RestKVWarning
@@ -81,7 +83,7 @@ def close(ours: Tensor, slow: Tensor) -> None:
 def read_by(lm: LM, protocol: str, policy: Policy, texts: list[list[int]], begun: int, chunk: int = 7) -> list[Tensor]:
     how = Protocol(protocol, LENGTH, begun, chunk)
     if protocol == "prefill":
-        return [tail_together(lm, [policy], ids[:begun], ids[begun:])[0][1] for ids in texts]
+        return [tail_logprobs(lm, [policy], ids[:begun], ids[begun:])[0][1] for ids in texts]
     return read(lm, policy, how, [ids[:begun] for ids in texts], [ids[begun:] for ids in texts])[1]
 
 
@@ -190,28 +192,49 @@ def test_answers_are_as_likely_as_teacher_forcing_each_policy_alone_says(
         restkv.H2O(budget=8),
         restkv.StreamingLLM(budget=9, interval=None),
     ]
-    together = choose_together(lm, policies, prompt, question, choices)
-    for policy, told in zip(policies, together, strict=True):
+    together = score_choices(lm, policies, prompt, question, choices)
+    for policy, (held, logprobs) in zip(policies, together, strict=True):
         session = Session(lm.engine, policy, [len(prompt)], 9, extends=True, forks=1)
         with torch.no_grad():
             session.prefill([prompt])
             kept = [sum(row[0] for row in session.kept()) / lm.config.num_layers, session.cache.live_bytes]
             if question:
                 session.extend([question])
-        assert told["logprobs"] == pytest.approx(lm.score(session, choices), abs=5e-5)
-        assert [told["kept"], told["bytes"]] == pytest.approx(kept, abs=1e-3)
+        assert logprobs == pytest.approx(lm.score(session, choices), abs=5e-5)
+        assert [held.kept, held.bytes] == pytest.approx(kept, abs=1e-3)
         if not question:
-            assert told["logprobs"] == pytest.approx(lm.logprobs(prompt, choices, policy), abs=5e-5)
-    for choice, told in zip(choices, together[0]["logprobs"], strict=True):
+            assert logprobs == pytest.approx(lm.logprobs(prompt, choices, policy), abs=5e-5)
+    _, full = together[0]
+    for choice, told in zip(choices, full, strict=True):
         slow_T = slow_logprobs(twin, prompt + question + choice)
         assert told == pytest.approx(float(slow_T[-len(choice) :].sum()), abs=5e-5)
-    assert (
-        len({round(told["logprobs"][1], 3) for told in together}) > 4
-    )  # policies that keep other things say other things
+    # Policies that keep other things say other things.
+    assert len({round(logprobs[1], 3) for _, logprobs in together}) > 4
 
 
-def test_shares_of_a_prompt() -> None:
-    assert [share(0.1, 47), share(0.5, 5), share(0.001, 5), share(12, 5)] == [5, 2, 1, 12]
+def test_shares_and_compressions_of_a_prompt() -> None:
+    assert [share(0.1, 47), share(0.5, 5), share(0.001, 5), share(12, 5), share(1.0, 47)] == [5, 2, 1, 12, 47]
+    assert [compressed(64, 1000), compressed(2, 5), compressed(64, 10), compressed(1.0, 47)] == [16, 2, 1, 47]
+
+
+def test_cells_are_every_method_at_every_budget_and_the_full_cache_once() -> None:
+    full, method = parse_methods("snapkv@official")
+    assert cells_of([full, method], [8, 0.5]) == [Cell(full, 1.0), Cell(method, 8), Cell(method, 0.5)]
+    assert [cell.key for cell in cells_of([full, method], [8, 0.5])] == [
+        "full/1",
+        "snapkv@official/8",
+        "snapkv@official/0.5",
+    ]
+
+
+def test_modes_of_a_question() -> None:
+    assert [modes_of(question) for question in ("aware", "agnostic", "both")] == [
+        ("aware",),
+        ("agnostic",),
+        ("aware", "agnostic"),
+    ]
+    with pytest.raises(PromptError, match="question 'maybe' is not known; choose from aware, agnostic, both"):
+        modes_of("maybe")
 
 
 # -- texts

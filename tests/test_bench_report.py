@@ -230,6 +230,13 @@ def test_the_tables_of_a_retrieval_run(folder: Callable[..., Path]) -> None:
     assert rows[2] == ["restkv", ours[5], rows[at + 4][5]]
 
 
+def test_one_method_alone_has_no_overview() -> None:
+    rows = [row for row in ruler_rows(RULER) if row["method"] == "full"]
+    captions = [part.caption for part in parts("ruler", RULER, rows)]
+    assert [caption.partition(" ")[0] for caption in captions] == ["256", "256", "512", "512"]
+    assert not any("mean over tasks" in caption for caption in captions)
+
+
 def test_a_part_of_a_run_says_how_much_is_behind_each_number(folder: Callable[..., Path]) -> None:
     page = Page(build(folder("ruler", 0.3)))
     total = len(ruler_rows(RULER))

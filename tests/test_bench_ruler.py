@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import restkv
-from bench.methods import Method, equal_bytes, kept_mean, parse_methods
+from bench.methods import Method, equal_bytes, parse_methods
 from bench.needle import needle_plan, run_needle
 from bench.ruler import Plan, answer, run
 from bench.runs import SAMPLES, read_manifest, read_rows
 from bench.tasks import TASKS, Frame, Sample, make_sample
-from bench.together import answer_together, prefill_all, prefill_together
+from bench.together import Held, answer_together, kept_mean, prefill_all, prefill_together
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import Session
@@ -118,9 +118,8 @@ def test_policies_that_evict_no_more_share_a_session_and_keep_what_each_alone_wo
         for row, policy in enumerate(group.policies):
             alone = Session(lm.engine, policy, [len(ids)], 8)
             alone.prefill([ids])
-            assert group.kept(row) == kept_mean(alone), policy
             companions = {name for layer in alone.cache.layers for name in layer.pool.companions}
-            assert group.live_bytes(row) == alone.cache.live_bytes, (policy, companions)
+            assert group.held(row) == Held(kept_mean(alone), alone.cache.live_bytes), (policy, companions)
             for one, other in zip(alone.cache.layers, group.session.cache.layers, strict=True):
                 _, pos_KC = one.slots()
                 _, their_pos_RC = other.slots()
@@ -326,7 +325,8 @@ def test_the_command_prints_tables_and_one_line_for_an_error(
     command = "bench ruler --tasks niah_single --lengths 200 --methods restkv --compression 8 --samples 2".split()
     assert main([*command, "--question", "aware", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "200 tokens, question in sight while evicting" in shown and "minus full" in shown
+    assert "200 tokens, question in sight while evicting (query-aware): mean over tasks [95 %]" in shown.split("\n")
+    assert "minus full" in shown
     assert f"restkv bench report {tmp_path}" in shown.replace("\n", "")
     assert main([*command, "--question", "both", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -23,7 +23,7 @@ from bench.methods import parse_methods
 from bench.perplexity import PerplexityPlan, Protocol, run_perplexity
 from bench.report import markdown, write_report
 from bench.runs import SAMPLES, read_manifest, read_rows
-from bench.smoothing import ARMS, SmoothingPlan, rate, run_smoothing
+from bench.smoothing import ARMS, SmoothingPlan, run_smoothing
 from bench.tables import Table, parts, progress
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
@@ -235,7 +235,6 @@ def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
     assert {policy.name for policy in policies.values()} == {
         "restkv", "snapkv", "h2o", "tova", "streamingllm", "lacache"
     }  # fmt: skip
-    assert [rate(64, 1000), rate(2, 5), rate(64, 10)] == [16, 2, 1]
 
 
 def test_what_a_method_cannot_work_with_is_left_out_and_said_to_be(lm: restkv.LM, tmp_path: Path) -> None:

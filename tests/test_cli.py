@@ -20,11 +20,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from rambler import to_rambler
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import restkv
 from restkv.cli import RECALL, main
-from restkv.display import byte_text
+from restkv.display import byte_text, titled
 from restkv.policies import POLICIES
 
 STORY = (
@@ -290,6 +292,15 @@ def test_inspect_counts_parameters_and_bytes(run: Callable[..., Ran], rambler: P
     per_token = 2 * lm.config.num_layers * lm.config.num_kv_heads * lm.config.head_dim * 4
     assert re.search(rf"full cache at 1,000 tokens\s*│ {per_token / 1000:.3g} MB", ran.out)
     assert re.search(r"cache at 250 entries per KV head .*\(25\.0%\)", ran.out)
+
+
+def test_a_title_is_not_broken_at_the_width_of_its_table() -> None:
+    title = "a title that is wider than [all] its columns"
+    for width, expected in ((80, [title]), (26, ["a title that is wider than", "[all] its columns"])):
+        console = Console(width=width, file=io.StringIO())
+        with console.capture() as said:
+            console.print(titled(title, Table("method")))
+        assert [line.rstrip() for line in said.get().split("\n")[: len(expected)]] == expected
 
 
 def test_help_and_version_do_not_import_torch() -> None:

@@ -360,7 +360,7 @@ def test_arguments_arrive_as_the_command_line_means_them():
         ({"budget": 64, "sinkz": 3}, PolicyError, "restkv: option 'sinkz' is unknown; it takes budget"),
         ({"preset": "none-such"}, PolicyError, "preset 'none-such' is unknown"),
         ({"method": "restkv@paper-ruler", "preset": "paper-ruler"}, PromptError, "name a preset each"),
-        ({"prefill": "sparse"}, PromptError, "prefill 'sparse' is not known; give dense, chunked, "),
+        ({"prefill": "sparse"}, PromptError, "prefill 'sparse' is not known; give dense, chunked, flexprefill"),
         ({"batch_size": "auto"}, PromptError, "batch_size 'auto': give a whole number of at least 1"),
         ({"max_length": 0}, PromptError, "max_length 0: give a whole number of at least 1"),
         ({"device": "cuda:9"}, PromptError, "device 'cuda:9' is not available here"),

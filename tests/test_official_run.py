@@ -107,7 +107,7 @@ def test_answers_are_those_of_the_public_api(lm: restkv.LM, suites: dict[str, Su
     ids = lm.encode(source.item(0).prompt)
     assert len(rows) == 1 + 3 * 2
     for cell, row in zip(every.cells, rows, strict=True):
-        assert row["entries"] == {16: 16, 0.5: round(len(ids) / 2), None: len(ids)}[cell.budget]
+        assert row["entries"] == {16: 16, 0.5: round(len(ids) / 2), 1.0: len(ids)}[cell.asked]
         alone = lm.generate(ids, cell.method.policy(row["entries"]), max_new_tokens=8)
         assert (row["output"], row["new_tokens"], row["ended"]) == (alone.text, len(alone.tokens), alone.finish_reason)
         assert row["score"] == round(source.task.metric(alone.text, row["answers"], ()), 6)
@@ -116,14 +116,12 @@ def test_answers_are_those_of_the_public_api(lm: restkv.LM, suites: dict[str, Su
 def test_the_first_token_can_be_kept_from_ending_the_answer(lm: restkv.LM) -> None:
     ids, full = lm.encode("The amber kettle is"), restkv.FullCache()
     first, second = lm.logits(ids)[-1].topk(2).indices.tolist()
-    (plain,) = answer_all(lm, [full], ids, Decoding(2), eos=[first])
-    assert (
-        plain.generation.tokens == [first] and plain.generation.finish_reason == "eos" and plain.generation.text == ""
-    )
-    (forced,) = answer_all(lm, [full], ids, Decoding(2), eos=[first], least_one=True)
-    assert forced.generation.tokens[0] == second and len(forced.generation.tokens) == 2
-    (endless,) = answer_all(lm, [full], ids, Decoding(2), eos=[], least_one=True)
-    assert endless.generation.tokens[0] == first
+    [(_, plain)] = answer_all(lm, [full], ids, Decoding(2), eos=[first])
+    assert plain.tokens == [first] and plain.finish_reason == "eos" and plain.text == ""
+    [(_, forced)] = answer_all(lm, [full], ids, Decoding(2), eos=[first], least_one=True)
+    assert forced.tokens[0] == second and len(forced.tokens) == 2
+    [(_, endless)] = answer_all(lm, [full], ids, Decoding(2), eos=[], least_one=True)
+    assert endless.tokens[0] == first
 
 
 def test_long_prompts_lose_their_middle(lm: restkv.LM) -> None:
@@ -497,10 +495,10 @@ def test_the_full_cache_is_transformers_greedy_generation(stories260k: Path, tmp
         ours, _, _ = encode(lm, source.item(row["index"]), source.task.chat, LONGEST)
         assert ours == ids[0].tolist()
         ends = options.get("eos_token_id", [words.eos_token_id])
-        (alone,) = answer_all(
+        [(_, alone)] = answer_all(
             lm, [restkv.FullCache()], ours, Decoding(tokens), eos=ends, least_one="min_length" in options
         )
-        assert alone.generation.tokens == new.tolist()
-        assert (row["output"], row["new_tokens"]) == (alone.generation.text, len(new))
+        assert alone.tokens == new.tolist()
+        assert (row["output"], row["new_tokens"]) == (alone.text, len(new))
         assert row["output"].strip() == text.strip()
         assert row["score"] == round(metric(text, json.loads(line)["answers"], ()), 6)

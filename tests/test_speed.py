@@ -136,7 +136,7 @@ def test_memory_is_counted_above_the_loaded_model(tmp_path: Path) -> None:
         ("--preset nobody", "preset 'nobody' is unknown; choose from llama-124m"),
         ("--peers somebody", "peer 'somebody' is unknown"),
         ("--contexts 1k", "--contexts '1k': give whole numbers"),
-        ("--contexts 0", "contexts (0,): give whole numbers of at least 1"),
+        ("--contexts 0", "--contexts '0': give whole numbers of at least 1"),
         ("--suite cpu", "--suite 'cpu' is unknown; choose from gpu"),
         ("--methods nothing", "method 'nothing' is unknown"),
         (f"{RECALL} --preset tiny", "give a preset or a checkpoint"),

@@ -13,18 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.likelihood import write
 from bench.methods import Method, check
 from bench.official.data import DataError
 from bench.official.suite import Item, Source, Suite
-from bench.ruler import Report, describe
-from bench.runs import Run, chosen_rows, open_run, versions_text
+from bench.plans import Asked, Cell, cells_of, share
+from bench.runs import Report, Run, chosen_rows, describe, open_run, setting, versions_text
 from bench.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.results import Decoding
-from restkv.store import fingerprint
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Plan:
     suite: Suite
     checkpoint: str
     methods: tuple[Method, ...]
-    budgets: tuple[int | float, ...]
+    budgets: tuple[Asked, ...]
     limit: int | None = None
     fraction: float = 1.0
     max_length: int | None = None
@@ -54,7 +52,7 @@ class Plan:
 
     @property
     def cells(self) -> list[Cell]:
-        return [Cell(m, b) for m in self.methods for b in ((None,) if m.full else self.budgets)]
+        return cells_of(self.methods, self.budgets)
 
     @property
     def results(self) -> int:
@@ -82,24 +80,8 @@ class Plan:
             "decoding": "greedy",
             **self.suite.facts,
             "results": self.results,
-            "model": fingerprint(lm.model),
-            "device": lm.device.type,
-            "backend": lm.backend,
+            **setting(lm),
         }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one budget; None for the full cache."""
-
-    method: Method
-    budget: int | float | None
-
-    def entries(self, length: int) -> int:
-        """For a prompt of L tokens."""
-        if self.budget is None:
-            return length
-        return max(1, round(self.budget * length)) if isinstance(self.budget, float) else self.budget
 
 
 def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
@@ -110,16 +92,17 @@ def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
         PromptError: a plan without sense. RunError: see open_run.
     """
     _check(lm, plan)
-    largest = max(cell.entries(plan.longest or lm.config.max_positions) for cell in plan.cells)
-    with open_run(folder, plan.suite.kind, plan.arguments(lm), describe(lm, plan.methods, largest)) as results:
-        _fill(lm, plan, results, report)
+    largest = max(share(cell.asked, plan.longest or lm.config.max_positions) for cell in plan.cells)
+    details = describe(lm, plan.methods, largest)
+    with open_run(folder, plan.suite.kind, plan.arguments(lm), details, plan.results, report) as results:
+        _fill(lm, plan, results)
     return folder
 
 
-def _fill(lm: LM, plan: Plan, results: Run, report: Report | None) -> None:
+def _fill(lm: LM, plan: Plan, results: Run) -> None:
     for source, index in _in_turn(plan):
         keys = [_key(source, index, cell) for cell in plan.cells]
-        write(results, keys, partial(_rows, lm, plan, source, index), report)
+        results.add_together(keys, partial(_rows, lm, plan, source, index))
 
 
 def _rows(lm: LM, plan: Plan, source: Source, index: int) -> list[dict[str, Any]]:
@@ -136,7 +119,7 @@ def _rows(lm: LM, plan: Plan, source: Source, index: int) -> list[dict[str, Any]
             **about,
             "method": cell.method.label,
             "preset": cell.method.preset,
-            "budget": cell.budget,
+            "budget": _budget(cell),
             "wording": source.wording,
             **row,
             "versions": versions_text(),
@@ -155,8 +138,12 @@ def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
 
 
 def _key(source: Source, index: int, cell: Cell) -> str:
-    places = [source.task.name, source.length, source.depth, index, cell.method.label, cell.budget]
+    places = [source.task.name, source.length, source.depth, index, cell.method.label, _budget(cell)]
     return "/".join(f"{place}" for place in places if place is not None)
+
+
+def _budget(cell: Cell) -> Asked | None:
+    return None if cell.method.full else cell.asked
 
 
 def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -169,29 +156,28 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
         eos = [*(lm.tokenizer.eos_ids or eos), lm.tokenizer.encode("\n", bos=False)[-1]]
     policies: list[Policy] = []
     for cell in cells:
-        entries = cell.entries(len(ids))
+        entries = share(cell.asked, len(ids))
         check(lm, cell.method, entries, len(ids), f"{len(ids)} tokens of {item.place}")
         policies.append(cell.method.policy(entries))
     answers = answer_all(lm, policies, ids, Decoding(task.max_new_tokens), eos=eos, least_one=task.least_one)
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
     return [
         {
-            "entries": cell.entries(len(ids)),
+            "entries": share(cell.asked, len(ids)),
             "granularity": policy.granularity,
             "window": policy.window,
-            "kept": round(said.kept, 3),
-            "bytes": said.bytes,
+            **held.about(),
             "tokens": len(ids),
             "cut": cut,
             "chat": chat,
             "prompt": digest,
             "answers": item.answers,
-            "output": said.generation.text,
-            "new_tokens": len(said.generation.tokens),
-            "ended": said.generation.finish_reason,
-            "score": round(task.metric(said.generation.text, item.answers, item.classes), 6),
+            "output": said.text,
+            "new_tokens": len(said.tokens),
+            "ended": said.finish_reason,
+            "score": round(task.metric(said.text, item.answers, item.classes), 6),
         }
-        for cell, policy, said in zip(cells, policies, answers, strict=True)
+        for cell, policy, (held, said) in zip(cells, policies, answers, strict=True)
     ]
 
 
@@ -228,7 +214,7 @@ def _check(lm: LM, plan: Plan) -> None:
     positions = lm.config.max_positions
     longest = plan.longest or max((source.length or 0 for source in plan.suite.sources), default=0)
     for cell in plan.cells:
-        check(lm, cell.method, cell.entries(longest or positions), longest or positions, f"budget {cell.budget}")
+        check(lm, cell.method, share(cell.asked, longest or positions), longest or positions, f"budget {cell.asked}")
     room = max(source.task.max_new_tokens for source in plan.suite.sources)
     if longest + room > positions:
         warnings.warn(

@@ -24,7 +24,7 @@ TITLES = {
     "infinitebench": "InfiniteBench",
 }
 BY_LENGTH = ("ruler-official", "needle-official")  # published as means by length
-Cell = tuple[str, int | float | None]  # method and budget
+MethodAt = tuple[str, int | float | None]  # a method and its budget, by which rows are grouped
 
 
 def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
@@ -70,14 +70,14 @@ def _published() -> Mapping[str, Any]:
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
-def _cells(rows: Sequence[Row], arguments: Mapping[str, Any]) -> dict[Cell, list[Row]]:
+def _cells(rows: Sequence[Row], arguments: Mapping[str, Any]) -> dict[MethodAt, list[Row]]:
     """The full cache first, then budget by budget; methods in the order of the arguments."""
     methods, budgets = arguments["methods"], [None, *arguments["budgets"]]
     cells = {(method, budget): part for (method, budget), part in grouped(rows, "method", "budget").items()}
     return {key: cells[key] for key in sorted(cells, key=lambda key: (budgets.index(key[1]), methods.index(key[0])))}
 
 
-def _name(cell: Cell) -> str:
+def _name(cell: MethodAt) -> str:
     method, budget = cell
     return method if budget is None else f"{method} {budget:g}"
 
@@ -86,7 +86,7 @@ def _budget(budget: int | float | None) -> str:
     return "" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
 
 
-def _layout(caption: str, by: str, cells: Mapping[Cell, Sequence[Row]]) -> Table:
+def _layout(caption: str, by: str, cells: Mapping[MethodAt, Sequence[Row]]) -> Table:
     """Method x budget x task (or length), and the plain mean of these; of a group that is not complete in all cells, too."""
     groups = list(dict.fromkeys(row[by] for part in cells.values() for row in part))
     lines = []
@@ -111,7 +111,7 @@ def _scores(rows: Sequence[Row]) -> dict[Any, dict[Any, float]]:
     }
 
 
-def _means(kind: str, arguments: Mapping[str, Any], cells: Mapping[Cell, Sequence[Row]]) -> Table:
+def _means(kind: str, arguments: Mapping[str, Any], cells: Mapping[MethodAt, Sequence[Row]]) -> Table:
     """Means with intervals, differences to the full cache item by item, what was kept, and what is published."""
     model, figures = published(kind, arguments)
     full = _scores(cells.get((FULL, None), []))
@@ -166,7 +166,7 @@ def _asked(arguments: Mapping[str, Any], rows: Sequence[Row]) -> Table:
     return Table(f"How it was asked (longest prompt: {arguments['max_length'] or 'any'} tokens)", heads, lines)
 
 
-def _figure(arguments: Mapping[str, Any], cells: Mapping[Cell, Sequence[Row]]) -> Drawing | None:
+def _figure(arguments: Mapping[str, Any], cells: Mapping[MethodAt, Sequence[Row]]) -> Drawing | None:
     """Mean against budget, a line per method; of budgets of one kind only."""
     points: dict[str, list[tuple[int | float, Estimate]]] = {}
     level = None

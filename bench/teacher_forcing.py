@@ -1,9 +1,11 @@
-"""Teacher forcing in batches: how likely texts are after contexts that were prefilled and evicted.
+"""Teacher forcing: how likely given texts are on a cache that has been evicted.
 
-A context is a row of one session and is prefilled once; each of its continuations is fed token by token to a fork of it, all rows
-side by side, with whatever eviction the policy has while decoding. LM.logprobs is the same for one row at a time.
+Texts are fed to forks of a session, token by token and all rows side by side, with whatever eviction the policy has while
+decoding (LM.score is the same for one row at a time); or, where nothing is evicted after the prompt, piece by piece. The rows are
+many contexts under one policy (score_rows), or one prompt under many policies (score_choices, tail_logprobs), which share its
+prefill (bench/together.py).
 
-Letters: B rows, V vocabulary.
+Letters: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from bench.together import Held, under_each
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.prefill import dense_hidden
+
+PIECE = 64  # tokens read at once by all rows of a session: their attention and logits must fit into memory
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Score:
 
 
 @dataclass
-class Kept:
+class Tally:
     """What the caches of some requests held when they were done, summed over requests.
 
     Attributes:
@@ -48,31 +55,30 @@ class Kept:
     kept: float = 0.0
     evictions: int = 0
 
-    def add(self, session: Session) -> None:
-        """Count the rows of a session."""
-        layers = session.kept()
-        self.requests += len(layers[0])
-        self.seen += int(session.cache.next_pos.sum())
-        self.kept += sum(map(sum, layers)) / len(layers)
-        self.evictions += session.evictions
+    def add(self, seen: Sequence[int], kept: Sequence[Sequence[float]], evictions: int) -> None:
+        """Count some rows, as a session or its Stats describe them: `seen` of each row, `kept` of each layer and row."""
+        self.requests += len(seen)
+        self.seen += sum(seen)
+        self.kept += sum(map(sum, kept)) / len(kept)
+        self.evictions += evictions
 
 
 @torch.no_grad()
 def score_rows(
     lm: LM,
     policy: Policy,
-    contexts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[Sequence[int]]],
+    contexts: Sequence[Ids],
+    continuations: Sequence[Sequence[Ids]],
     prefill: str = "dense",
-    kept: Kept | None = None,
+    tally: Tally | None = None,
 ) -> list[list[Score]]:
     """Prefill and evict every context, then score each of its continuations on the cache that is left.
 
     Args:
         contexts: token ids, at least one each; the rows of one session.
-        continuations: of every row, token ids, at least one each.
+        continuations: see score_forks.
         prefill: "dense" or "chunked", see Session.
-        kept: counts every row after the longest of its continuations.
+        tally: counts every row after the longest of its continuations.
     Returns:
         one list per row, in the order of its continuations.
     Raises:
@@ -81,7 +87,60 @@ def score_rows(
     longest = max(len(ids) for row in continuations for ids in row)
     session = Session(lm.engine, policy, [*map(len, contexts)], longest, prefill=prefill, forks=int(longest > 1))
     session.prefill(contexts)
-    scores: list[dict[int, Score]] = [{} for _ in contexts]
+    return score_forks(session, continuations, tally)
+
+
+@torch.no_grad()
+def score_choices(
+    lm: LM, policies: Sequence[Policy], prompt: Ids, question: Ids, choices: Sequence[Ids]
+) -> list[tuple[Held, list[float]]]:
+    """How likely each choice is under each policy.
+
+    Args:
+        prompt: token ids that are prefilled and evicted.
+        question: token ids appended to what is left; without any, the first token of a choice is judged by the dense prefill.
+        choices: token ids that may go on from there.
+    Returns:
+        For each policy what it kept of the prompt, and the log-probability of every choice (nats).
+    """
+
+    def likely(session: Session) -> list[list[float]]:
+        rows = len(session.active)
+        if question:
+            session.extend([question] * rows)
+        return [[score.logprob for score in scores] for scores in score_forks(session, [choices] * rows)]
+
+    later = len(question) + max(map(len, choices))
+    return under_each(lm, policies, prompt, later, likely, extends=bool(question))
+
+
+@torch.no_grad()
+def tail_logprobs(lm: LM, policies: Sequence[Policy], prompt: Ids, tail: Ids) -> list[tuple[Held, Tensor]]:
+    """How likely the tokens of a tail are under each policy, read piece by piece on a growing cache.
+
+    Returns:
+        For each policy what it kept of the prompt, and the tail's log-probabilities [T] (nats).
+    """
+
+    def likely(session: Session) -> list[Tensor]:
+        rows = len(session.active)
+        pieces = [session.logprobs([tail[at : at + PIECE]] * rows) for at in range(0, len(tail), PIECE)]
+        return [torch.cat(row) for row in zip(*pieces, strict=True)]
+
+    return under_each(lm, policies, prompt, len(tail), likely, extends=True)
+
+
+@torch.no_grad()
+def score_forks(
+    session: Session, continuations: Sequence[Sequence[Ids]], tally: Tally | None = None
+) -> list[list[Score]]:
+    """Score every row's continuations, each on a fork; the session stays as it is.
+
+    Args:
+        continuations: of every row, token ids, at least one each.
+        tally: counts every row after the longest of its continuations.
+    """
+    scores: list[dict[int, Score]] = [{} for _ in continuations]
     orders = [_longest_first(row) for row in continuations]  # so that rows share their steps
     for wave in range(max(map(len, orders))):
         some = [order[wave] if wave < len(order) else None for order in orders]
@@ -90,18 +149,18 @@ def score_rows(
         for row, (index, score) in enumerate(zip(some, _force(fork, targets), strict=True)):
             if index is not None:
                 scores[row][index] = score
-        if kept is not None and wave == 0:
-            kept.add(fork)
+        if tally is not None and wave == 0:
+            tally.add(fork.cache.next_pos.tolist(), fork.kept(), fork.evictions)
         fork.cache.free()
     return [[row[index] for index in range(len(row))] for row in scores]
 
 
-def _longest_first(texts: Sequence[Sequence[int]]) -> list[int]:
+def _longest_first(texts: Sequence[Ids]) -> list[int]:
     """Indices of texts by falling length."""
     return sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
 
-def _force(session: Session, targets: Sequence[Sequence[int]]) -> list[Score]:
+def _force(session: Session, targets: Sequence[Ids]) -> list[Score]:
     """Feed every row its target (nothing for an empty one) and see how likely each token was."""
     device, longest = session.logits_BV.device, max(map(len, targets))
     sum_B = torch.zeros(len(targets), dtype=torch.float64, device=device)
@@ -122,7 +181,7 @@ def _force(session: Session, targets: Sequence[Sequence[int]]) -> list[Score]:
 
 
 @torch.no_grad()
-def score_unevicted(lm: LM, context: Sequence[int], continuation: Sequence[int]) -> Score:
+def score_unevicted(lm: LM, context: Ids, continuation: Ids) -> Score:
     """What score_rows gives with the full cache, in one pass over context and continuation."""
     x_LE = dense_hidden(lm.model, [*context, *continuation[:-1]], lm.device)
     logp_LV = lm.model.head(x_LE[len(context) - 1 :]).log_softmax(-1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import VOCAB, small_ids, small_model
 
-from bench.forced import Kept, score_rows, score_unevicted
+from bench.teacher_forcing import Tally, score_rows, score_unevicted
 from restkv.cli import main
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, LaCache, Policy, PyramidKV, ReSTKV, SnapKV, StreamingLLM
@@ -43,14 +43,14 @@ def test_a_row_of_a_batch_scores_as_it_does_alone(lm, policy, shape, seed):
         [small_ids(length, seed + 7 * row + place) for place, length in enumerate(lengths)]
         for row, (_, lengths) in enumerate(shape)
     ]
-    kept = Kept()
-    scores = score_rows(lm, policy, contexts, continuations, kept=kept)
+    tally = Tally()
+    scores = score_rows(lm, policy, contexts, continuations, tally=tally)
     for context, targets, row in zip(contexts, continuations, scores, strict=True):
         assert [score.logprob for score in row] == pytest.approx(lm.logprobs(context, targets, policy), abs=1e-4)
     longest = [max(map(len, targets)) for targets in continuations]
-    assert kept.requests == len(shape)
-    assert kept.seen == sum(map(len, contexts)) + sum(longest) - len(shape)  # the last token of a text is never fed
-    assert 0 < kept.kept <= kept.seen
+    assert tally.requests == len(shape)
+    assert tally.seen == sum(map(len, contexts)) + sum(longest) - len(shape)  # the last token of a text is never fed
+    assert 0 < tally.kept <= tally.seen
 
 
 @settings(max_examples=10, deadline=None)
@@ -82,10 +82,10 @@ def test_a_chunked_prefill_evicts_between_chunks():
 
 
 def test_what_was_kept_is_counted():
-    lm, kept = LMS[0], Kept()
-    score_rows(lm, ReSTKV(budget=12, window=4, interval=4), [small_ids(20)], [[small_ids(7)]], kept=kept)
+    lm, tally = LMS[0], Tally()
+    score_rows(lm, ReSTKV(budget=12, window=4, interval=4), [small_ids(20)], [[small_ids(7)]], tally=tally)
     # 20 tokens become 12; of the 6 that are fed the fourth makes 16 and evicts, two more follow.
-    assert kept == Kept(requests=1, seen=26, kept=14.0, evictions=1)
+    assert tally == Tally(requests=1, seen=26, kept=14.0, evictions=1)
     assert torch.is_grad_enabled()
 
 

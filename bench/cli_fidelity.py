@@ -1,0 +1,120 @@
+"""`restkv bench fidelity` and `kept`: how near to the full cache a compressed one is, and what it has kept of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bench.cli_common import (
+    EAGER,
+    RIVALS,
+    MethodsOption,
+    OutOption,
+    PrefillOption,
+    SeedOption,
+    load_model,
+    parse_budgets,
+    running,
+)
+from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, reading
+
+if TYPE_CHECKING:
+    from bench.tasks import Sample
+
+
+def fidelity(
+    model: ModelArgument = str(RECALL),
+    text: Annotated[
+        Path, typer.Option(help="UTF-8 text to read.", show_default="a story that comes with restkv")
+    ] = RECALL / "story.txt",
+    methods: MethodsOption = RIVALS,
+    budgets: Annotated[str, typer.Option(help="Entries per KV head, or fractions of the context.")] = "32,64,128",
+    context: Annotated[int, typer.Option(help="Tokens before the eviction.")] = 384,
+    tail: Annotated[int, typer.Option(help="Tokens compared after it.")] = 64,
+    windows: Annotated[int, typer.Option(help="Pieces of the text, spread evenly over it.")] = 16,
+    oracle: Annotated[int, typer.Option(help="So many of them also against greedy elimination.")] = 4,
+    oracle_context: Annotated[int, typer.Option(help="Tokens of context for that.")] = 128,
+    prefill: PrefillOption = "dense",
+    out: OutOption = Path("bench-fidelity"),
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = EAGER,
+) -> None:
+    """Teacher-forced comparison with the full cache on any text, and the oracle gap."""
+    from bench.fidelity import FidelityPlan, run_fidelity
+    from bench.methods import parse_methods
+
+    with reading(text):
+        content = text.read_text(encoding="utf-8")
+    lm = load_model(model, dtype, device, backend)
+    plan = FidelityPlan(
+        content,
+        tuple(parse_methods(methods)),
+        parse_budgets(budgets),
+        context,
+        tail,
+        windows,
+        oracle,
+        oracle_context,
+        prefill,
+    )
+    with running(out) as report:
+        run_fidelity(lm, plan, out, report)
+
+
+def kept(
+    model: ModelArgument = str(RECALL),
+    prompt_file: Annotated[Path | None, typer.Option(help="The prompt; without one, a sample of --task.")] = None,
+    mark: Annotated[list[str] | None, typer.Option(help="Point out this part of the prompt; may be repeated.")] = None,
+    task: Annotated[str, typer.Option(help="A task of `restkv bench ruler`.")] = "niah_single",
+    length: Annotated[int, typer.Option("--length", "--context", help="Its tokens.")] = 512,
+    depth: Annotated[float | None, typer.Option(help="Where its needle is, from 0 to 1.")] = None,
+    seed: SeedOption = 0,
+    question: Annotated[bool, typer.Option("--question/--no-question", help="With the question in sight.")] = True,
+    methods: MethodsOption = "restkv,snapkv,h2o,streamingllm",
+    budget: Annotated[int, typer.Option(help="Entries per KV head.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Also draw a picture, PNG.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = EAGER,
+) -> None:
+    """Show which positions of a prompt each layer and head kept: a needle that survives, or dies."""
+    from bench.figures import need_matplotlib, save_png
+    from bench.kept import find_marks, kept_figure, look, terminal
+    from bench.methods import check, equal_bytes, parse_methods
+    from bench.tasks import Frame, make_sample
+    from restkv.display import table_console
+
+    if out is not None:
+        need_matplotlib()
+    lm = load_model(model, dtype, device, backend)
+    assert lm.tokenizer is not None
+    marks = list(mark or ())
+    if prompt_file is not None:
+        with reading(prompt_file):
+            prompt = prompt_file.read_text(encoding="utf-8")
+    else:
+        sample = make_sample(task, length, seed, 0, Frame(lm.tokenizer), depth)
+        prompt = f"{sample.context} {sample.question} {sample.answer_prefix}" if question else sample.context
+        marks = marks or [needle for needle, _ in sample.meta.get("needles", ()) if _asked(needle, sample)]
+    ids = lm.encode(prompt)
+    policies = []
+    for method in parse_methods(methods):
+        if not method.full:
+            check(lm, method, budget, len(ids), f"a prompt of {len(ids)} tokens")
+            policies.append((method.label, equal_bytes(lm, method, budget, lambda: ids)))
+    seen = look(lm, ids, policies, find_marks(lm, prompt, marks))
+    console = table_console()
+    for one in seen:
+        for line in terminal(one, console.width - 9):
+            console.print(line)
+        console.print()
+    if out is not None:
+        save_png(kept_figure(seen), out)
+        print(out)
+
+
+def _asked(needle: str, sample: Sample) -> bool:
+    return any(answer in needle for answer in sample.answers)

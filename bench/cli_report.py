@@ -1,0 +1,42 @@
+"""`restkv bench report`: pages and tables of a folder of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, complete or not.")],
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown; write nothing.")
+    ] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX; write nothing.")] = False,
+    plain_json: Annotated[
+        bool, typer.Option("--json", help="Print manifest and tables as JSON; write nothing.")
+    ] = False,
+) -> None:
+    """Build DIR/report.html, and a needle run's heat maps, from the results alone."""
+    if plain_json:
+        import json
+
+        from bench.report import as_json
+
+        print(json.dumps(as_json(folder), indent=1, ensure_ascii=False))
+        return
+    if as_markdown or as_latex:
+        from bench.report import latex, markdown
+
+        print(markdown(folder) if as_markdown else latex(folder), end="")
+        return
+    from bench.needle import draw_needle
+    from bench.report import write_report
+    from bench.runs import read_manifest, read_rows
+
+    page = write_report(folder)
+    if read_manifest(folder)["kind"] == "needle":
+        for picture in draw_needle(read_rows(folder), folder):
+            print(picture)
+    print(page)
