@@ -11,7 +11,6 @@ from the round's training file and stand before the premise, so that there is so
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
 from bench.plans import Asked, cells_of, modes_of, share
-from bench.runs import Report, chosen_rows, describe, open_run, setting
+from bench.runs import Report, chosen_rows, describe, digest, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.options import reading
@@ -75,7 +74,7 @@ class AnliPlan:
     def arguments(self, lm: LM, items: Sequence[Item]) -> dict[str, Any]:
         """JSON-ready; the data are in it as a hash."""
         return {
-            "data": hashlib.sha256(repr(items).encode()).hexdigest()[:16],
+            "data": digest(repr(items)),
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             "tasks": [f"R{number}" for number in self.rounds],

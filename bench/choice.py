@@ -8,7 +8,6 @@ judged by a forward pass that has seen everything, and answers of one token woul
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from bench.plans import Cell, Entries, policy_of
-from bench.runs import Run, versions_text
+from bench.runs import Run, digest, versions_text
 from bench.tasks import Frame, make_sample, parted
 from bench.teacher_forcing import score_choices
 from modeling.tokenizer import Tokenizer
@@ -148,7 +147,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     prompt, question = ids.split(mode)
     policies = [policy_of(lm, cell, entries(cell.asked, len(prompt)), prompt, once) for cell in cells]
-    digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+    name = digest(repr(ids))
     told = score_choices(lm, policies, prompt, question, ids.choices)
     rows = []
     for cell, policy, (held, sums) in zip(cells, policies, told, strict=True):
@@ -165,7 +164,7 @@ def _rows(
                 **held.about(),
                 "logprobs": logprobs,
                 "tokens": len(prompt),
-                "prompt": digest,
+                "prompt": name,
                 "choice": choice,
                 "label": item.label,
                 "score": float(choice == item.label),

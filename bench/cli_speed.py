@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,19 @@ def speed(
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(help="Turns each takes, after one that warms up.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
+    filled: Annotated[
+        bool,
+        typer.Option(
+            "--filled",
+            help="Fill the caches with random entries instead of running the prompts: no TTFT, but TPOT of any context.",
+        ),
+    ] = False,
+    start_up: Annotated[
+        bool,
+        typer.Option(
+            "--start-up", help="Also time ours from nothing to a token, with and without kernels made before."
+        ),
+    ] = False,
     suite: Annotated[str | None, typer.Option(help="gpu: a fixed set of the options above.")] = None,
     out: OutOption = None,
 ) -> None:
@@ -73,8 +87,8 @@ def speed(
         if suite not in SUITES:
             raise PromptError(f"--suite {suite!r} is unknown; choose from {', '.join(SUITES)}")
         options |= SUITES[suite]
-    contest = _contest(model, options, backend, threads, tokens, peer_python)
-    _finish(measure_speed(contest, typer.echo), out)
+    contest = replace(_contest(model, options, backend, threads, tokens, peer_python), filled=filled)
+    _finish(measure_speed(contest, typer.echo, start_up), out)
 
 
 def memory(

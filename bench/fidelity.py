@@ -18,7 +18,6 @@ Letters: H query heads, P context, T tail, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from bench.methods import Method, check, equal_bytes
 from bench.oracle import Oracle
 from bench.outputs import LayerTrace, full_pass, observation, relative_error
 from bench.plans import Asked, Cell, cells_of, share
-from bench.runs import Report, Run, describe, open_run, setting, versions_text
+from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
 from bench.together import kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
@@ -85,7 +84,7 @@ class FidelityPlan:
             name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
         }
         return plain | {
-            "text": hashlib.sha256(self.text.encode()).hexdigest()[:16],
+            "text": digest(self.text),
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             **setting(lm),

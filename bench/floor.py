@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.config import ModelConfig
@@ -22,11 +23,12 @@ class Machine:
 
     Attributes:
         read: bytes per second at which a compiled matrix-vector product reads weights, the best of all tries and dtypes.
-        multiply: floating-point operations per second of a large matrix product, by dtype.
+        multiply: floating-point operations per second of a large matrix product, the best of the dtype and float32 (a CPU may
+            have no instructions for the dtype, and widen it).
     """
 
     read: float
-    multiply: Mapping[str, float]
+    multiply: float
 
 
 def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256) -> Machine:
@@ -41,9 +43,12 @@ def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256)
         matrix = torch.randn(rows, columns, device=device).to(made)
         vector = torch.randn(columns, device=device).to(made)
         best = max(best, matrix.nbytes / _least(partial(product, matrix, vector), device))
-    size = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    return Machine(best, {dtype: 2 * size**3 / _least(lambda: a @ b, device, tries=4)})
+    rows, size = (512, 2048) if device == "cpu" else (8192, 8192)
+    most = 0.0
+    for kind in dict.fromkeys((dtype, "float32")):
+        x, weight = (torch.randn(shape, size, device=device).to(getattr(torch, kind)) for shape in (rows, size))
+        most = max(most, 2 * rows * size**2 / _least(partial(F.linear, x, weight), device, tries=4))
+    return Machine(best, most)
 
 
 def _least(work: Callable[[], Tensor], device: str, tries: int = TRIES) -> float:
@@ -70,19 +75,16 @@ def decode_floor(config: ModelConfig, dtype: str, machine: Machine, cache_bytes:
     size: int = getattr(torch, dtype).itemsize
     reading = ((layers + head) * size + cache_bytes) / machine.read
     attended = 4 * kept * config.num_heads * config.head_dim * config.num_layers
-    return max(reading, batch * (2 * (layers + head) + attended) / machine.multiply[dtype])
+    return max(reading, batch * (2 * (layers + head) + attended) / machine.multiply)
 
 
-def prefill_floor(config: ModelConfig, dtype: str, machine: Machine, context: int, batch: int) -> float:
+def prefill_floor(config: ModelConfig, machine: Machine, context: int, batch: int) -> float:
     """Seconds a dense prefill takes at least: its matrix products, and half a square of attention per head and layer."""
     layers, head = matrix_parameters(config)
     attended = 2 * context**2 * config.num_heads * config.head_dim * config.num_layers
-    return batch * (2 * (layers * context + head) + attended) / machine.multiply[dtype]
+    return batch * (2 * (layers * context + head) + attended) / machine.multiply
 
 
 def machine_rows(machine: Machine) -> dict[str, Any]:
     """JSON-ready."""
-    return {
-        "read_bytes_per_s": machine.read,
-        **{f"{dtype}_operations_per_s": rate for dtype, rate in machine.multiply.items()},
-    }
+    return {"read_bytes_per_s": machine.read, "operations_per_s": machine.multiply}

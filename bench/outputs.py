@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.together import embed_prompt
 from modeling.forward import dense_layer
 from restkv.lm import LM
 from restkv.observe import Observation, attention_BHWC
+from restkv.prefill import embed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerTrace:
 @torch.no_grad()
 def full_pass(lm: LM, ids: Sequence[int], last: int) -> tuple[Tensor, list[LayerTrace]]:
     """Logits [W, V] float32 of the last W tokens with the full cache, and every layer's trace of them."""
-    x_LE, rotary = embed_prompt(lm.model, ids)
+    x_LE, rotary = embed(lm.model, ids)
     layers = []
     for block in lm.model.blocks:
         q_HWD, k_KLD, v_KLD, _ = dense_layer(lm.model, block, x_LE, rotary, last)

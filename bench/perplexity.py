@@ -10,7 +10,6 @@ window's scored tokens, and how many tokens, words and bytes they are: perplexit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor
 from bench.corpus import Document, Window, cut_windows
 from bench.methods import Method, check
 from bench.plans import Asked, Cell, Entries, cells_of, policy_of, share
-from bench.runs import Report, Run, describe, open_run, setting, versions_text
+from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
 from bench.teacher_forcing import PIECE, tail_logprobs
 from restkv.errors import PromptError
 from restkv.generate import Session
@@ -91,7 +90,7 @@ class PerplexityPlan:
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready; the texts are in it as a hash."""
         return {
-            "text": digest(self.documents),
+            "text": texts_digest(self.documents),
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             "protocol": self.protocol.name,
@@ -101,9 +100,9 @@ class PerplexityPlan:
         }
 
 
-def digest(documents: Sequence[Document]) -> str:
+def texts_digest(documents: Sequence[Document]) -> str:
     """A name for exactly these texts."""
-    return hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()[:16]
+    return digest("\0".join(document.text for document in documents))
 
 
 def run_perplexity(lm: LM, plan: PerplexityPlan, folder: Path, report: Report | None = None) -> Path:
@@ -160,7 +159,7 @@ def _row(number: int, window: Window, protocol: Protocol, about: dict[str, Any],
         "window": number,
         "document": window.document,
         "start": window.start,
-        "prompt": hashlib.sha256(repr(window.ids).encode()).hexdigest()[:16],
+        "prompt": digest(repr(window.ids)),
         **about,
         "tokens": len(said_T),
         "words": window.words,

@@ -6,7 +6,6 @@ context is compressed first and asked afterwards (restkv.LM.compress). Rankings 
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from bench.methods import Method, check, equal_bytes
 from bench.plans import Cell, cells_of, compressed, modes_of
-from bench.runs import Report, Run, describe, open_run, setting, versions_text
+from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
 from bench.together import answer_all, pattern_of
 from restkv.errors import PromptError, RestKVWarning
@@ -143,7 +142,7 @@ def answer(
     prompt, after = (whole, []) if mode == "aware" else (context, asked)
     decoding = Decoding(sample.max_new_tokens, stop=FULL_STOP)
     answers = answer_all(lm, policies, prompt, decoding, asked=after, pattern=pattern)
-    digest = hashlib.sha256(repr(whole).encode()).hexdigest()[:16]
+    name = digest(repr(whole))
     return [
         {
             "granularity": policy.granularity,
@@ -151,7 +150,7 @@ def answer(
             "window": policy.window,
             **held.about(),
             "tokens": len(whole),
-            "prompt": digest,
+            "prompt": name,
             "answers": sample.answers,
             "output": said.text,
             "score": score(said.text, sample.answers),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -129,6 +130,11 @@ def open_run(
             part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             part.replace(path)
         yield Run(folder, manifest, {row["key"] for row in read_rows(folder)}, samples, timings, total, report)
+
+
+def digest(text: str) -> str:
+    """A short name for exactly this text: the first 16 hex digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def setting(lm: LM) -> dict[str, Any]:

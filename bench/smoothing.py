@@ -8,7 +8,6 @@ data of the user's the texts are generated prose (bench/prose.py), and the class
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from bench.anli import anli_items
 from bench.choice import choice_rows, fill_choices, shortest, told_items
 from bench.corpus import Document, prose
 from bench.methods import Method, check
-from bench.perplexity import Protocol, digest, fill_perplexity
+from bench.perplexity import Protocol, fill_perplexity, texts_digest
 from bench.plans import Cell, cells_of, compressed, modes_of
-from bench.runs import Report, describe, open_run, setting
+from bench.runs import Report, describe, digest, open_run, setting
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
 
@@ -91,12 +90,12 @@ def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | No
     arguments = {
         "methods": [method.label for method in plan.methods],
         "compression": list(plan.compression),
-        "text": "generated prose" if plan.documents is None else digest(documents),
+        "text": "generated prose" if plan.documents is None else texts_digest(documents),
         "length": plan.length,
         "tail": plan.tail,
         "windows": len(windows),
         "tasks": list(dict.fromkeys(item.task for item in items)),
-        "questions": "generated" if plan.anli is None else hashlib.sha256(repr(items).encode()).hexdigest()[:16],
+        "questions": "generated" if plan.anli is None else digest(repr(items)),
         "shots": 0 if plan.anli is None else plan.shots,
         "samples": plan.samples,
         "question": plan.question,

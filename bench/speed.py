@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -52,6 +54,8 @@ class Contest:
         peers: keys of PEERS.
         rounds, tokens: turns each contestant takes after one that warms up, and tokens per turn.
         peer_python: interpreter that has the peers.
+        filled: caches are filled with random entries instead of by running the prompts, where those would take too long; then
+            there is no TTFT.
     """
 
     preset: str | None
@@ -68,6 +72,7 @@ class Contest:
     rounds: int
     tokens: int
     peer_python: str | None
+    filled: bool = False
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.model is None):
@@ -77,6 +82,8 @@ class Contest:
         for peer in self.peers:
             if peer not in PEERS:
                 raise PromptError(f"peer {peer!r} is unknown; choose from {', '.join(PEERS)}")
+        if self.filled and "transformers-static" in self.peers:
+            raise PromptError("peer 'transformers-static' cannot be filled; leave it out, or run the prompts")
         for name in ("contexts", "batches", "budget", "rounds", "tokens", "threads"):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
@@ -109,13 +116,16 @@ class Contest:
         """A press stays away from contexts that leave it nothing to compress."""
         return name not in PEERS or not PEERS[name]["press"] or context > self.budget
 
-    def start(self, name: str) -> Process:
+    def start(self, name: str, environment: dict[str, str] | None = None) -> Process:
         module, values, python = self.contestants[name]
-        return Process(name, module, [json.dumps(values)], python, self.threads)
+        return Process(name, module, [json.dumps(values)], python, self.threads, environment)
 
 
-def measure_speed(contest: Contest, report: Report = print) -> dict[str, Any]:
-    """TTFT and TPOT of every contestant at every context and batch size; JSON-ready."""
+def measure_speed(contest: Contest, report: Report = print, start_up: bool = False) -> dict[str, Any]:
+    """TTFT and TPOT of every contestant at every context and batch size; JSON-ready.
+
+    start_up: measure also how long ours take from nothing to a first token, without and with kernels of an earlier process.
+    """
     contestants = contest.contestants  # a method that makes no sense is refused before minutes go into the machine
     machine = measure_machine(contest.device, contest.threads, contest.dtype)
     rows: list[dict[str, Any]] = []
@@ -124,25 +134,53 @@ def measure_speed(contest: Contest, report: Report = print) -> dict[str, Any]:
         for context in contest.contexts:
             for batch in contest.batches:
                 running = {name: process for name, process in processes.items() if contest.takes_part(name, context)}
-                made = _round_robin(contest, machine, running, context, batch)
+                made = _round_robin(contest, machine, running, context, batch, report)
                 report(f"{context} tokens, batch {batch}: " + ", ".join(map(_brief, made)))
                 rows += made
     finally:
         for process in processes.values():
             process.close()
-    return _result("speed", contest, rows) | {"rates": machine_rows(machine)}
+    starts = _start_ups(contest, report) if start_up else []
+    return _result("speed", contest, rows) | {"rates": machine_rows(machine), "start_up": starts}
+
+
+def _start_ups(contest: Contest, report: Report) -> list[dict[str, Any]]:
+    """Seconds from the start of a process to its second token, the first that is decoded: imports, weights (made, or read), a
+    prompt of WARM_UP tokens, compiling."""
+    made = []
+    for text in contest.methods:
+        name = f"restkv {text}"
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = []
+            for _ in ("cold", "warm"):
+                began = time.perf_counter()
+                process = contest.start(name, {"TORCHINDUCTOR_CACHE_DIR": folder})
+                try:
+                    process.ask("prefill", context=WARM_UP, batch=1)
+                    process.ask("decode", tokens=1)
+                    seconds.append(time.perf_counter() - began)
+                finally:
+                    process.close()
+        made.append({"contestant": name, "cold_s": seconds[0], "warm_s": seconds[1]})
+        report(f"start-up of {name}: {seconds[0]:.1f} s, with kernels made before {seconds[1]:.1f} s")
+    return made
 
 
 def _round_robin(
-    contest: Contest, machine: Machine, running: Mapping[str, Process], context: int, batch: int
+    contest: Contest, machine: Machine, running: Mapping[str, Process], context: int, batch: int, report: Report
 ) -> list[dict[str, Any]]:
     laps: dict[str, list[float]] = {name: [] for name in running}
-    ttft: dict[str, float] = {}
+    ttft: dict[str, float | None] = {}
     first: dict[str, dict[str, Any]] = {}
     last: dict[str, dict[str, Any]] = {}
     for name, process in running.items():
-        process.ask("prefill", context=min(context, WARM_UP), batch=batch)
-        ttft[name] = process.ask("prefill", context=context, batch=batch)["seconds"][0]
+        if contest.filled:
+            process.ask("fill", context=context, batch=batch)
+            ttft[name] = None
+        else:
+            process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+            ttft[name] = seconds = process.ask("prefill", context=context, batch=batch)["seconds"][0]
+            report(f"{context} tokens, batch {batch}: {name} has read the prompt in {seconds:.1f} s")
     for turn in range(contest.rounds + 1):
         for name, process in running.items():
             last[name] = process.ask("decode", tokens=contest.tokens)
@@ -155,7 +193,7 @@ def _round_robin(
         low, tpot, high = _quartiles(laps[name])
         cache, kept = last[name]["cache_bytes"], last[name]["kept"]
         floor = decode_floor(contest.config, contest.dtype, machine, cache, kept, batch)
-        prefill = prefill_floor(contest.config, contest.dtype, machine, context, batch)
+        prefill = prefill_floor(contest.config, machine, context, batch)
         rows.append(
             {
                 "contestant": name,
@@ -163,6 +201,7 @@ def _round_robin(
                 "batch": batch,
                 "ttft_s": ttft[name],
                 "ttft_floor_s": prefill,
+                "evicting_s": last[name].get("evicting_s"),
                 "tpot_ms": 1e3 * tpot,
                 "tpot_quartiles_ms": [1e3 * low, 1e3 * high],
                 "tokens_per_s": batch / tpot,
@@ -251,7 +290,7 @@ def title(result: Mapping[str, Any]) -> str:
     if "rates" in result:
         rate = result["rates"]
         text += f"; reads {rate['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies "
-        text += f"{rate[contest['dtype'] + '_operations_per_s'] / 1e9:.0f} GFLOP/s"
+        text += f"{rate['operations_per_s'] / 1e9:.0f} GFLOP/s"
     return text
 
 
@@ -282,6 +321,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "cache MB",
         "TTFT s",
         "of floor",
+        "evicting",
         "TPOT ms",
         "tokens/s",
         "of floor",
@@ -292,8 +332,9 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             *_who(row),
             f"{row['kept']:,.0f}",
             f"{row['cache_bytes'] / 1e6:.1f}",
-            f"{row['ttft_s']:.2f}",
-            f"{row['ttft_floor_s'] / row['ttft_s']:.0%}",
+            "" if row["ttft_s"] is None else f"{row['ttft_s']:.2f}",
+            _share(row["ttft_floor_s"], row["ttft_s"]),
+            _share(row["evicting_s"], row["ttft_s"]),
             f"{row['tpot_ms']:.1f}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['share_of_floor']:.0%}",
@@ -302,6 +343,10 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in result["rows"]
     ]
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return "" if part is None or whole is None else f"{part / whole:.1%}"
 
 
 def _who(row: Mapping[str, Any]) -> list[str]:

@@ -86,45 +86,34 @@ def _ruler(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
         if len({row["method"] for row in part}) > 1:  # one alone is compared with nothing
             made.append(_overview(f"{length} tokens, {QUESTION[mode]}: mean over tasks [95 %]", part, arguments))
     for (mode, length), part in places.items():
-        made.append(_accuracy_table(f"{length} tokens, {QUESTION[mode]}", "task", part, arguments))
+        made.append(accuracy_table(f"{length} tokens, {QUESTION[mode]}", "task", part, arguments))
     for (mode,), part in grouped(rows, "question").items():
-        panels = _accuracy_panels(part, arguments)
+        panels = [
+            panel(f"{length} tokens", accuracies(some, arguments, "compression"), arguments)
+            for (length,), some in grouped(part, "length").items()
+        ]
         caption = f"Accuracy against compression, {QUESTION[mode]}. Mean over tasks; bars are 95 % intervals."
-        if panels:
-            made.append(
-                Drawing(
-                    caption,
-                    partial(
-                        line_panels,
-                        panels,
-                        arguments["methods"][1:],
-                        "compression",
-                        "accuracy",
-                        log_x=True,
-                        y_limits=(-0.03, 1.03),
-                    ),
-                )
-            )
+        made += drawing(caption, panels, arguments, "compression", "accuracy", y_limits=(-0.03, 1.03))
     return made
 
 
 def _needle(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     for (mode,), part in grouped(rows, "question").items():
-        made.append(_accuracy_table(f"Needles found, {QUESTION[mode]}", "length", part, arguments))
+        made.append(accuracy_table(f"Needles found, {QUESTION[mode]}", "length", part, arguments))
         caption = f"Needles found by depth and length, {QUESTION[mode]}. 1 is all of them."
         made.append(Drawing(caption, partial(needle_figure, needle_grids(part))))
     return made
 
 
-def _cells(rows: Sequence[Row], arguments: Mapping[str, Any], rate: str) -> list[tuple[str, Any, list[Row]]]:
+def by_cell(rows: Sequence[Row], arguments: Mapping[str, Any], rate: str) -> list[tuple[str, Any, list[Row]]]:
     """(method, compression or budget, rows): the full cache first, then by rate; methods in the order of the arguments."""
     order = {label: index for index, label in enumerate(arguments["methods"])}
     cells = [(method, value, part) for (method, value), part in grouped(rows, "method", rate).items()]
     return sorted(cells, key=lambda cell: (cell[0] != FULL, cell[1], order[cell[0]]))
 
 
-def _scores(rows: Sequence[Row], by: str) -> dict[Any, dict[str, float]]:
+def scores_of(rows: Sequence[Row], by: str) -> dict[Any, dict[str, float]]:
     """Group -> sample -> score."""
     names = ("task", "length", "depth", "index")
     return {
@@ -133,12 +122,19 @@ def _scores(rows: Sequence[Row], by: str) -> dict[Any, dict[str, float]]:
     }
 
 
+def accuracy(rows: Sequence[Row], by: str = "task") -> Estimate:
+    """Mean over groups of the mean scores of their samples."""
+    return mean_interval(*(list(values.values()) for values in scores_of(rows, by).values()))
+
+
+def accuracies(rows: Sequence[Row], arguments: Mapping[str, Any], rate: str) -> dict[tuple[str, Any], Estimate]:
+    """(method, compression or budget) -> accuracy."""
+    return {(method, at): accuracy(part) for method, at, part in by_cell(rows, arguments, rate)}
+
+
 def _overview(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
     """Methods down, compressions across; the full cache, which has none, stands in every column."""
-    means = {
-        (method, rate): mean_interval(*(list(values.values()) for values in _scores(part, "task").values()))
-        for method, rate, part in _cells(rows, arguments, "compression")
-    }
+    means = accuracies(rows, arguments, "compression")
     rates = sorted({rate for method, rate in means if method != FULL})
     lines = [
         [method, *(str(means.get((method, 1.0 if method == FULL else rate), "")) for rate in rates)]
@@ -148,24 +144,24 @@ def _overview(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -
     return Table(caption, ["method", *(f"{rate:g}x" for rate in rates)], lines)
 
 
-def _accuracy_table(
+def accuracy_table(
     caption: str, by: str, rows: Sequence[Row], arguments: Mapping[str, Any], rate: str = "compression", unit: str = "x"
 ) -> Table:
     """Mean score by group and over groups; the difference to the full cache is taken sample by sample."""
     groups = [group for group in arguments[f"{by}s"] if any(row[by] == group for row in rows)]
-    full = _scores([row for row in rows if row["method"] == FULL], by)
+    full = scores_of([row for row in rows if row["method"] == FULL], by)
     lines = []
-    for method, at, part in _cells(rows, arguments, rate):
-        scores = _scores(part, by)
-        mean = mean_interval(*(list(values.values()) for values in scores.values()))
+    for method, at, part in by_cell(rows, arguments, rate):
+        scores = scores_of(part, by)
+        mean = accuracy(part, by)
         pairs = [(scores[group], full[group]) for group in scores if group in full]
         difference = None if method == FULL else paired_difference(*pairs)
         lines.append(
             [
                 method,
                 f"{at:g}{unit}",
-                f"{_mean(row['kept'] for row in part):.0f}",
-                *(f"{_mean(scores[group].values()):.3f}" if group in scores else "" for group in groups),
+                f"{plain_mean(row['kept'] for row in part):.0f}",
+                *(f"{plain_mean(scores[group].values()):.3f}" if group in scores else "" for group in groups),
                 str(mean),
                 difference.show(sign="+") if difference else "",
                 str(mean.n),
@@ -174,22 +170,7 @@ def _accuracy_table(
     return Table(caption, ["method", "at", "kept", *map(str, groups), "mean [95 %]", "minus full [95 %]", "n"], lines)
 
 
-def _accuracy_panels(rows: Sequence[Row], arguments: Mapping[str, Any]) -> list[Panel]:
-    """One panel per length; none where only the full cache has been run."""
-    panels = []
-    for (length,), part in grouped(rows, "length").items():
-        means = {
-            (method, rate): mean_interval(*(list(values.values()) for values in _scores(cell, "task").values()))
-            for method, rate, cell in _cells(part, arguments, "compression")
-        }
-        level = next((mean for (method, _), mean in means.items() if method == FULL), None)
-        lines = _lines({cell: mean for cell, mean in means.items() if cell[0] != FULL}, arguments)
-        if lines:
-            panels.append(Panel(f"{length} tokens", lines, level))
-    return panels
-
-
-def _lines(points: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, Any]) -> list[Line]:
+def method_lines(points: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, Any]) -> list[Line]:
     """(method, x) -> estimate as one line per method."""
     lines = []
     for label in arguments["methods"]:
@@ -197,6 +178,29 @@ def _lines(points: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, A
         if some:
             lines.append(Line(label, [x for x, _ in some], [estimate for _, estimate in some]))
     return lines
+
+
+def panel(title: str, points: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, Any]) -> Panel:
+    """(method, x) -> estimate as one line per method, and the full cache as the level they are compared with."""
+    level = next((point for (method, _), point in points.items() if method == FULL), None)
+    evicting = {cell: point for cell, point in points.items() if cell[0] != FULL}
+    return Panel(title, method_lines(evicting, arguments), level)
+
+
+def drawing(
+    caption: str,
+    panels: Sequence[Panel],
+    arguments: Mapping[str, Any],
+    x: str,
+    y: str,
+    log_x: bool = True,
+    **options: Any,
+) -> list[Part]:
+    """A figure of the panels that have lines; none where only the full cache has been run. options: of line_panels."""
+    drawn = [one for one in panels if one.lines]
+    if not drawn:
+        return []
+    return [Drawing(caption, partial(line_panels, drawn, arguments["methods"][1:], x, y, log_x=log_x, **options))]
 
 
 # -- fidelity
@@ -215,22 +219,22 @@ def _fidelity(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
 def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     lines, kl = [], {}
     prefill = arguments.get("prefill", "dense")  # runs from before there was a choice were dense
-    for method, _, part in _cells(rows, arguments, "entries"):
+    for method, _, part in by_cell(rows, arguments, "entries"):
         if method == FULL and prefill == "dense":
             continue  # it is what all are compared with
         entries, divergence = part[0]["entries"], mean_interval([row["kl"] for row in part])
         if method != FULL:
             kl[method, entries] = divergence
         ratio = mean_interval([row["nll"] - row["full_nll"] for row in part])
-        errors = [_mean(row["error"]) for row in part if row["error"] is not None]
+        errors = [plain_mean(row["error"]) for row in part if row["error"] is not None]
         lines.append(
             [
                 method,
                 str(entries),
-                f"{_mean(row['kept'] for row in part):.0f}",
+                f"{plain_mean(row['kept'] for row in part):.0f}",
                 divergence.show(4),
                 mean_interval([row["top1"] for row in part]).show(),
-                Estimate(math.exp(ratio.mean), math.exp(ratio.low), math.exp(ratio.high), ratio.n).show(),
+                ratio.through(math.exp).show(),
                 mean_interval(errors).show() if errors else "positions renumbered",
                 str(len(part)),
             ]
@@ -238,52 +242,51 @@ def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
     columns = ["method", "budget", "kept", "KL, nats/token", "top-1 agreement", "perplexity ratio", "layer error", "n"]
     caption = f"The full cache's next-token distribution, and what is left of it after {arguments['context']} tokens"
     caption += "" if prefill == "dense" else f" read by {prefill}"
-    made: list[Part] = [Table(f"{caption} (means over windows, 95 % intervals)", columns, lines)]
-    series = _lines({cell: estimate for cell, estimate in kl.items() if estimate.mean > 0}, arguments)
-    if series:
-        made.append(
-            Drawing(
-                "KL divergence from the full cache by entries per KV head. Bars are 95 % intervals over windows.",
-                partial(
-                    line_panels,
-                    [Panel("", series)],
-                    arguments["methods"][1:],
-                    "entries per KV head",
-                    "KL, nats/token",
-                    log_x=True,
-                    log_y=True,
-                ),
-            )
-        )
-    panels = _layer_panels(rows, arguments)
-    if panels:
-        made.append(
-            Drawing(
-                "Relative error of each layer's attention output, by budget.",
-                partial(line_panels, panels, arguments["methods"][1:], "layer", "relative error", log_y=True),
-            )
-        )
-    return made
+    series = method_lines({cell: estimate for cell, estimate in kl.items() if estimate.mean > 0}, arguments)
+    return [
+        Table(f"{caption} (means over windows, 95 % intervals)", columns, lines),
+        *drawing(
+            "KL divergence from the full cache by entries per KV head. Bars are 95 % intervals over windows.",
+            [Panel("", series)],
+            arguments,
+            "entries per KV head",
+            "KL, nats/token",
+            log_y=True,
+        ),
+        *drawing(
+            "Relative error of each layer's attention output, by budget.",
+            _layer_panels(rows, arguments),
+            arguments,
+            "layer",
+            "relative error",
+            log_x=False,
+            log_y=True,
+        ),
+    ]
 
 
 def _oracle_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     lines = []
-    for method, _, part in _cells(rows, arguments, "entries"):
+    for method, _, part in by_cell(rows, arguments, "entries"):
         columns = ("error", "window", "future", "overlap")
-        shown = [mean_interval([_mean(row[name]) for row in part]).show() for name in columns]
+        shown = [mean_interval([plain_mean(row[name]) for row in part]).show() for name in columns]
         lines.append(
-            [method, str(part[0]["entries"]), f"{_mean(row['kept'] for row in part):.0f}", *shown, str(len(part))]
+            [method, str(part[0]["entries"]), f"{plain_mean(row['kept'] for row in part):.0f}", *shown, str(len(part))]
         )
     heads = ["method", "budget", "kept", "its set", "window oracle", "future oracle", "shared with the future's", "n"]
     context = arguments["oracle_context"]
     caption = f"Oracle gap at {context} tokens: relative error of attention outputs over the tail, mean over layers"
-    panels = _layer_panels(rows, arguments, ("window", "future"))
     return [
         Table(caption, heads, lines),
-        Drawing(
+        *drawing(
             "Oracle gap layer by layer: each method's set, and what greedy elimination keeps when judged by the prompt's last "
             "queries (window oracle) or by those to come (future oracle).",
-            partial(line_panels, panels, arguments["methods"][1:], "layer", "relative error", log_y=True),
+            _layer_panels(rows, arguments, ("window", "future")),
+            arguments,
+            "layer",
+            "relative error",
+            log_x=False,
+            log_y=True,
         ),
     ]
 
@@ -291,7 +294,7 @@ def _oracle_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
 def _layer_panels(rows: Sequence[Row], arguments: Mapping[str, Any], bounds: Sequence[str] = ()) -> list[Panel]:
     """One panel per budget: error by layer; oracles are drawn as they are beside the first method."""
     panels: dict[int, dict[str, Line]] = {}
-    for method, entries, part in _cells(rows, arguments, "entries"):
+    for method, entries, part in by_cell(rows, arguments, "entries"):
         known = [row for row in part if row["error"] is not None]
         if method == FULL or not known:
             continue
@@ -307,6 +310,6 @@ def _by_layer(label: str, rows: Sequence[Row], name: str, bound: bool = False) -
     return Line(label, range(len(layers)), [mean_interval(layer) for layer in layers], bound)
 
 
-def _mean(values: Iterable[float]) -> float:
+def plain_mean(values: Iterable[float]) -> float:
     some = list(values)
     return sum(some) / len(some)

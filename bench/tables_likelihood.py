@@ -7,9 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench.figures import Panel, line_panels
 from bench.stats import Estimate, grouped, mean_interval, paired_difference, ratio_interval
-from bench.tables import FULL, QUESTION, Drawing, Part, Row, Table, _accuracy_table, _cells, _lines, _mean, _scores
+from bench.tables import (
+    FULL,
+    QUESTION,
+    Part,
+    Row,
+    Table,
+    accuracies,
+    accuracy,
+    accuracy_table,
+    by_cell,
+    drawing,
+    panel,
+    plain_mean,
+    scores_of,
+)
 
 UNITS = {"token": "tokens", "word": "words", "byte": "text_bytes"}
 
@@ -21,11 +34,13 @@ def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     parts = grouped(rows, "question")
     for (mode,), part in parts.items():
-        made.append(_accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments, "asked", ""))
+        made.append(accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments, "asked", ""))
         if len(arguments["tasks"]) > 1:
             made.append(_by_round(f"By round, {QUESTION[mode]}", part, arguments))
-    panels = [_accuracy_panel(mode, part, arguments) for (mode,), part in parts.items()]
-    return made + _drawing(
+    panels = [
+        panel(f"query-{mode}", accuracies(part, arguments, "asked"), arguments) for (mode,), part in parts.items()
+    ]
+    return made + drawing(
         "Accuracy against what is kept of the prompt. Mean over rounds; bars are 95 % intervals; guessing is right in a "
         "third of all cases.",
         panels,
@@ -38,10 +53,10 @@ def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
 def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
     """Every round's accuracy and its difference to the full cache, sample by sample, each with its interval."""
     rounds = [task for task in arguments["tasks"] if any(row["task"] == task for row in rows)]
-    full = _scores([row for row in rows if row["method"] == FULL], "task")
+    full = scores_of([row for row in rows if row["method"] == FULL], "task")
     lines = []
-    for method, asked, part in _cells(rows, arguments, "asked"):
-        scores = _scores(part, "task")
+    for method, asked, part in by_cell(rows, arguments, "asked"):
+        scores = scores_of(part, "task")
         line = [method, f"{asked:g}"]
         for task in rounds:
             ours = scores.get(task, {})
@@ -51,27 +66,6 @@ def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -
         lines.append(line)
     heads = [head for task in rounds for head in (f"{task} [95 %]", f"{task} minus full [95 %]")]
     return Table(caption, ["method", "at", *heads], lines)
-
-
-def _accuracy_panel(mode: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Panel:
-    means = {(method, asked): _accuracy(cell) for method, asked, cell in _cells(rows, arguments, "asked")}
-    return _panel(f"query-{mode}", means, arguments)
-
-
-def _panel(title: str, points: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, Any]) -> Panel:
-    """One line per method, and the full cache as the level they are compared with."""
-    level = next((point for (method, _), point in points.items() if method == FULL), None)
-    return Panel(title, _lines({cell: point for cell, point in points.items() if cell[0] != FULL}, arguments), level)
-
-
-def _drawing(
-    caption: str, panels: Sequence[Panel], arguments: Mapping[str, Any], x: str, y: str, log_y: bool = False
-) -> list[Part]:
-    """A figure of the panels that have lines; none where only the full cache has been run."""
-    drawn = [panel for panel in panels if panel.lines]
-    if not drawn:
-        return []
-    return [Drawing(caption, partial(line_panels, drawn, arguments["methods"][1:], x, y, log_x=True, log_y=log_y))]
 
 
 # -- perplexity
@@ -95,14 +89,14 @@ def _perplexities(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
     }
     full = _nats([row for row in rows if row["method"] == FULL])
     lines, means = [], {}
-    for method, asked, part in _cells(rows, arguments, "asked"):
+    for method, asked, part in by_cell(rows, arguments, "asked"):
         means[method, asked] = _perplexity(part)
         ratio = paired_difference((_nats(part), full)) if method != FULL else None
         lines.append(
             [
                 method,
                 f"{asked:g}",
-                f"{_mean(row['kept'] for row in part):.0f}",
+                f"{plain_mean(row['kept'] for row in part):.0f}",
                 *(_perplexity(part, unit).show() for unit in UNITS),
                 ratio.through(math.exp).show() if ratio else "",
                 str(len(part)),
@@ -112,9 +106,9 @@ def _perplexities(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
     caption = f"Perplexity ({protocol}): {arguments['tokens']} tokens of each of {count} windows, read {read[protocol]}"
     return [
         Table(caption, columns, lines),
-        *_drawing(
+        *drawing(
             "Perplexity per token by what is kept. Bars are 95 % intervals over windows.",
-            [_panel(protocol, means, arguments)],
+            [panel(protocol, means, arguments)],
             arguments,
             "share or entries kept",
             "perplexity",
@@ -137,7 +131,7 @@ def _smoothing(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     if text:
         measures.append(("perplexity", text, _by_text, False, _perplexity))
     for (mode,), chosen in choices.items():
-        measures.append((f"accuracy, query-{mode}", chosen, partial(_scores, by="task"), True, _accuracy))
+        measures.append((f"accuracy, query-{mode}", chosen, partial(scores_of, by="task"), True, accuracy))
     verdicts: list[list[str]] = []
     differences: list[Part] = []
     levels: list[Part] = []
@@ -147,13 +141,13 @@ def _smoothing(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
         unit = "nats per token, less is better" if name == "perplexity" else "share of right answers, more is better"
         caption = f"{arguments['methods'][1]} minus the others, {name} ({unit}; paired, 95 % intervals)"
         differences.append(_by_rate(caption, found, arguments, lambda e: e.show(sign="+")))
-        cells = {(m, at): level(part) for m, at, part in _cells(some, arguments, "asked")}
+        cells = {(m, at): level(part) for m, at, part in by_cell(some, arguments, "asked")}
         whole = next((f"{one}, n = {one.n}" for (method, _), one in cells.items() if method == FULL), "not run yet")
         title = f"{name[0].upper()}{name[1:]}"
         levels.append(_by_rate(f"{title} by compression (full cache: {whole})", cells, arguments, str))
-        levels += _drawing(
+        levels += drawing(
             f"{title} against compression. Bars are 95 % intervals; the grey line is the full cache.",
-            [_panel("", cells, arguments)],
+            [panel("", cells, arguments)],
             arguments,
             "compression",
             name.split(",")[0],
@@ -168,14 +162,10 @@ def _by_text(rows: Sequence[Row]) -> dict[Any, dict[Any, float]]:
     return {"text": _nats(rows)}
 
 
-def _accuracy(rows: Sequence[Row]) -> Estimate:
-    return mean_interval(*(list(values.values()) for values in _scores(rows, "task").values()))
-
-
 def _differences(rows: Sequence[Row], arguments: Mapping[str, Any], values: Values) -> dict[tuple[str, Any], Estimate]:
     """(other method, compression) -> the subject's value minus the other's; the full cache is not among the others."""
     subject = arguments["methods"][1]
-    cells = {(method, asked): values(part) for method, asked, part in _cells(rows, arguments, "asked")}
+    cells = {(method, asked): values(part) for method, asked, part in by_cell(rows, arguments, "asked")}
     found = {}
     for (method, asked), theirs in cells.items():
         ours = cells.get((subject, asked))

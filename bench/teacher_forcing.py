@@ -183,7 +183,7 @@ def _force(session: Session, targets: Sequence[Ids]) -> list[Score]:
 @torch.no_grad()
 def score_unevicted(lm: LM, context: Ids, continuation: Ids) -> Score:
     """What score_rows gives with the full cache, in one pass over context and continuation."""
-    x_LE = dense_hidden(lm.model, [*context, *continuation[:-1]], lm.device)
+    x_LE = dense_hidden(lm.model, [*context, *continuation[:-1]])
     logp_LV = lm.model.head(x_LE[len(context) - 1 :]).log_softmax(-1)
     ids_L = torch.tensor(continuation, device=lm.device)
     total = logp_LV.gather(-1, ids_L[:, None]).double().sum()

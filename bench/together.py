@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from modeling.forward import dense_layer
-from modeling.layers import Decoder
 from modeling.pages import KVCache
 from modeling.sparse import BlockMap
 from restkv.errors import PromptError
@@ -24,6 +23,7 @@ from restkv.generate import Session, page_size
 from restkv.lm import LM
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy
+from restkv.prefill import embed
 from restkv.results import Decoding, Generation, Row, Stats
 from restkv.sparse import Pattern, chooser, parse_prefill
 
@@ -236,7 +236,7 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
     policies = [evictor.policy for _, evictor in rows]
     last = max(max(policy.observed_prompt, cache.window, 1) for policy, (cache, _) in zip(policies, rows, strict=True))
     slots = any(policy.slot_positions for policy in policies)
-    x_LE, rotary = embed_prompt(lm.model, ids)
+    x_LE, rotary = embed(lm.model, ids)
     for index, block in enumerate(lm.model.blocks):
         # Accumulated attention is the same for all policies that want it, per KV head or per query head.
         masses = {
@@ -273,10 +273,3 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
     for group in groups:
         group.session.cache.refresh()
         group.session.logits_BV = logits_1V.expand(len(group.policies), -1)
-
-
-def embed_prompt(model: Decoder, ids: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Residual stream [L, E], which dense_layer updates in place, and the rotations of all positions."""
-    ids_1L = torch.tensor([list(ids)], device=model.device)
-    pos_1L = torch.arange(len(ids), dtype=torch.int32, device=model.device)[None]
-    return model.embed(ids_1L)[0].clone(), model.rotary(pos_1L, pos_1L.amax(-1) + 1)

@@ -31,6 +31,10 @@ class Worker(ABC):
         """Run `batch` random prompts of so many tokens into a fresh cache."""
 
     @abstractmethod
+    def fill(self, context: int, batch: int) -> None:
+        """Leave a cache as large as `prefill` would, of random keys and values, without running the prompts."""
+
+    @abstractmethod
     def decode(self) -> None:
         """Generate one token for every row, greedily, from the cache prefill left."""
 
@@ -40,7 +44,7 @@ class Worker(ABC):
 
 
 def serve(worker: Worker) -> None:
-    """Answer commands on stdin until it ends: {"op": "prefill", "context": n, "batch": b} or {"op": "decode", "tokens": n}.
+    """Answer commands on stdin until it ends: JSON with an `op`, prefill or fill (`context`, `batch`) or decode (`tokens`).
 
     Every answer has the seconds of each step (wall clock, the device waited for), and the peak of memory above what was
     in use when the command came: resident bytes of the process, or the CUDA allocator's.
@@ -52,10 +56,11 @@ def serve(worker: Worker) -> None:
         laps = []
         for _ in range(command.get("tokens", 1)):
             start = time.perf_counter()
-            if command["op"] == "prefill":
-                worker.prefill(command["context"], command["batch"])
-            else:
+            if command["op"] == "decode":
                 worker.decode()
+            else:
+                work = worker.prefill if command["op"] == "prefill" else worker.fill
+                work(command["context"], command["batch"])
             if cuda:
                 torch.cuda.synchronize()
             laps.append(time.perf_counter() - start)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.masks import visible
-from modeling.pages import LayerView
+from modeling.pages import LayerView, read
 
 CAPPED_LOGITS = 1 << 22  # soft-capped logits are written out, so many at a time (16 MiB as float32)
 # Pairs of query and key whose mask is written out at a time: 40 MiB, as booleans and as the floats SDPA makes of them. It takes
@@ -68,14 +68,15 @@ def _gathered(
     slot_RC = view.table[:, column_C // page].long() * page + column_C % page
     slot_RC = slot_RC.masked_fill(column_C >= view.used[:, None], 0)  # slot 0 is on the page nobody may read
     q_pos_R1T1 = q_pos_BT.repeat_interleave(heads, 0)[:, None, :, None]
-    seen_RGTC = visible(view.pos[slot_RC][:, None, None, :], q_pos_R1T1, view.reach)
+    seen_RGTC = visible(read(view.pos, slot_RC)[:, None, None, :], q_pos_R1T1, view.reach)
     group = q_1RqD.shape[2] // T
     if view.keep is None:
         seen_RGTC = seen_RGTC.expand(lists, group, T, longest)
     else:
-        seen_RGTC = seen_RGTC & view.keep[slot_RC].transpose(1, 2)[:, :, None, :]
+        seen_RGTC = seen_RGTC & read(view.keep, slot_RC).transpose(1, 2)[:, :, None, :]
     seen_RqC = seen_RGTC.reshape(lists, group * T, longest)
-    return masked_attention(q_1RqD[0], view.k[0, 0, slot_RC], view.v[0, 0, slot_RC], seen_RqC, scale, softcap)[None]
+    k_RCD, v_RCD = read(view.k[0, 0], slot_RC), read(view.v[0, 0], slot_RC)
+    return masked_attention(q_1RqD[0], k_RCD, v_RCD, seen_RqC, scale, softcap)[None]
 
 
 def masked_attention(

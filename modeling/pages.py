@@ -54,6 +54,11 @@ Companions = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> (shape o
 UNBOUNDED = 2**31 - 1  # reach of a layer without a window, in a model where others have one
 
 
+def read(slab: Tensor, slot: Tensor) -> Tensor:
+    """slab[slot] of the first dimension, [*slot.shape, ...]: on a CPU several times as fast as indexing with a tensor."""
+    return slab.index_select(0, slot.flatten()).view(*slot.shape, *slab.shape[1:])
+
+
 class PagePool:
     """A slab of `num_pages` pages of `page` slots with a reference-counted free list.
 
@@ -280,7 +285,7 @@ class LayerCache:
         table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
         slot_RC = table_RM[:, column_C // page].long() * page + column_C % page
         slot_RC = slot_RC.masked_fill(column_C >= self.used[:, None], SINK_PAGE)
-        return slot_RC, self.pool.pos[slot_RC]
+        return slot_RC, read(self.pool.pos, slot_RC)
 
     # -- evicting
 
@@ -315,8 +320,8 @@ class LayerCache:
         slot_RC, pos_RC = self.slots()
         keep_RC = pos_RC >= 0 if keep_RC is None else keep_RC & (pos_RC >= 0)
         slot_n = slot_RC[keep_RC]
-        k_nD, v_nD = self.pool.k[0, 0, slot_n], self.pool.v[0, 0, slot_n]
-        carried = {name: slab[slot_n] for name, slab in self.pool.companions.items()}
+        k_nD, v_nD = read(self.pool.k[0, 0], slot_n), read(self.pool.v[0, 0], slot_n)
+        carried = {name: read(slab, slot_n) for name, slab in self.pool.companions.items()}
         carried.update({name: data[keep_RC] for name, data in (companions or {}).items()})
         self.clear()
         self._scatter(slice(None), keep_RC, k_nD, v_nD, pos_RC[keep_RC], carried)
@@ -335,7 +340,9 @@ class LayerCache:
         live_RC = pos_RC >= 0
         turned_RC = live_RC if rows_B is None else live_RC & rows_B.repeat_interleave(self.heads)[:, None]
         cos_RCD, sin_RCD = rotary(live_RC.cumsum(-1) - 1)
-        raw_RC1D = self.pool.companions["raw"][slot_RC][:, :, None]  # cos and sin make the product float32 at least
+        raw_RC1D = read(self.pool.companions["raw"], slot_RC)[
+            :, :, None
+        ]  # cos and sin make the product float32 at least
         k_RCD = rotate(raw_RC1D, cos_RCD, sin_RCD)[:, :, 0].to(self.pool.k.dtype)
         self.pool.k.index_copy_(2, slot_RC[turned_RC], k_RCD[turned_RC][None, None])
 

@@ -401,6 +401,46 @@ def chat(
     Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
 
 
+# -- restkv warmup
+
+
+@app.command()
+def warmup(
+    model: ModelArgument = str(RECALL),
+    method: MethodOption = "restkv",
+    preset: PresetOption = None,
+    budget: BudgetOption = None,
+    field: SetOption = None,
+    prefill: PrefillOption = "dense",
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=KEEP, help="Length of the prompts to come, where the budget does not bound the cache."
+        ),
+    ] = 2048,
+    max_new_tokens: LengthOption = 128,
+    rows: Annotated[int, typer.Option(rich_help_panel=KEEP, help="Prompts answered at a time.")] = 1,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
+    policy = make_policy(
+        method, preset, ({} if budget is None else {"budget": budget}) | dict(map(parse_field, field or ()))
+    )
+
+    from restkv.compiling import keep_kernels
+    from restkv.lm import load
+    from restkv.warmup import warm_up
+
+    lm = load(model, device=device, dtype=dtype, compile=True)
+    warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
+    print(
+        f"{warmed.graphs} graphs compiled: first token after {warmed.first_s:.1f} s, the next after "
+        f"{1e3 * warmed.next_s:.1f} ms; a prompt of {prompt_tokens} tokens took {warmed.prefill_s:.1f} s"
+    )
+    print(f"kernels are kept in {keep_kernels() or 'a folder for temporary files: the cache folder cannot be written'}")
+
+
 # -- restkv methods, restkv inspect
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling.forward import Watch
 from modeling.layers import Decoder
-from modeling.pages import UNBOUNDED, Companions, KVCache, LayerCache
+from modeling.pages import UNBOUNDED, Companions, KVCache, LayerCache, read
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.errors import PolicyError
@@ -269,7 +269,7 @@ class Evictor:
         budgets = [budget if over else UNBOUNDED for budget, over in zip(self.budgets[index], over_B, strict=True)]
         pool, shape = layer.pool, (layer.rows, layer.heads, slot_RC.shape[1])
         per_slot = {
-            name: pool.companions[name][slot_RC].view(*shape, -1).transpose(2, 3)
+            name: read(pool.companions[name], slot_RC).view(*shape, -1).transpose(2, 3)
             for name in ("keep", "mass")
             if name in pool.companions
         }
@@ -279,8 +279,8 @@ class Evictor:
             index,
             q=q_BHWD[:, :, -observed:],
             q_pos=q_pos_BW[:, -observed:],
-            k=pool.k[0, 0, slot_RC].view(*shape, -1),
-            v=pool.v[0, 0, slot_RC].view(*shape, -1),
+            k=read(pool.k[0, 0], slot_RC).view(*shape, -1),
+            v=read(pool.v[0, 0], slot_RC).view(*shape, -1),
             pos=pos_RC.view(shape).long(),
             keep=per_slot["keep"].flatten(1, 2) if "keep" in per_slot else None,
             budgets=budgets,

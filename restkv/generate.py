@@ -16,6 +16,7 @@ from torch import Tensor
 from modeling.forward import step
 from modeling.layers import Decoder
 from modeling.pages import KVCache, LayerView
+from restkv.compiling import Mark, keep_kernels
 from restkv.errors import PromptError
 from restkv.evict import Evictor, Grams, companions_of
 from restkv.policies.base import Policy
@@ -46,6 +47,7 @@ class Engine:
         self.grams = Grams(self.model)
         self.decode, self.hidden = _decode, step
         if self.backend == "flex":
+            keep_kernels()
             config = torch._dynamo.config
             config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
             # fullgraph: raise, never fall back
@@ -167,22 +169,25 @@ class Session:
         self._since_eviction = self._since_compaction = 0
         self._planned = max_new_tokens  # tokens still expected
         self._room = 0  # tokens for which the lists have pages of their own
+        self._marked = False  # the decode step has been compiled, and later processes can know
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
 
     def _new_cache(self, lengths: Sequence[int], max_new_tokens: int, extends: bool, forks: int) -> KVCache:
-        """A cache for this job. Its shape is a constant of the policy when that bounds the cache: then nothing recompiles.
+        """A cache for this job. Its shape does not depend on the prompt when the budget is a number: then nothing recompiles.
 
-        Unbounded needs are rounded up by at most a quarter, so that jobs of similar length share a compiled graph.
+        Needs that no policy bounds are rounded up by at most a quarter, so that jobs of similar length share a compiled graph.
         """
         policy, group = self.policy, self.engine.model.config.group
         layers = self.engine.model.config.num_layers
         union = group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
         room = self._period + (self._chunk if extends else 0)
         budgets = [-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)]
-        if self._interval and not isinstance(policy.budget, float):
+        fixed = policy.budget is not None and not isinstance(policy.budget, float)
+        if fixed and self._interval:
             entries = max(max(budgets), policy.high_water or 0) * union + room
         else:
-            need = max(min(length, budget * union) for length, budget in zip(lengths, budgets, strict=True))
+            held = [budget * union for budget in budgets]
+            need = max(held if fixed else map(min, lengths, held))
             need += room + (min(max_new_tokens, self._interval) if self._interval else max_new_tokens)
             quarter = 1 << max(need.bit_length() - 3, 5)
             entries = -(-need // quarter) * quarter
@@ -310,6 +315,9 @@ class Session:
         self.logits_BV = engine.decode(
             engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
         )
+        if engine.backend == "flex" and not self._marked:
+            Mark(engine.model, cache).leave()
+            self._marked = True
         cache.next_pos.add_(self._active_B)
         self._after(1, compact=self._since_compaction + 1 >= self._period)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +16,7 @@ from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
 from modeling.tokenizer import Tokenizer
+from restkv.compiling import EAGER_TOKENS, Mark, repays
 from restkv.context import CompressedContext
 from restkv.errors import PromptError
 from restkv.generate import CHUNK, Engine, Session
@@ -43,7 +45,8 @@ def load(
         device: "auto" takes CUDA when there is one.
         dtype: "auto" takes the checkpoint's; else "float32", "bfloat16", "float16" or a torch dtype.
         backend: "flex" (FlexAttention, compiled), "sdpa" (eager) or "auto": flex on CUDA, sdpa on CPU.
-        compile: True asks for flex, False for sdpa; "auto" follows the backend.
+        compile: True asks for flex, False for sdpa. "auto" follows the backend; if that is "auto" too, `generate` and `stream`
+            on a CPU change from sdpa to flex after a few tokens where the rest of the answer may repay it (compiling.py).
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
@@ -51,7 +54,8 @@ def load(
     folder = resolve(path_or_name)
     where = _device(device)
     model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights)
-    return LM(model, Tokenizer.from_folder(folder), backend=_backend(backend, compile, where))
+    by_job = backend == compile == "auto"
+    return LM(model, Tokenizer.from_folder(folder), _backend(backend, compile, where), by_job)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -91,12 +95,22 @@ class LM:
     """A loaded model with its tokenizer: generate text, stream it, or look at logits and log-probabilities.
 
     Attributes: model, config, tokenizer, device, dtype, backend, compiled.
+
+    Args:
+        by_job: long answers of `generate` and `stream` may go on with a compiled decode step where the backend has none.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa") -> None:
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", by_job: bool = False
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = model.config
         self.engine = Engine(model, backend)
+        self._by_job = by_job and backend == "sdpa"
+
+    @cached_property
+    def _compiled_engine(self) -> Engine:
+        return Engine(self.model, "flex")
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +185,7 @@ class LM:
             self.engine, policy, stats.prompt_tokens, decoding.max_new_tokens, prefill=prefill, chunk=chunk
         )
         session.prefill(ids, progress)
-        yield from self.decode(session, decoding, stats, meter, results)
+        yield from self.decode(session, decoding, stats, meter, results, may_compile=self._by_job)
 
     @torch.no_grad()
     def decode(
@@ -182,10 +196,13 @@ class LM:
         meter: Meter,
         results: list[Generation],
         rows: Sequence[Row] = (),
+        may_compile: bool = False,
     ) -> Iterator[tuple[int, str]]:
         """Draw every row's answer from a session that holds its prompt: (row, piece of text); fills `stats`, `results`.
 
-        `rows`, if given, gather the answers, so that whoever made them has also those that are broken off.
+        Args:
+            rows: gather the answers, so that whoever made them has also those that are broken off.
+            may_compile: go on with a compiled step once the rest of the answer, at its longest, repays that.
         """
         rows = rows or [self.answer(decoding) for _ in session.active]
         generators = decoding.sampling.generators(len(rows))
@@ -197,6 +214,10 @@ class LM:
                 stats.ttft_s = meter.seconds()
             else:
                 laps.append(time.perf_counter() - lap)
+                if may_compile and len(laps) == EAGER_TOKENS:
+                    left = decoding.max_new_tokens - len(laps) - 1
+                    if repays(sorted(laps)[len(laps) // 2], left, Mark(self.model, session.cache).stands):
+                        session.engine = self._compiled_engine
             for index, row in enumerate(rows):
                 if session.active[index]:
                     piece = row.push(session.last_ids[index])
@@ -293,7 +314,7 @@ class LM:
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits [L, V] float32 at every position of `ids` (L token ids), with the full cache."""
-        return self.model.head(dense_hidden(self.model, self.encode(ids), self.device))
+        return self.model.head(dense_hidden(self.model, self.encode(ids)))
 
     @torch.no_grad()
     def logprobs(self, context: Prompt, continuations: Sequence[Prompt], policy: Policy | None = None) -> list[float]:

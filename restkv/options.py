@@ -103,7 +103,11 @@ BackendOption = Annotated[
 ]
 CompileOption = Annotated[
     bool | None,
-    typer.Option(rich_help_panel=MODEL, help="Compile the decode step, for long answers.", show_default="on CUDA only"),
+    typer.Option(
+        rich_help_panel=MODEL,
+        help="Compile the decode step. On a CPU that repays from some hundred tokens on.",
+        show_default="on CUDA, and once an answer gets so long that it repays",
+    ),
 ]
 
 

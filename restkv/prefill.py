@@ -40,7 +40,7 @@ def prefill(
         hidden state [1, E] of the last token after the last layer.
     """
     length = len(ids)
-    x_LE, rotary = _embed(model, ids, cache.next_pos.device)
+    x_LE, rotary = embed(model, ids)
     last = max(evictor.policy.observed_prompt, cache.window, 1)  # without a query nobody knows what is still in sight
     for index, block in enumerate(model.blocks):
         watch, mass_XL = evictor.watch_prompt(index, length)
@@ -62,15 +62,16 @@ def prefill(
     return x_LE[-1:]
 
 
-def dense_hidden(model: Decoder, ids: Sequence[int], device: torch.device) -> Tensor:
+def dense_hidden(model: Decoder, ids: Sequence[int]) -> Tensor:
     """Hidden states [L, E] after the last layer with the full cache; nothing is stored."""
-    x_LE, rotary = _embed(model, ids, device)
+    x_LE, rotary = embed(model, ids)
     for block in model.blocks:
         dense_layer(model, block, x_LE, rotary, last=0)
     return x_LE
 
 
-def _embed(model: Decoder, ids: Sequence[int], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    ids_1L = torch.tensor([list(ids)], device=device)
-    pos_1L = torch.arange(len(ids), dtype=torch.int32, device=device)[None]
+def embed(model: Decoder, ids: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Residual stream [L, E], which dense_layer updates in place, and the rotations of all positions."""
+    ids_1L = torch.tensor([list(ids)], device=model.device)
+    pos_1L = torch.arange(len(ids), dtype=torch.int32, device=model.device)[None]
     return model.embed(ids_1L)[0].clone(), model.rotary(pos_1L, pos_1L.amax(-1) + 1)

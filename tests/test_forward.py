@@ -14,8 +14,9 @@ from families import CASES, POSITIONS, prompt_ids, reference_logits
 from small import small_ids, small_model
 from torch import Tensor
 
+from modeling import layers
 from modeling.forward import dense_layer, extend, step
-from modeling.layers import Decoder
+from modeling.layers import WIDENED_ROWS, Decoder
 from modeling.loading import load_model
 from modeling.pages import KVCache
 from restkv.generate import Engine, Session
@@ -226,3 +227,24 @@ def test_the_last_queries_are_remembered_whatever_the_step(pieces):
             q_BHWD, q_pos_BW = cache.recent(index)
             assert q_pos_BW[row].tolist() == list(range(length - W, length))
             assert torch.allclose(q_BHWD[row], want_HWD, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, WIDENED_ROWS, 3 * WIDENED_ROWS + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_widened_products_are_the_exact_ones_rounded_once(dtype, rows, bias, monkeypatch):
+    """On a CPU that multiplies the dtype itself, nothing is widened: the switch is set by hand."""
+    monkeypatch.setitem(layers.NATIVE_ON_CPU, dtype, False)
+    monkeypatch.setattr(layers, "WIDENED_WEIGHTS", 24 * 10)  # 37 outputs: three pieces of 10, one of 7
+    random = torch.Generator().manual_seed(rows)
+    x_B1E, weight, bias_O = (
+        torch.randn(shape, generator=random).to(dtype) for shape in ((rows, 1, 24), (37, 24), (37,))
+    )
+    y = layers.linear(x_B1E, weight, bias_O if bias else None)
+    exact = x_B1E.double() @ weight.double().T + (bias_O.double() if bias else 0.0)
+    assert y.dtype == dtype and y.shape == (rows, 1, 37)
+    if rows >= WIDENED_ROWS:
+        # Rounding to nearest errs by half a unit in the last place; the sum in float32 may tip a tie.
+        torch.testing.assert_close(y.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
+    else:
+        torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-1)

@@ -203,7 +203,7 @@ def test_the_example_prompt_is_answered_from_the_compressed_cache(lm: restkv.LM)
         ("niah_single", 0.9),
         ("niah_multikey", 0.9),
         ("niah_multiquery", 0.6),
-        ("niah_multivalue", 0.5),
+        ("niah_multivalue", 0.4),
         ("vt", 0.3),  # which box comes next is not known before the first one is found: what follows is evicted by then
     ],
 )
@@ -214,7 +214,7 @@ def test_it_finds_what_it_is_asked_for_and_so_does_its_compressed_cache(lm: rest
     policies = [restkv.FullCache(), restkv.ReSTKV(128, window=32), restkv.StreamingLLM(128)]
     scores = [
         [row["score"] for row in answer(lm, frame, make_sample(task, 1024, 11, index, frame), "aware", policies)]
-        for index in range(6)
+        for index in range(10)
     ]
     full, rest, streaming = (sum(column) / len(column) for column in zip(*scores, strict=True))
     assert full >= 0.9

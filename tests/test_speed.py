@@ -49,17 +49,15 @@ def test_the_floor_counts_every_weight_a_step_reads(preset: str) -> None:
 def test_the_floor_is_what_reading_or_multiplying_takes() -> None:
     config = config_from_dict(PRESETS["tiny"])
     layers, head = matrix_parameters(config)
-    reads = Machine(1e9, {"float32": 1e15})
+    reads = Machine(1e9, 1e15)
     assert decode_floor(config, "float32", reads, 1000, 8, 1) == pytest.approx((4 * (layers + head) + 1000) / 1e9)
-    multiplies = Machine(1e15, {"float32": 1e9})
+    multiplies = Machine(1e15, 1e9)
     attended = 2 * 2 * 8 * config.num_layers * config.num_heads * config.head_dim  # q.k and a.v of 8 entries
     assert decode_floor(config, "float32", multiplies, 1000, 8, 3) == pytest.approx(
         3 * (2 * (layers + head) + attended) / 1e9
     )
     pairs = sum(2 * 2 * (token + 0.5) for token in range(100)) * config.num_layers * config.num_heads * config.head_dim
-    assert prefill_floor(config, "float32", multiplies, 100, 2) == pytest.approx(
-        2 * (2 * (100 * layers + head) + pairs) / 1e9
-    )
+    assert prefill_floor(config, multiplies, 100, 2) == pytest.approx(2 * (2 * (100 * layers + head) + pairs) / 1e9)
 
 
 def test_presets_have_the_published_numbers_of_parameters() -> None:
@@ -104,8 +102,27 @@ def test_a_small_comparison_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
         assert row["ttft_s"] > 0 and row["floor_ms"] > 0 and row["ttft_floor_s"] > 0 and row["first_round_s"] > 0
         assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["tpot_ms"])
         assert row["new_graphs"] == 0
+    for (name, _, _), row in rows.items():
+        assert (row["evicting_s"] is None) == (name == "transformers")
+        assert name == "transformers" or 0 < row["evicting_s"] < row["ttft_s"]
     assert torch.__version__.startswith(result["versions"]["torch"].partition("+")[0])
-    assert result["rates"]["read_bytes_per_s"] > 1e8 and result["rates"]["float32_operations_per_s"] > 1e8
+    assert result["rates"]["read_bytes_per_s"] > 1e8 and result["rates"]["operations_per_s"] > 1e8
+
+
+def test_filled_caches_are_as_large_as_those_of_prompts(tmp_path: Path) -> None:
+    """As in the test above, without running prompts."""
+    out = tmp_path / "speed.json"
+    command = "bench speed --preset tiny --dtype float32 --contexts 200 --batches 2 --methods restkv,h2o,full --filled"
+    command += " --budget 64 --start-up --peers transformers --backend sdpa --threads 1 --rounds 2 --tokens 3 --out"
+    assert main([*command.split(), str(out)]) == 0
+    result = json.loads(out.read_text())
+    rows = {row["contestant"]: row for row in result["rows"]}
+    assert [rows[f"restkv {name}"]["kept"] for name in ("restkv", "h2o", "full")] == [64 + 9, 64, 209]
+    full = rows["transformers"]
+    assert full["kept"] == 209 and full["cache_bytes"] == 2 * 2 * 2 * 2 * 16 * 4 * 209
+    assert all(row["ttft_s"] is None and row["tpot_ms"] > 0 for row in rows.values())
+    assert [start["contestant"] for start in result["start_up"]] == ["restkv restkv", "restkv h2o", "restkv full"]
+    assert all(start["cold_s"] > 0 and start["warm_s"] > 0 for start in result["start_up"])
 
 
 @pytest.mark.slow  # transformers compiles its decode step
@@ -139,6 +156,7 @@ def test_memory_is_counted_above_the_loaded_model(tmp_path: Path) -> None:
         ("--contexts 0", "--contexts '0': give whole numbers of at least 1"),
         ("--suite cpu", "--suite 'cpu' is unknown; choose from gpu"),
         ("--methods nothing", "method 'nothing' is unknown"),
+        ("--filled --peers transformers-static", "peer 'transformers-static' cannot be filled"),
         (f"{RECALL} --preset tiny", "give a preset or a checkpoint"),
     ],
 )

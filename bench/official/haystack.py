@@ -14,6 +14,7 @@ from bench.official.data import DataError
 from bench.official.metrics import needle_rouge, rouge_version, words_found
 from bench.official.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
 from bench.official.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
+from bench.runs import digest
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -39,7 +40,7 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
-    texts, digest = find_templates(KIND, templates, NEEDLE, wording.NEEDLE)
+    texts, templates_digest = find_templates(KIND, templates, NEEDLE, wording.NEEDLE)
     words, essays = lm.tokenizer, _essays(folder)
     needle = words.encode(texts["needle"].text, bos=False)
     if min(lengths) <= BUFFER + len(needle):
@@ -60,7 +61,7 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
                 )
 
             sources.append(Source(task, 1, item, _wording(texts), length, percent / 100))
-    facts = {"essays": essays_digest(essays), "templates": digest, **rouge}
+    facts = {"essays": digest("\0".join(essays)), "templates": templates_digest, **rouge}
     return Suite(KIND, protocol, tuple(sources), None, end_ids(lm, protocol), facts)
 
 
@@ -94,12 +95,6 @@ def _essays(folder: Path) -> list[str]:
     if not "".join(essays).strip():
         raise DataError(f"{folder}: no *.txt with text; give a folder of essays")
     return essays
-
-
-def essays_digest(essays: Sequence[str]) -> str:
-    from hashlib import sha256
-
-    return sha256("\0".join(essays).encode()).hexdigest()[:16]
 
 
 def _expected(needle: str) -> str:

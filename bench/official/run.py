@@ -5,7 +5,6 @@ Letters: L prompt length.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from bench.methods import Method, check
 from bench.official.data import DataError
 from bench.official.suite import Item, Source, Suite
 from bench.plans import Asked, Cell, cells_of, share
-from bench.runs import Report, Run, chosen_rows, describe, open_run, setting, versions_text
+from bench.runs import Report, Run, chosen_rows, describe, digest, open_run, setting, versions_text
 from bench.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
@@ -160,7 +159,7 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
         check(lm, cell.method, entries, len(ids), f"{len(ids)} tokens of {item.place}")
         policies.append(cell.method.policy(entries))
     answers = answer_all(lm, policies, ids, Decoding(task.max_new_tokens), eos=eos, least_one=task.least_one)
-    digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+    name = digest(repr(ids))
     return [
         {
             "entries": share(cell.asked, len(ids)),
@@ -170,7 +169,7 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
             "tokens": len(ids),
             "cut": cut,
             "chat": chat,
-            "prompt": digest,
+            "prompt": name,
             "answers": item.answers,
             "output": said.text,
             "new_tokens": len(said.tokens),

@@ -52,6 +52,20 @@ class Transformers(Worker):
             self._run(self._model, ids_BL, 0)
         self._seen = context
 
+    @torch.no_grad()
+    def fill(self, context: int, batch: int) -> None:
+        if self._static:
+            raise ValueError("a static cache is not filled: measure it with its prompts run")
+        self._cache = DynamicCache()
+        config = self._model.config
+        kept = context if self._arguments["press"] is None else min(context, self._arguments["budget"])
+        shape = (batch, config.num_key_value_heads, kept, config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            k_BKCD, v_BKCD = (torch.randn(shape, device=self.device).to(self._model.dtype) for _ in range(2))
+            self._cache.update(k_BKCD, v_BKCD, layer)
+        self._next_B1 = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self._seen = context
+
     def _press(self, context: int) -> Any:
         if self._arguments["press"] is None:
             return contextlib.nullcontext()
