@@ -21,7 +21,7 @@ from typing import Any
 from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
 from bench.plans import Asked, cells_of, modes_of, share
-from bench.runs import Report, describe, digest, open_run, setting
+from bench.runs import Report, chosen_rows, describe, digest, open_run, setting
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.options import reading
@@ -55,7 +55,8 @@ class AnliPlan:
         data: the folder that holds R1, R2 and R3, or their parent.
         budgets: shares of the prompt, or entries per KV head.
         shots: worked examples before each premise, drawn for each sample anew.
-        limit: samples per round, from the file's beginning; None: all of them.
+        limit: samples per round at most, after `fraction` has chosen; None: all of them.
+        fraction: of each round's samples, spread evenly over the file.
         question: aware, agnostic or both.
     """
 
@@ -68,6 +69,7 @@ class AnliPlan:
     limit: int | None = None
     question: str = "both"
     seed: int = 0
+    fraction: float = 1.0
 
     def arguments(self, lm: LM, items: Sequence[Item]) -> dict[str, Any]:
         """JSON-ready; the data are in it as a hash."""
@@ -79,6 +81,7 @@ class AnliPlan:
             "split": self.split,
             "shots": self.shots,
             "limit": self.limit,
+            "fraction": self.fraction,
             "question": self.question,
             "seed": self.seed,
             **setting(lm),
@@ -93,7 +96,7 @@ def run_anli(lm: LM, plan: AnliPlan, folder: Path, report: Report | None = None)
         budgets. RunError: see open_run.
     """
     modes = modes_of(plan.question)
-    items = anli_items(plan.data, plan.rounds, plan.split, plan.shots, plan.limit, plan.seed)
+    items = anli_items(plan.data, plan.rounds, plan.split, plan.shots, plan.limit, plan.seed, plan.fraction)
     cells = cells_of(plan.methods, plan.budgets)
     length = shortest(lm, items, modes)
     for cell in cells:
@@ -120,8 +123,9 @@ def anli_items(
     shots: int = 0,
     limit: int | None = None,
     seed: int = 0,
+    fraction: float = 1.0,
 ) -> list[Item]:
-    """The samples of some rounds, by turns, each with worked examples of its own before it.
+    """The samples of some rounds, by turns, each with worked examples of its own before it. See AnliPlan.
 
     Raises:
         PromptError: unknown round or split, fewer training rows than shots, or a file that cannot be read (see read_examples).
@@ -130,8 +134,8 @@ def anli_items(
         raise PromptError(f"rounds {', '.join(map(str, rounds))}: ANLI has {', '.join(map(str, ROUNDS))}")
     if split not in SPLITS:
         raise PromptError(f"split {split!r} is not known; choose from {', '.join(SPLITS)}")
-    if shots < 0 or (limit is not None and limit < 1):
-        raise PromptError(f"shots {shots}, limit {limit}: give at least 0 shots and a limit of at least 1")
+    if shots < 0:
+        raise PromptError(f"shots {shots}: give at least 0")
     root = next((root for root in (data, data / "anli_v1.0") if (root / f"R{rounds[0]}").is_dir()), None)
     if root is None:
         raise PromptError(f"{data}: has no folder R{rounds[0]}; name the folder anli_v1.0 of the published archive")
@@ -139,7 +143,8 @@ def anli_items(
     for number in rounds:
         examples = read_examples(root / f"R{number}" / f"{split}.jsonl")
         pool = read_examples(root / f"R{number}" / "train.jsonl") if shots else []
-        columns.append([_item(number, i, example, pool, shots, seed) for i, example in enumerate(examples[:limit])])
+        chosen = chosen_rows(len(examples), fraction, limit)
+        columns.append([_item(number, index, examples[index], pool, shots, seed) for index in chosen])
     longest = max(map(len, columns))
     return [column[index] for index in range(longest) for column in columns if index < len(column)]
 

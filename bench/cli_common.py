@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from restkv.errors import PromptError
+from restkv.options import RECALL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,11 +31,25 @@ CompressionOption = Annotated[str, typer.Option(help="Length over entries per KV
 PrefillOption = Annotated[
     str, typer.Option(metavar="dense|PATTERN", help="How prompts are read; see `restkv generate --help`.")
 ]
+NamedModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
+]
 QuestionOption = Annotated[
     str, typer.Option(help="aware: evict with the question in sight; agnostic: before it is known; both.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Of the samples.")]
 OutOption = Annotated[Path, typer.Option(help="Folder of the results; a run that was stopped there goes on.")]
+
+
+def pick_model(model: str, named: str | None) -> str:
+    """The model of a command that takes one as its argument or as --model.
+
+    Raises:
+        PromptError: both are given.
+    """
+    if named is not None and model != str(RECALL):
+        raise PromptError(f"two models are given, {model} and --model {named}; give one")
+    return named or model
 
 
 def load_model(model: str, dtype: str, device: str, backend: str) -> LM:

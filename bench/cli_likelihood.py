@@ -15,6 +15,7 @@ from bench.cli_common import (
     METHODS_FORM,
     CompressionOption,
     MethodsOption,
+    NamedModelOption,
     OutOption,
     QuestionOption,
     SeedOption,
@@ -22,6 +23,7 @@ from bench.cli_common import (
     parse_budgets,
     parse_compression,
     parse_numbers,
+    pick_model,
     running,
 )
 from restkv.errors import PromptError
@@ -36,6 +38,7 @@ ShotsOption = Annotated[int, typer.Option(help="Worked examples before each prem
 def anli(
     data: AnliOption,
     model: ModelArgument = str(RECALL),
+    named_model: NamedModelOption = None,
     methods: MethodsOption = LIKELY,
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (at least 8 entries), or entries per KV head.")
@@ -44,6 +47,7 @@ def anli(
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     shots: ShotsOption = 0,
     limit: Annotated[int | None, typer.Option(help="Samples per round.", show_default="all")] = None,
+    fraction: Annotated[float, typer.Option(help="Of each round's samples, spread evenly over them.")] = 1.0,
     question: QuestionOption = "both",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-anli"),
@@ -65,13 +69,15 @@ def anli(
         limit,
         question,
         seed,
+        fraction,
     )
     with running(out) as report:
-        run_anli(load_model(model, dtype, device, backend), plan, out, report)
+        run_anli(load_model(pick_model(model, named_model), dtype, device, backend), plan, out, report)
 
 
 def perplexity(
     model: ModelArgument = str(RECALL),
+    named_model: NamedModelOption = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -99,7 +105,7 @@ def perplexity(
 
     how = Protocol(protocol, tokens, context if protocol == "prefill" else 0, chunk if protocol == "chunked" else 0)
     documents = None if data is None else tuple(read_documents(data))
-    lm = load_model(model, dtype, device, backend)
+    lm = load_model(pick_model(model, named_model), dtype, device, backend)
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     if documents is None:
         documents = (prose(lm.tokenizer, windows * (how.context + how.tokens), seed=0),)

@@ -14,14 +14,15 @@ import typer
 from bench.cli_common import (
     EAGER,
     MethodsOption,
+    NamedModelOption,
     OutOption,
     load_model,
     parse_budgets,
     parse_numbers,
+    pick_model,
     running,
     split_names,
 )
-from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm"
 NEEDLE_LENGTHS = "1000:32000:200"  # as in the paper's script
 DataOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder with the benchmark's own files.")]
-NamedModel = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
-]
 TasksOption = Annotated[str, typer.Option(help="Names separated by commas; all takes those that there are files of.")]
 BudgetsOption = Annotated[
     str, typer.Option(help="Entries per head, window included, as the papers count; or fractions of the prompt.")
@@ -61,7 +59,7 @@ def _by_task(kind: str, title: str, default_budgets: str) -> Callable[..., None]
     def command(
         data: DataOption,
         model: ModelArgument = str(RECALL),
-        named_model: NamedModel = None,
+        named_model: NamedModelOption = None,
         tasks: TasksOption = "all",
         methods: MethodsOption = RIVALS,
         budgets: BudgetsOption = default_budgets,
@@ -94,7 +92,7 @@ infinitebench = _by_task("infinitebench", "InfiniteBench, 12 tasks", "1024")
 def ruler_official(
     data: DataOption,
     model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
+    named_model: NamedModelOption = None,
     tasks: TasksOption = "all",
     lengths: Annotated[
         str | None, typer.Option(help="Subfolders of DIR, separated by commas.", show_default="all there are")
@@ -121,7 +119,7 @@ def ruler_official(
 def needle_official(
     data: DataOption,
     model: ModelArgument = str(RECALL),
-    named_model: NamedModel = None,
+    named_model: NamedModelOption = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens, 200 of them left free: numbers separated by commas, or FIRST:LAST:STEP.")
     ] = NEEDLE_LENGTHS,
@@ -147,9 +145,7 @@ def needle_official(
 
 def _model(model: str, named: str | None, dtype: str, device: str, backend: str) -> tuple[str, LM]:
     """The model and the name it goes by."""
-    if named is not None and model != str(RECALL):
-        raise PromptError(f"two models are given, {model} and --model {named}; give one")
-    chosen = named or model
+    chosen = pick_model(model, named)
     name = Path(chosen).resolve().name if Path(chosen).is_dir() else chosen.rpartition("/")[2]
     return name, load_model(chosen, dtype, device, backend)
 
@@ -179,7 +175,9 @@ def _run(
 ) -> None:
     from bench.methods import parse_methods
     from bench.official.run import Plan, run
+    from bench.official.suite import PAPER
 
-    plan = Plan(suite, name, tuple(parse_methods(methods)), parse_budgets(budgets), limit, fraction, max_length)
+    chosen = parse_methods(methods, once=suite.protocol == PAPER)  # its code evicts the prompt and nothing after it
+    plan = Plan(suite, name, tuple(chosen), parse_budgets(budgets), limit, fraction, max_length)
     with running(out) as report:
         run(lm, plan, out, report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,20 @@ def _fill(lm: LM, plan: Plan, results: Run) -> None:
     assert lm.tokenizer is not None
     frame = Frame(lm.tokenizer, plan.chat)
     budgets, pattern = _Budgets(lm, plan, frame), pattern_of(plan.prefill)
+
+    def rows(length: int, task: str, depth: float | None, mode: str, index: int) -> list[dict[str, Any]]:
+        """A sample's answers in all cells, which share its prefill."""
+        sample = make_sample(task, length, plan.seed, index, frame, depth)
+        policies = [budgets.get(cell, mode, task, length) for cell in plan.cells]
+        answers = answer(lm, frame, sample, mode, policies, pattern)
+        return [{**_about(sample, mode, cell, plan), **row} for cell, row in zip(plan.cells, answers, strict=True)]
+
     for index in range(plan.samples):
         for length, task, depth in plan.places:
             at = "" if depth is None else f"@{depth:g}"
             for mode in plan.modes:
-                keys = {cell: _key(mode, task, at, length, index, cell) for cell in plan.cells}
-                missing = [cell for cell in plan.cells if keys[cell] not in results.done]
-                if not missing:
-                    continue
-                sample = make_sample(task, length, plan.seed, index, frame, depth)
-                policies = [budgets.get(cell, mode, task, length) for cell in missing]
-                answers = answer(lm, frame, sample, mode, policies, pattern)
-                for cell, row in zip(missing, answers, strict=True):
-                    results.add(keys[cell], {**_about(sample, mode, cell, plan), **row})
+                keys = [_key(mode, task, at, length, index, cell) for cell in plan.cells]
+                results.add_together(keys, partial(rows, length, task, depth, mode, index))
 
 
 def _key(mode: str, task: str, at: str, length: int, index: int, cell: Cell) -> str:

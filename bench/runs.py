@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from restkv import __version__
-from restkv.errors import RestKVError
+from restkv.errors import PromptError, RestKVError
 
 if TYPE_CHECKING:
     from bench.methods import Method
@@ -202,6 +202,20 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path}: line {number} is not a result; delete it and run again")
         rows.append(row)
     return rows
+
+
+def chosen_rows(count: int, fraction: float, limit: int | None) -> list[int]:
+    """Numbers of a file's rows that are run: a share of them spread evenly over it, at least one, and of these the first `limit`.
+
+    Raises:
+        PromptError: a share or a limit that leaves nothing.
+    """
+    if limit is not None and limit < 1:
+        raise PromptError(f"limit {limit}: give at least 1")
+    if not 0 < fraction <= 1:
+        raise PromptError(f"fraction {fraction:g}: give a number above 0, at most 1")
+    some = min(count, max(1, round(count * fraction)))
+    return [index * count // some for index in range(some)][:limit]
 
 
 def versions() -> dict[str, str]:

@@ -24,11 +24,11 @@ from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
 
 SUBJECT = "restkv"
-# What ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output projection; the paper's order of
-# averaging, and one budget for the whole model. Then its rivals, without any output term.
+# What ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output term, the output projection; the
+# paper's order of averaging, and one budget for the whole model. Then its rivals, without any output term.
 ARMS = (
-    f"{SUBJECT},{SUBJECT}:ema=False,{SUBJECT}:pooling=none,{SUBJECT}:ema=False:pooling=none,{SUBJECT}:output_weight=False,"
-    f"{SUBJECT}:aggregate=indicator,{SUBJECT}:budget_by=global,snapkv,h2o,tova,streamingllm,lacache"
+    f"{SUBJECT},{SUBJECT}:ema=False,{SUBJECT}:pooling=none,{SUBJECT}:ema=False:pooling=none,{SUBJECT}:tau=0,"
+    f"{SUBJECT}:output_weight=False,{SUBJECT}:aggregate=indicator,{SUBJECT}:budget_by=global,snapkv,h2o,tova,streamingllm,lacache"
 )
 
 

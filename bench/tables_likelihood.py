@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench.stats import Estimate, grouped, paired_difference, ratio_interval
+from bench.stats import Estimate, grouped, mean_interval, paired_difference, ratio_interval
 from bench.tables import (
     FULL,
     QUESTION,
@@ -35,6 +35,8 @@ def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     parts = grouped(rows, "question")
     for (mode,), part in parts.items():
         made.append(accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments, "asked", ""))
+        if len(arguments["tasks"]) > 1:
+            made.append(_by_round(f"By round, {QUESTION[mode]}", part, arguments))
     panels = [
         panel(f"query-{mode}", accuracies(part, arguments, "asked"), arguments) for (mode,), part in parts.items()
     ]
@@ -46,6 +48,24 @@ def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
         "share or entries kept",
         "accuracy",
     )
+
+
+def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
+    """Every round's accuracy and its difference to the full cache, sample by sample, each with its interval."""
+    rounds = [task for task in arguments["tasks"] if any(row["task"] == task for row in rows)]
+    full = scores_of([row for row in rows if row["method"] == FULL], "task")
+    lines = []
+    for method, asked, part in by_cell(rows, arguments, "asked"):
+        scores = scores_of(part, "task")
+        line = [method, f"{asked:g}"]
+        for task in rounds:
+            ours = scores.get(task, {})
+            difference = None if method == FULL else paired_difference((ours, full.get(task, {})))
+            line.append(mean_interval(list(ours.values())).show() if ours else "")
+            line.append(difference.show(sign="+") if difference else "")
+        lines.append(line)
+    heads = [head for task in rounds for head in (f"{task} [95 %]", f"{task} minus full [95 %]")]
+    return Table(caption, ["method", "at", *heads], lines)
 
 
 # -- perplexity

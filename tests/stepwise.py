@@ -120,24 +120,29 @@ class Row:
         if self.policy.budget is not None:
             self.budget = self.policy.budget_for(len(ids))
         first = ids if chunk is None else ids[:chunk]
-        logits_V = self._run(first)
+        logits_TV = self._run(first)
         if len(first) > self.budget:
             self._evict(prompt=True)
         for start in range(len(first), len(ids), chunk or 1):
-            logits_V = self._run(ids[start : start + (chunk or 1)])
+            logits_TV = self._run(ids[start : start + (chunk or 1)])
             self._evict_if_over()
-        return logits_V
+        return logits_TV[-1]
 
     def extend(self, ids: Sequence[int], chunk: int) -> Tensor:
-        """Append several tokens, chunk by chunk; an interval that ends within a chunk ends with it."""
+        """Append several tokens, chunk by chunk; logits [V] after the last. See read."""
+        return self.read(ids, chunk)[-1]
+
+    def read(self, ids: Sequence[int], chunk: int) -> Tensor:
+        """Append several tokens, chunk by chunk; an interval that ends within a chunk ends with it. Logits [T, V]."""
+        said = []
         for start in range(0, len(ids), chunk):
             piece = ids[start : start + chunk]
-            logits_V = self._run(piece)
+            said.append(self._run(piece))
             self._since += len(piece)
             if self.policy.interval and self._since >= self.policy.interval:
                 self._since = 0
                 self.evictions += self._evict_if_over()
-        return logits_V
+        return torch.cat(said)
 
     def feed(self, token: int) -> Tensor:
         """Append one token."""
@@ -181,7 +186,7 @@ class Row:
                     o_THD[:, h] = weight_TC @ head.v
             x_1TE = block.finish(x_1TE, o_THD[None])
         self.length += T
-        return self.model.head(x_1TE[0, -1])
+        return self.model.head(x_1TE[0])
 
     # -- evictions
 

@@ -143,6 +143,41 @@ def test_streaming_is_reading_token_by_token_and_evicting_after_each(lm: LM, twi
         close(ours_T, torch.stack([line.log_softmax(-1)[i] for line, i in zip(logits, ids[1:], strict=True)]).double())
 
 
+@pytest.mark.parametrize("protocol", ["prefill", "chunked"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        restkv.H2O(budget=10),
+        restkv.TOVA(budget=9),
+        restkv.SnapKV(budget=12, window=4, granularity="query"),
+        restkv.ReSTKV(budget=12, window=4),
+        restkv.ReSTKV(budget=12, window=4, aggregate="indicator", ema=False, pooling="none"),
+        restkv.StreamingLLM(budget=9),
+        restkv.LaCache(budget=14),
+    ],
+    ids=lambda policy: policy.name,
+)
+@torch.no_grad()
+def test_a_prefill_is_evicted_once_and_chunks_each_after_themselves(
+    lm: LM, twin: Decoder, policy: Policy, protocol: str
+) -> None:
+    """The slow twin reads the same pieces: a context and a tail, or chunk by chunk from the first token."""
+    ids, begun, chunk = small_ids(LENGTH, seed=8), 21, 6
+    if protocol == "prefill":
+        policy = replace(policy, interval=None)
+        row = Row(twin, policy)
+        (ours_T,) = read_by(lm, protocol, policy, [ids], begun)
+        logits_TV = torch.cat([row.prefill(ids[:begun])[None], row.read(ids[begun:-1], LENGTH)])
+        assert row.evictions == 0
+    else:
+        begun = 1
+        (ours_T,) = read_by(lm, protocol, policy, [ids], begun, chunk)
+        row = Row(twin, replace(policy, interval=1))
+        logits_TV = torch.cat([row.prefill(ids[:begun])[None], row.read(ids[begun:], chunk)[:-1]])
+        assert row.evictions > 1
+    close(ours_T, logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[begun:])[:, None])[:, 0].double())
+
+
 @pytest.mark.parametrize("question", [[], small_ids(5, seed=9)], ids=["aware", "agnostic"])
 def test_answers_are_as_likely_as_teacher_forcing_each_policy_alone_says(
     lm: LM, twin: Decoder, question: list[int]
@@ -357,6 +392,8 @@ def test_prompts_are_lm_evals(anli: Path) -> None:
     )
     assert first.choices == (" True", " Neither", " False") and first.context == "Premise 0 of test."
     assert [item.name for item in anli_items(anli, (2,), "dev", limit=2)] == ["dev-2-0", "dev-2-1"]
+    some = anli_items(anli, (2,), "dev", shots=1, fraction=0.7)
+    assert some == anli_items(anli, (2,), "dev", shots=1)[:2]  # rows 0 and 3 // 2, the same whichever others are run
 
 
 def test_worked_examples_come_from_the_rounds_training_rows(anli: Path) -> None:
@@ -405,7 +442,9 @@ def test_data_that_are_not_there_are_named(anli: Path, tmp_path: Path) -> None:
         ({"rounds": (1, 4)}, "rounds 1, 4: ANLI has 1, 2, 3"),
         ({"split": "valid"}, "split 'valid' is not known; choose from train, dev, test"),
         ({"shots": 4}, "R1: 4 shots asked for, 3 training rows to draw from"),
-        ({"limit": 0}, "limit of at least 1"),
+        ({"shots": -1}, "shots -1: give at least 0"),
+        ({"limit": 0}, "limit 0: give at least 1"),
+        ({"fraction": 1.5}, "fraction 1.5: give a number above 0, at most 1"),
     ):
         with pytest.raises(PromptError, match=message):
             anli_items(**{"data": anli, **arguments})

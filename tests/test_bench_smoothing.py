@@ -114,7 +114,7 @@ def test_a_run_has_all_its_rows_a_page_and_the_same_file_wherever_it_was_broken_
     assert "Partial run" not in page and page.count("<img") >= 1
     assert f"{expected} of {expected} results" in markdown(whole)
     for row in rows:
-        assert row["versions"] and (row["method"] == "full") == (row["entries"] is None)
+        assert row["versions"] and row["prompt"] and (row["method"] == "full") == (row["entries"] is None)
         if row["method"] == "full":
             continue
         fits = row["entries"] + (8 if row["granularity"] == "query" else 0)  # unions of the run's own prompt fit too
@@ -137,6 +137,34 @@ def test_rows_of_anli_say_what_was_asked_and_answered(lm: restkv.LM, anli: Path,
         assert all(row["logprobs"] != pytest.approx(whole["logprobs"], abs=1e-3) for row in evicted)
     ours = next(row for row in rows if row["method"] == "restkv" and row["question"] == "aware")
     assert ours["entries"] == round(0.3 * ours["tokens"]) == ours["kept"]
+
+
+def test_anli_says_every_rounds_accuracy_and_what_it_lost() -> None:
+    """Two rounds of four; the method loses the first sample of R1, and of R2 what the full cache had wrong too."""
+    arguments = {"methods": ["full", "h2o"], "tasks": ["R1", "R2"], "budgets": [0.5]}
+    right = {("full", "R1"): "1111", ("full", "R2"): "0011", ("h2o", "R1"): "0111", ("h2o", "R2"): "0011"}
+    rows = [
+        {"question": "aware", "task": task, "index": index, "method": method, "kept": 9}
+        | {"asked": 1.0 if method == "full" else 0.5, "score": float(score)}
+        for (method, task), scores in right.items()
+        for index, score in enumerate(scores)
+    ]
+    overall, by_round, *_ = parts("anli", arguments, rows)
+    assert isinstance(overall, Table) and isinstance(by_round, Table)
+    assert overall.lines[1][3:5] == ["0.750", "0.500"] and overall.lines[1][6].startswith("-0.125 [")
+    assert by_round.columns == [
+        "method",
+        "at",
+        "R1 [95 %]",
+        "R1 minus full [95 %]",
+        "R2 [95 %]",
+        "R2 minus full [95 %]",
+    ]
+    assert by_round.lines[0] == ["full", "1", "1.000 [1.000, 1.000]", "", by_round.lines[1][4], ""]
+    assert by_round.lines[1][2:4] == ["0.750 [0.250, 1.000]", "-0.250 [-0.750, +0.000]"]
+    assert by_round.lines[1][4].startswith("0.500 [0.000, 1") and by_round.lines[1][5] == "+0.000 [+0.000, +0.000]"
+    (alone, *_) = parts("anli", {**arguments, "tasks": ["R1"]}, [row for row in rows if row["task"] == "R1"])[1:]
+    assert not isinstance(alone, Table)  # one round: the first table has its interval
 
 
 def test_perplexities_of_a_table_are_those_of_its_rows(lm: restkv.LM, tmp_path: Path) -> None:
@@ -197,6 +225,7 @@ def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
         "restkv:ema=False": {"ema": False},
         "restkv:pooling=none": {"pooling": "none"},
         "restkv:ema=False:pooling=none": {"ema": False, "pooling": "none"},
+        "restkv:tau=0": {"tau": 0},
         "restkv:output_weight=False": {"output_weight": False},
         "restkv:aggregate=indicator": {"aggregate": "indicator"},
         "restkv:budget_by=global": {"budget_by": "global"},
@@ -240,7 +269,8 @@ def test_the_commands_print_tables_and_one_line_for_an_error(
     small = "--tokens 8 --context 32 --windows 1 --budgets 0.25".split()
     assert main(["bench", "perplexity", *small, *base, str(tmp_path / "p")]) == 0
     assert "per word" in capsys.readouterr().out
-    limited = ["--data", str(anli), *"--limit 1 --rounds 1 --budgets 0.5 --question aware".split()]
+    limited = ["--data", str(anli), *"--limit 1 --fraction 0.5 --rounds 1 --budgets 0.5 --question aware".split()]
+    limited += ["--model", str(RECALL)]
     assert main(["bench", "anli", *limited, *base, str(tmp_path / "a")]) == 0
     assert "minus full" in capsys.readouterr().out
     small = "--length 128 --tail 8 --windows 1 --samples 1 --compression 4 --question aware".split()
@@ -252,6 +282,7 @@ def test_the_commands_print_tables_and_one_line_for_an_error(
         ["perplexity", "--protocol", "gliding"],
         ["smoothing", "--shots", "3"],
         ["anli", "--data", str(tmp_path / "nowhere")],
+        ["perplexity", "one", "--model", "another"],
     ):
         assert main(["bench", *wrong, "--out", str(tmp_path / "w")]) != 0
         told = capsys.readouterr().err

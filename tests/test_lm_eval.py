@@ -34,7 +34,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from bench.anli import AnliPlan, run_anli
 from bench.harness import RestKVHarness
+from bench.methods import parse_methods
+from bench.runs import read_rows
 
 ROOT = Path(__file__).parent.parent
 STORY = (RECALL / "story.txt").read_text(encoding="utf-8").strip()
@@ -195,6 +198,43 @@ def test_a_chat_is_written_as_by_hf(tmp_path):
     assert model.chat_template(True) == theirs.chat_template(True) == template
     with pytest.raises(PromptError, match="'other' cannot be chosen"):
         model.chat_template("other")
+
+
+def test_our_anli_with_the_full_cache_is_lm_evals_with_hf(checkpoint, tmp_path):
+    """Its own ANLI task, prompt and all, on rows written here: log-likelihoods of all choices, and the accuracy."""
+    import lm_eval.tasks
+    import yaml
+
+    labels = "enc"
+    rows = [
+        {"uid": str(index), "premise": text, "hypothesis": f"Lily saw {what}.", "label": labels[index % 3]}
+        for index, (text, what) in enumerate(zip(TEXTS, ["a dog", "48213", "Tim", "the tree", "it"], strict=True))
+        if not text.startswith("<s>")  # a BOS of its own: `hf` doubles it
+    ]
+    task = yaml.safe_load((Path(lm_eval.tasks.__file__).parent / "anli" / "anli_r1.yaml").read_text())
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "anli.json")}}}
+    task |= {"task": "local_anli", "tag": [], "test_split": "test", **data}
+    for name in ("dataset_name", "training_split", "validation_split"):
+        del task[name]
+    (tmp_path / "local_anli.yaml").write_text(yaml.safe_dump(task))
+    numbered = [{**row, "label": labels.index(row["label"])} for row in rows]
+    (tmp_path / "anli.json").write_text("\n".join(map(json.dumps, numbered)))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = HFLM(str(checkpoint), device="cpu", dtype="float32", batch_size=1)
+    done = simple_evaluate(theirs, tasks=["local_anli"], task_manager=manager, bootstrap_iters=0)
+    want = [[resp[0][0] for resp in sample["resps"]] for sample in done["samples"]["local_anli"]]
+
+    folder = tmp_path / "R1"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = restkv.load(checkpoint, dtype="float32")
+    run_anli(lm, AnliPlan(tmp_path, tuple(parse_methods("full")), (0.5,), rounds=(1,)), tmp_path / "run")
+    for mode in ("aware", "agnostic"):
+        ours = [row for row in read_rows(tmp_path / "run") if row["question"] == mode]
+        # float32 itself is 2e-4 off float64 in choices of 46 nats.
+        assert [row["logprobs"] for row in ours] == [pytest.approx(line, rel=1e-5, abs=1e-4) for line in want]
+        accuracy = sum(row["score"] for row in ours) / len(ours)
+        assert accuracy == pytest.approx(done["results"]["local_anli"]["acc,none"])
 
 
 # -- a policy that evicts

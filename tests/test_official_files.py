@@ -27,8 +27,10 @@ import restkv
 from bench.official import templates, wording
 from bench.official.data import DataError, Rows
 from bench.official.haystack import BUFFER, haystack, insert
+from bench.official.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
 from bench.official.infinitebench import infinitebench
 from bench.official.longbench import METRICS, longbench
+from bench.official.ruler import NEW_TOKENS as RULER_TASKS
 from bench.official.ruler import ruler
 from bench.official.suite import OFFICIAL, PAPER, Suite
 from bench.official.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates, sha12
@@ -206,6 +208,30 @@ def test_odd_rows_are_refused_by_file_and_line(
             {"longbench": longbench, "infinitebench": infinitebench}[kind](lm, tmp_path, None, OFFICIAL, None)
 
 
+def test_every_field_of_every_task_is_missed_by_file_line_and_name(lm: restkv.LM, tmp_path: Path) -> None:
+    fields = {
+        "longbench": dict.fromkeys(METRICS, ("input", "context", "answers")),
+        "infinitebench": dict.fromkeys(INFINITEBENCH_TASKS, ("input", "context", "answer")),
+        "ruler": dict.fromkeys(RULER_TASKS, ("input", "outputs")),
+    }
+    fields["longbench"]["trec"] += ("all_classes",)
+    for task in ("longbook_choice_eng", "code_debug"):
+        fields["infinitebench"][task] += ("options",)
+    make = {"longbench": longbench_row, "infinitebench": infinitebench_row, "ruler": ruler_row}
+    count = 0
+    for kind, task, name in ((k, t, f) for k, tasks in fields.items() for t, names in tasks.items() for f in names):
+        place = tmp_path / f"{kind}-{task}-{name}"
+        path = place / ("128" if kind == "ruler" else "") / f"{task}.jsonl"
+        write_jsonl(path, [make[kind](task), drop(name)(make[kind](task, 1))])
+        with pytest.raises(DataError, match=f"^{path}: line 2: no field '{name}'; the row has "):
+            if kind == "ruler":
+                ruler(lm, place, [task], None, OFFICIAL)
+            else:
+                {"longbench": longbench, "infinitebench": infinitebench}[kind](lm, place, [task], OFFICIAL, None)
+        count += 1
+    assert count == 16 * 3 + 1 + 12 * 3 + 2 + 13 * 2
+
+
 def test_files_that_are_none_are_refused(lm: restkv.LM, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file of any task, such as narrativeqa.jsonl"):
         longbench(lm, tmp_path, None, OFFICIAL, None)
@@ -256,6 +282,12 @@ def test_templates_come_from_a_clone_and_are_never_run(lm: restkv.LM, tmp_path: 
     item = needle.sources[1].item(0)
     assert item.answers == ["\nThe way home is past the old mill.\n", "past the old mill."]
     assert item.prompt.startswith("A book: ") and item.prompt.endswith("{so}.\nQ: The way home is: \nA:")
+    scripts = tmp_path / "scripts"  # as in the paper's code: a dictionary in the script that runs the benchmark
+    scripts.mkdir()
+    (scripts / "run_longbench.py").write_text("lengths = {'qasper': 128}\ntexts = {'qasper': '{context} {input}'}\n")
+    (scripts / "run_infinite_bench.py").write_text("TEXTS = {'passkey': '{context} {input}'}\n")
+    assert longbench(lm, data, ["qasper"], PAPER, scripts).sources[0].item(0).prompt.startswith(STORY)
+    assert infinitebench(lm, tmp_path / "infinite", None, PAPER, scripts).sources[0].item(0).prompt.startswith(STORY)
     assert needle.facts["templates"] is not None and suite.facts["templates"] != book.facts["templates"]
 
 
@@ -311,7 +343,7 @@ def test_templates_that_cannot_be_used_are_refused(name: str, content: str, mess
     with pytest.raises(DataError, match=message):
         found, _ = find_templates("longbench", path, {"lcc": templates.LONGBENCH["lcc"]}, {})
         found["lcc"].fill({"context": "c", "input": "i"})
-    with pytest.raises(DataError, match=r"no dataset2prompt.json in this folder"):
+    with pytest.raises(DataError, match=r"no dataset2prompt.json or run_longbench.py in this folder"):
         find_templates("longbench", tmp_path, templates.LONGBENCH, {})
     with pytest.raises(DataError, match="cannot be read"):
         find_templates("longbench", tmp_path / "none.json", templates.LONGBENCH, {})

@@ -180,6 +180,7 @@ def test_rouge_of_summaries_and_needles_by_hand() -> None:
     assert metrics.rouge_l_sum("a b c d", ["a b\nc d"]) == 1
     assert metrics.rouge_l_sum("a b", ["a b c d"]) == pytest.approx(2 / 3)  # precision 1, recall 1/2
     assert metrics.rouge_l_sum("", ["a b"]) == 0
+    assert metrics.rouge_l_sum("a b", ["c d", "a b c d"]) == pytest.approx(2 / 3)  # the best of several answers
     assert metrics.needle_rouge("sat in parks", ["sit in the park", ""]) == pytest.approx(
         2 * (2 / 3) * (1 / 2) / (7 / 6)
     )

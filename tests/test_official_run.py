@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +35,7 @@ from bench.official.run import Plan, answer, encode, run
 from bench.official.suite import OFFICIAL, PAPER, Item, Suite
 from bench.official.tables import parts, published
 from bench.report import build, latex, markdown
-from bench.runs import SAMPLES, TIMINGS, RunError, read_manifest, read_rows
+from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
 from bench.tables import Table, progress
 from bench.together import answer_all
 from restkv.cli import main
@@ -63,8 +65,6 @@ def plan(suite: Suite, **changes: Any) -> Plan:
 def suites(lm: restkv.LM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Suite]:
     folder = tmp_path_factory.mktemp("data")
     write_infinitebench(folder / "infinite", 1)
-    # The metric of summaries is another package's: tests/test_official_metrics.py.
-    (folder / "infinite" / "longbook_sum_eng.jsonl").unlink()
     return {
         "longbench": short(longbench(lm, write_longbench(folder / "long", 1), None, OFFICIAL, None)),
         "infinitebench": short(infinitebench(lm, folder / "infinite", None, PAPER, None)),
@@ -86,7 +86,7 @@ def finished(lm: restkv.LM, suites: dict[str, Suite], tmp_path_factory: pytest.T
 
 def test_every_task_of_every_benchmark_runs(finished: dict[str, Path], suites: dict[str, Suite]) -> None:
     counts = {kind: len(read_rows(folder)) for kind, folder in finished.items()}
-    assert counts == {"longbench": 32, "infinitebench": 22, "ruler-official": 52, "needle-official": 12}
+    assert counts == {"longbench": 32, "infinitebench": 24, "ruler-official": 52, "needle-official": 12}
     for kind, folder in finished.items():
         rows, manifest = read_rows(folder), read_manifest(folder)
         assert {row["task"] for row in rows} == {source.task.name for source in suites[kind].sources}
@@ -346,6 +346,11 @@ def test_published_figures_need_the_model_and_the_budget() -> None:
     assert published("longbench", ARGUMENTS)[0] == "Llama-3.1-8B-Instruct"
     assert published("longbench", {**ARGUMENTS, "model": "llama-2x64-float32-0"}) == ("", {})
     assert published("longbench", {**ARGUMENTS, "checkpoint": "recall-mini"}) == ("", {})
+    for name, model in (
+        ("Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct"),
+        ("Llama-2-7b-chat-hf", "Llama-2-7B-Chat"),
+    ):
+        assert published("longbench", {**ARGUMENTS, "checkpoint": name})[0] == model  # as their folders are called
     assert published("infinitebench", ARGUMENTS) == ("", {})
     _, figures = published("ruler-official", ARGUMENTS)
     assert figures["restkv", 1024, 131072] == 68.28 and figures["full", None, 4096] == 99.34
@@ -355,25 +360,63 @@ def test_published_figures_need_the_model_and_the_budget() -> None:
     assert isinstance(means, Table) and [line[-2] for line in means.lines] == ["39.96", "", ""]
 
 
+def test_an_ablated_method_stands_beside_the_published_ablation_or_nothing() -> None:
+    labels = [
+        "full",
+        "restkv@paper-longbench",
+        "restkv@paper-longbench:ema=False",
+        "restkv:alpha=0.5",
+        "restkv:window=16",
+    ]
+    arguments = {**ARGUMENTS, "methods": labels, "budgets": [128]}
+    means = parts("longbench", arguments, rows_of(arguments, ["lcc"], dict.fromkeys(labels, 0.5)))[1]
+    assert isinstance(means, Table)
+    assert {line[0]: line[-2] for line in means.lines} == dict(
+        zip(labels, ["39.96", "35.86", "34.15", "35.51", ""], strict=True)
+    )
+
+
+MODELS = {  # in the specification's tables: of our own name, and in the shape that its configuration has
+    "Llama-3.1-8B-Instruct": "llama-32x4096",
+    "Llama-2-7B-Chat": "llama-32x4096",
+    "Mistral-7B-Instruct-v0.3": "mistral-32x4096",
+}
+
+
 def test_published_figures_are_those_of_the_specification(shared: Path) -> None:
+    """Read anew from its tables, cell by cell."""
     text = (shared / "SPEC.md").read_text(encoding="utf-8")
-    for kind, means in (("longbench", {"restkv": (33.56 + 35.86 + 36.93 + 38.33 + 38.94) / 5}), ("ruler-official", {})):
-        _, figures = published(kind, ARGUMENTS)
-        assert all(f"{value:.2f}" in text for value in figures.values())
-        for method, mean in means.items():
-            values = [value for (name, _, _), value in figures.items() if name == method]
-            assert sum(values) / len(values) == pytest.approx(mean)
+    methods = ["streamingllm", "h2o", "tova", "snapkv", "restkv"]
+    for model, shape in MODELS.items():
+        line = re.search(rf"^\| {re.escape(model)} \(([\d.]+)\) \|(.*)\|$", text, re.M)
+        assert line is not None
+        expected = {("full", None, None): float(line[1])}
+        for method, cell in zip(methods, line[2].split("|"), strict=True):
+            means = map(float, cell.split("/"))
+            expected |= {(method, b, None): mean for b, mean in zip((64, 128, 256, 512, 1024), means, strict=True)}
+        if model == "Llama-3.1-8B-Instruct":
+            expected |= ablations(text)
+        assert published("longbench", {"checkpoint": model, "model": f"{shape}-bfloat16-0"}) == (model, expected)
+    (line,) = [line for line in text.splitlines() if line.startswith("Full 99.34/")]
     _, figures = published("ruler-official", ARGUMENTS)
-    for method, average in {
-        "full": 93.46,
-        "snapkv": 67.11,
-        "pyramidkv": 66.97,
-        "restkv": 82.27,
-        "streamingllm": 16.50,
-    }.items():
-        assert sum(value for (name, _, _), value in figures.items() if name == method) / 6 == pytest.approx(
-            average, abs=0.006
-        )
+    assert len(figures) == 5 * 6
+    for name, values in re.findall(r"(\S+) ((?:\d+\.\d+/){6}\d+\.\d+)", line):
+        *means, average = map(float, values.split("/"))
+        method, budget = name.lower().replace("-", ""), None if name == "Full" else 1024
+        assert [figures[method, budget, 4096 << step] for step in range(6)] == means
+        assert sum(means) / 6 == pytest.approx(average, abs=0.006)
+
+
+def ablations(text: str) -> dict[tuple[Any, ...], float]:
+    """fig_sensitivity in the specification: by alpha, the plain mean, by beta (our scale), plain averaging."""
+    number = r"(\d+\.\d+)"
+    alphas = re.search(rf"α 0\.1…0\.9: ((?:{number} ?){{9}})\(mean instead of EMA {number}\)", text)
+    betas = re.search(rf"β ([\d,]+): ((?:{number} ?){{8}})\(plain avg-pool {number}\)", text)
+    assert alphas is not None and betas is not None
+    named = {f"alpha=0.{tenth}": value for tenth, value in enumerate(alphas[1].split(), 1)}
+    named |= {f"scale={beta}": value for beta, value in zip(betas[1].split(","), betas[2].split(), strict=True)}
+    named |= {"ema=False": alphas[3], "pooling=avg": betas[4]}
+    return {(f"restkv:{option}", 128, None): float(value) for option, value in named.items()}
 
 
 @pytest.mark.parametrize("kind", ("longbench", "infinitebench", "ruler-official", "needle-official"))
@@ -386,6 +429,17 @@ def test_reports_show_a_run_of_every_benchmark(kind: str, finished: dict[str, Pa
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") >= 3 and r"restkv:window=4 & 16 & " in tex
     for line in tex.splitlines():
         assert line.startswith(("%", "\\")) or not line or line.endswith(r" \\")
+
+
+def test_reports_of_a_published_model_show_its_figures(finished: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = shutil.copytree(finished["longbench"], tmp_path / "run")
+    manifest = read_manifest(folder)
+    manifest["arguments"] |= {name: ARGUMENTS[name] for name in ("checkpoint", "model")}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for shown in (build(folder), markdown(folder), latex(folder)):
+        assert "published for Llama-3.1-8B-Instruct" in shown and "39.96" in shown
+    assert "39.96" not in markdown(finished["longbench"])
 
 
 def test_a_table_in_latex_escapes_what_latex_reads(

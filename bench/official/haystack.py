@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.official import wording
 from bench.official.data import DataError
-from bench.official.metrics import need_rouge, needle_rouge, words_found
+from bench.official.metrics import needle_rouge, rouge_version, words_found
 from bench.official.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
 from bench.official.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs import digest
@@ -36,8 +36,7 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
             (official protocol, which scores by ROUGE-1; the paper's figures are of the words found).
     """
     check_protocol(protocol)
-    if protocol == OFFICIAL:
-        need_rouge()
+    rouge = rouge_version() if protocol == OFFICIAL else {}
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
@@ -62,7 +61,7 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
                 )
 
             sources.append(Source(task, 1, item, _wording(texts), length, percent / 100))
-    facts = {"essays": digest("\0".join(essays)), "templates": templates_digest}
+    facts = {"essays": digest("\0".join(essays)), "templates": templates_digest, **rouge}
     return Suite(KIND, protocol, tuple(sources), None, end_ids(lm, protocol), facts)
 
 

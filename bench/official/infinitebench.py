@@ -9,8 +9,19 @@ from typing import Any
 
 from bench.official import infinite_metrics, wording
 from bench.official.data import DataError, Row, Rows
-from bench.official.metrics import need_rouge
-from bench.official.suite import PAPER, Item, Source, Suite, Task, check_protocol, choose, end_ids, longest_prompt
+from bench.official.metrics import rouge_version
+from bench.official.suite import (
+    OFFICIAL,
+    PAPER,
+    Item,
+    Source,
+    Suite,
+    Task,
+    check_protocol,
+    choose,
+    end_ids,
+    longest_prompt,
+)
 from bench.official.templates import INFINITEBENCH, Template, find_templates
 from restkv.lm import LM
 
@@ -52,8 +63,6 @@ def infinitebench(lm: LM, folder: Path, names: Sequence[str] | None, protocol: s
         return folder / f"{name}.jsonl"
 
     names = choose(names, list(NEW_TOKENS), lambda name: path(name) if path(name).exists() else None, folder)
-    if "longbook_sum_eng" in names:
-        need_rouge()
     texts, digest = find_templates(
         KIND, templates, {name: INFINITEBENCH[name] for name in names}, wording.INFINITEBENCH
     )
@@ -65,7 +74,9 @@ def infinitebench(lm: LM, folder: Path, names: Sequence[str] | None, protocol: s
         sources.append(_source(name, protocol, texts[name], rows))
     longest = longest_prompt(lm, PAPER) if protocol == PAPER else min(OFFICIAL_LENGTH, lm.config.max_positions)
     facts = {"files": {name: rows.digest for name, rows in files.items()}, "templates": digest}
-    return Suite(KIND, protocol, tuple(sources), longest, end_ids(lm, protocol), facts)
+    if "longbook_sum_eng" in names:
+        facts |= rouge_version()
+    return Suite(KIND, protocol, tuple(sources), longest, end_ids(lm, protocol), facts, joined=protocol == OFFICIAL)
 
 
 def _source(name: str, protocol: str, template: Template, rows: Rows) -> Source:

@@ -14,6 +14,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from restkv.errors import PromptError
@@ -201,20 +202,24 @@ def needle_rouge(prediction: str, answers: Sequence[Any], classes: Sequence[str]
 
 @cache
 def _scorer(kind: str, stem: bool) -> Any:
-    need_rouge()
+    rouge_version()
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer([kind], use_stemmer=stem)
 
 
-def need_rouge() -> None:
-    """Raises PromptError where rouge-score is missing."""
+def rouge_version() -> dict[str, str]:
+    """What a manifest says of the library that these metrics come from.
+
+    Raises:
+        PromptError: it is missing.
+    """
     try:
-        import rouge_score  # noqa: F401
-    except ImportError:
+        return {"rouge-score": version("rouge-score")}
+    except PackageNotFoundError:
         raise PromptError("this metric is rouge-score's: pip install 'restkv[eval]'") from None
 
 
 def rouge_l_sum(prediction: str, answers: Sequence[Any], classes: Sequence[str] = ()) -> float:
-    """InfiniteBench's summaries: rougeLsum F1 of rouge-score, unstemmed, against the (first) answer."""
-    return _scorer("rougeLsum", False).score(answers[0], prediction)["rougeLsum"].fmeasure
+    """InfiniteBench's summaries: rougeLsum F1 of rouge-score, unstemmed, best over the answers."""
+    return _scorer("rougeLsum", False).score_multi(answers, prediction)["rougeLsum"].fmeasure

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bench.methods import Method, check
 from bench.official.data import DataError
 from bench.official.suite import Item, Source, Suite
 from bench.plans import Asked, Cell, cells_of, share
-from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
+from bench.runs import Report, Run, chosen_rows, describe, digest, open_run, setting, versions_text
 from bench.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
@@ -59,8 +60,7 @@ class Plan:
 
     def chosen(self, source: Source) -> list[int]:
         """Numbers of the items that are run."""
-        count = min(source.count, max(1, round(source.count * self.fraction)))
-        return [index * source.count // count for index in range(count)][: self.limit]
+        return chosen_rows(source.count, self.fraction, self.limit)
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready, all that results depend on."""
@@ -100,23 +100,31 @@ def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
 
 def _fill(lm: LM, plan: Plan, results: Run) -> None:
     for source, index in _in_turn(plan):
-        keys = {cell: _key(source, index, cell) for cell in plan.cells}
-        missing = [cell for cell in plan.cells if keys[cell] not in results.done]
-        if not missing:
-            continue
-        for cell, row in zip(missing, answer(lm, plan, source, source.item(index), missing), strict=True):
-            about = {
-                "protocol": plan.suite.protocol,
-                "task": source.task.name,
-                "length": source.length,
-                "depth": source.depth,
-                "index": index,
-                "method": cell.method.label,
-                "preset": cell.method.preset,
-                "budget": _budget(cell),
-                "wording": source.wording,
-            }
-            results.add(keys[cell], {**about, **row, "versions": versions_text()})
+        keys = [_key(source, index, cell) for cell in plan.cells]
+        results.add_together(keys, partial(_rows, lm, plan, source, index))
+
+
+def _rows(lm: LM, plan: Plan, source: Source, index: int) -> list[dict[str, Any]]:
+    """What an item's answers in all cells are of, and the answers."""
+    about = {
+        "protocol": plan.suite.protocol,
+        "task": source.task.name,
+        "length": source.length,
+        "depth": source.depth,
+        "index": index,
+    }
+    return [
+        {
+            **about,
+            "method": cell.method.label,
+            "preset": cell.method.preset,
+            "budget": _budget(cell),
+            "wording": source.wording,
+            **row,
+            "versions": versions_text(),
+        }
+        for cell, row in zip(plan.cells, answer(lm, plan, source, source.item(index), plan.cells), strict=True)
+    ]
 
 
 def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
@@ -141,10 +149,10 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
     """The item's answer in every cell, in their order: output, score and what was kept."""
     assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     task = source.task
-    ids, cut, chat = encode(lm, item, task.chat, plan.longest)
+    ids, cut, chat = encode(lm, item, task.chat, plan.longest, plan.suite.joined)
     eos = list(plan.suite.eos)
     if task.newline_ends:
-        eos.append(lm.tokenizer.encode("\n", bos=False)[-1])
+        eos = [*(lm.tokenizer.eos_ids or eos), lm.tokenizer.encode("\n", bos=False)[-1]]
     policies: list[Policy] = []
     for cell in cells:
         entries = share(cell.asked, len(ids))
@@ -172,11 +180,11 @@ def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]
     ]
 
 
-def encode(lm: LM, item: Item, chat: bool, longest: int | None) -> tuple[list[int], int, bool]:
+def encode(lm: LM, item: Item, chat: bool, longest: int | None, joined: bool = False) -> tuple[list[int], int, bool]:
     """Token ids of an item's prompt, how many tokens were cut out of its middle, and whether a chat template is around it.
 
-    A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again;
-    the chat template comes after that and writes any BOS itself.
+    A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again
+    (joined: see Suite); the chat template comes after that and writes any BOS itself.
 
     Raises:
         DataError: the prompt is empty.
@@ -187,7 +195,8 @@ def encode(lm: LM, item: Item, chat: bool, longest: int | None) -> tuple[list[in
     cut = 0
     if longest is not None and len(ids) > longest:
         half = longest // 2
-        text = words.decode(ids[:half]) + words.decode(ids[-half:])
+        pieces = [ids[:half] + ids[-half:]] if joined else [ids[:half], ids[-half:]]
+        text = "".join(map(words.decode, pieces))
         cut = len(ids) - 2 * half
         ids = words.encode(text)
     chat = chat and words.has_chat_template
@@ -199,10 +208,6 @@ def encode(lm: LM, item: Item, chat: bool, longest: int | None) -> tuple[list[in
 
 
 def _check(lm: LM, plan: Plan) -> None:
-    if plan.limit is not None and plan.limit < 1:
-        raise PromptError(f"limit {plan.limit}: give at least 1")
-    if not 0 < plan.fraction <= 1:
-        raise PromptError(f"fraction {plan.fraction:g}: give a number above 0, at most 1")
     if plan.max_length is not None and plan.max_length < 2:
         raise PromptError(f"max_length {plan.max_length}: a prompt has two halves; give at least 2")
     positions = lm.config.max_positions

@@ -32,7 +32,8 @@ class Task:
     Attributes:
         chat: asked through the chat template, where the model has one.
         least_one: the first token may not end the answer.
-        newline_ends: a line break ends it, as the end-of-sequence tokens do.
+        newline_ends: a line break ends it, and of the end-of-sequence tokens the tokenizer's: the scripts that stop at line
+            breaks name these two.
     """
 
     name: str
@@ -76,6 +77,8 @@ class Suite:
     Attributes:
         kind: of the run, such as "longbench".
         max_length: prompts of more tokens lose their middle; None: never.
+        joined: what is left of them is one text; otherwise each half is decoded by itself, and where a tokenizer drops the
+            space at the beginning of a text, the halves meet without one.
         eos: ids that end an answer.
         facts: JSON-ready, what results depend on besides: digests of files, and of the templates.
     """
@@ -86,6 +89,7 @@ class Suite:
     max_length: int | None
     eos: tuple[int, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    joined: bool = False
 
 
 def check_protocol(protocol: str) -> None:

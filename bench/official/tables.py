@@ -50,7 +50,7 @@ def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[
 def published(kind: str, arguments: Mapping[str, Any]) -> tuple[str, dict[tuple[Any, ...], float]]:
     """The model that the checkpoint's name and shape say it is, and its figures by (method, budget, length or None).
 
-    Figures are matched by the method's bare name: whatever options it has are not published ones.
+    Methods are named as `--methods` names them, without a preset; one with options has a figure where the paper's ablations do.
     """
     name = _plain(arguments["checkpoint"])
     for entry in _published().get(kind, ()):
@@ -61,7 +61,8 @@ def published(kind: str, arguments: Mapping[str, Any]) -> tuple[str, dict[tuple[
 
 
 def _plain(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
+    """Without what checkpoints' folders have besides the model's name."""
+    return re.sub("[^a-z0-9]", "", name.lower().removeprefix("meta-").removesuffix("-hf"))
 
 
 @cache
@@ -138,7 +139,7 @@ def _theirs(
     method: str, budget: int | float | None, rows: Sequence[Row], figures: Mapping[tuple[Any, ...], float]
 ) -> float | None:
     """The published mean of what the rows are of, over the lengths they have; None where one is not published."""
-    name = re.split("[@:]", method)[0]
+    name = re.sub("@[^:]*", "", method)
     lengths = {row["length"] for row in rows}
     known = [figures.get((name, budget, length)) for length in lengths]
     return None if None in known else sum(known) / len(known)  # type: ignore[arg-type]

@@ -57,8 +57,8 @@ NEEDLE = {
     "prompt": "c05e9c6b9516",  # around context and question; the hash is of KVCache-Factory's, from which rest-kv's stems
 }
 FILES = {
-    "longbench": ("dataset2prompt.json",),
-    "infinitebench": ("prompt.py", "eval_utils.py"),
+    "longbench": ("dataset2prompt.json", "run_longbench.py"),
+    "infinitebench": ("prompt.py", "eval_utils.py", "run_infinite_bench.py"),
     "needle-official": ("run_needle_in_haystack.py",),
 }
 

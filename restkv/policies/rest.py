@@ -62,7 +62,7 @@ class ReSTKV(Policy):
     alpha: float = 0.3  # EMA weight of the newest query
     scale: float = 2000  # beta: entries of drift that widen the kernel by 2 and shift it by 1
     kernel_size: int = 5  # odd; the narrowest adaptive kernel (1 = the paper's), or the fixed one of "avg" and "max"
-    tau: float = 1.0  # exponent of the output change, aggregate="attention" only
+    tau: float = 1.0  # exponent of the output change, aggregate="attention" only; 0: attention alone, a / (1 - a)
     aggregate: str = "attention"  # what the EMA averages: "attention" or the finished "indicator"
     drift: str = "released"  # "symmetric" leaves out the observation window's columns and the shift of +1 at zero drift
     pooling: str = "adaptive"  # or "avg", "max" (fixed kernel, zeros beyond the ends), "none"
@@ -75,7 +75,7 @@ class ReSTKV(Policy):
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
         self._require(_is_number(self.alpha) and 0 < self.alpha <= 1, "alpha", "give a number above 0, at most 1")
         self._require(_is_number(self.scale) and self.scale > 0, "scale", "give a number above 0")
-        self._require(_is_number(self.tau) and self.tau > 0, "tau", "give a number above 0")
+        self._require(_is_number(self.tau) and self.tau >= 0, "tau", "give a number of at least 0")
         self._require(self.kernel_size in range(1, 1 << 20, 2), "kernel_size", "give an odd number of at least 1")
         self._one_of("aggregate", ("attention", "indicator"))
         self._one_of("drift", ("released", "symmetric"))
