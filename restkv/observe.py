@@ -112,25 +112,24 @@ class Observation:
         for start in range(0, W, step):
             yield slice(start, start + step)
 
-    def logits(self, columns: slice = slice(None), queries: slice = slice(None)) -> Tensor:
-        """Attention logits [B, H, W, C] of some queries and columns; -inf for what a query may not see.
-
-        That is: the future, what has left a sliding window, padding, and entries its head does not hold.
+    def logits(self, columns: slice = slice(None), queries: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+        """Attention logits [B, H, W, C] of some columns, queries and KV heads (with their groups); -inf for what a query may
+        not see: the future, what has left a sliding window, padding, and entries its head does not hold.
         """
-        q_BHWD = self.q[:, :, queries].to(self.dtype)
-        B, _, W, D = q_BHWD.shape
-        K, G = self.k.shape[1], self.group
-        q_BKQD = q_BHWD.reshape(B, K, G * W, D)
-        logits_BKGWC = (q_BKQD @ self.k[:, :, columns].to(self.dtype).mT).view(B, K, G, W, -1) * self.scale
+        G = self.group
+        q_BKGWD = self.q.unflatten(1, (-1, G))[:, heads, :, queries].to(self.dtype)
+        B, K, _, W, D = q_BKGWD.shape
+        q_BKQD = q_BKGWD.reshape(B, K, G * W, D)
+        logits_BKGWC = (q_BKQD @ self.k[:, heads, columns].to(self.dtype).mT).view(B, K, G, W, -1) * self.scale
         if self.softcap is not None:
             logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
-        pos_BK11C = self.pos[:, :, None, None, columns]
+        pos_BK11C = self.pos[:, heads, None, None, columns]
         q_pos_B11W1 = self.q_pos[:, None, None, queries, None]
         visible = (pos_BK11C >= 0) & (pos_BK11C <= q_pos_B11W1)
         if self.window is not None:
             visible = visible & (pos_BK11C > q_pos_B11W1 - self.window)
         if self.keep is not None:
-            visible = visible & self.keep[:, :, columns].view(B, K, G, 1, -1)
+            visible = visible & self.keep.unflatten(1, (-1, G))[:, heads, :, None, columns]
         return logits_BKGWC.masked_fill(~visible, -torch.inf).flatten(1, 2)
 
     def normalizer_and_top(self) -> tuple[Tensor, Tensor]:
@@ -160,6 +159,15 @@ def attention_BHWC(obs: Observation) -> Tensor:
 
 def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
     """Sum over the observed queries of weight * softmax weights, [B, H, C] in obs.dtype."""
+    B, _, W, _ = obs.q.shape
+    K, C = obs.k.shape[1:3]
+    heads = chunk_elements(obs.q.device) // (B * obs.group * W * C)
+    if heads:  # KV heads whose weights over all columns may exist at once: their logits are made only once
+        parts = []
+        for first in range(0, K, heads):
+            a_BHWC = obs.logits(heads=slice(first, first + heads)).softmax(-1)
+            parts.append(torch.einsum("bhwc,bw->bhc", a_BHWC.nan_to_num(0), weight_BW))
+        return torch.cat(parts, 1)
     lse_BHW, _ = obs.normalizer_and_top()
     parts = [torch.einsum("bhwc,bw->bhc", obs.attention(lse_BHW, c), weight_BW) for c, _ in obs.attention_chunks()]
     return torch.cat(parts, -1)
