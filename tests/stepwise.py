@@ -129,10 +129,10 @@ class Row:
         return logits_TV[-1]
 
     def extend(self, ids: Sequence[int], chunk: int) -> Tensor:
-        """Append several tokens, chunk by chunk; logits [V] after the last. See read."""
-        return self.read(ids, chunk)[-1]
+        """Append several tokens, chunk by chunk; logits [V] after the last. See read_all."""
+        return self.read_all(ids, chunk)[-1]
 
-    def read(self, ids: Sequence[int], chunk: int) -> Tensor:
+    def read_all(self, ids: Sequence[int], chunk: int) -> Tensor:
         """Append several tokens, chunk by chunk; an interval that ends within a chunk ends with it. Logits [T, V]."""
         said = []
         for start in range(0, len(ids), chunk):

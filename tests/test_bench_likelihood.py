@@ -167,13 +167,13 @@ def test_a_prefill_is_evicted_once_and_chunks_each_after_themselves(
         policy = replace(policy, interval=None)
         row = Row(twin, policy)
         (ours_T,) = read_by(lm, protocol, policy, [ids], begun)
-        logits_TV = torch.cat([row.prefill(ids[:begun])[None], row.read(ids[begun:-1], LENGTH)])
+        logits_TV = torch.cat([row.prefill(ids[:begun])[None], row.read_all(ids[begun:-1], LENGTH)])
         assert row.evictions == 0
     else:
         begun = 1
         (ours_T,) = read_by(lm, protocol, policy, [ids], begun, chunk)
         row = Row(twin, replace(policy, interval=1))
-        logits_TV = torch.cat([row.prefill(ids[:begun])[None], row.read(ids[begun:], chunk)[:-1]])
+        logits_TV = torch.cat([row.prefill(ids[:begun])[None], row.read_all(ids[begun:], chunk)[:-1]])
         assert row.evictions > 1
     close(ours_T, logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[begun:])[:, None])[:, 0].double())
 

@@ -123,7 +123,7 @@ class Twin(Row):
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """Logits [V] after the last of some tokens."""
-        return self._run(ids)
+        return self._run(ids)[-1]
 
     def settle(self, told: Kept, prompt: bool = False) -> None:
         """The engine evicted, if there was anything to: choose likewise, and lose what it lost."""
