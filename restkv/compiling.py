@@ -1,7 +1,7 @@
 """When a job repays compiling its decode step on a CPU, where the compiled kernels are kept, and making them ahead of time.
 
-An eager step starts at once; a compiled one takes about half the time per token, after some seconds of compiling that only the
-first process pays in full (docs/performance.md has the figures).
+An eager step starts at once; a compiled one takes less time per token, after some seconds of compiling that only the first
+process pays in full (docs/performance.md has what that took once).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modeling.pages import KVCache
 
 # Seconds until the first compiled token: with kernels to be made, and with kernels that a process before has left.
 COLD, WARM = 40.0, 6.0
-GAIN = 0.5  # share of an eager step that compiling saves
+GAIN = 0.5  # share of an eager step that compiling is taken to save: a guess, not yet measured
 EAGER_TOKENS = 8  # after so many the time of an eager step is known
 
 
