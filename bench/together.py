@@ -61,13 +61,17 @@ class Together:
     def rows(self) -> list[tuple[KVCache, Evictor]]:
         return [(self.session.cache.row(index), evictor) for index, evictor in enumerate(self.evictors)]
 
-    def held(self, row: int) -> Held:
-        """A row's live entries, and their bytes with positions and what its own policy stores beside them."""
-        engine, policy = self.session.engine, self.policies[row]
-        extra = sum(math.prod(shape) * dtype.itemsize for shape, dtype in companions_of(policy, engine.model).values())
-        slot = 2 * engine.model.config.head_dim * engine.model.dtype.itemsize + torch.int32.itemsize + extra
-        live = sum(int(layer.live_counts()[row].sum()) for layer in self.session.cache.layers)
-        return Held(kept_mean(self.session, row), slot * live)
+    def held(self) -> list[Held]:
+        """Each row's live entries, and their bytes with positions and what its own policy stores beside them."""
+        model, cache = self.session.engine.model, self.session.cache
+        live_BN = torch.stack([layer.live_counts().sum(-1) for layer in cache.layers], 1)
+        heads = sum(layer.heads for layer in cache.layers)
+        found = []
+        for policy, live in zip(self.policies, live_BN.sum(-1).tolist(), strict=True):
+            extra = sum(math.prod(shape) * dtype.itemsize for shape, dtype in companions_of(policy, model).values())
+            slot = 2 * model.config.head_dim * model.dtype.itemsize + torch.int32.itemsize + extra
+            found.append(Held(live / heads, slot * live))
+        return found
 
 
 def kept_mean(session: Session, row: int = 0) -> float:
@@ -159,7 +163,7 @@ def under_each(
     prefill_all(lm, groups, prompt, pattern)
     found: dict[int, tuple[Held, Found]] = {}
     for group in groups:
-        held = [group.held(row) for row in range(len(group.policies))]
+        held = group.held()
         values = measure(group.session)
         group.session.cache.free()
         found |= zip(group.about, zip(held, values, strict=True), strict=True)

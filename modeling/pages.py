@@ -198,16 +198,19 @@ class LayerCache:
         keep, raw = pool.companions.get("keep"), pool.companions.get("raw")
         return LayerView(pool.k, pool.v, pool.pos, table, self.used, keep, self.reach, raw)
 
-    def refresh(self) -> None:
-        """Copy the lists to the device table, making it larger when a list or the pool has outgrown it."""
+    def refresh(self, changed: slice = slice(None)) -> None:
+        """Copy the lists (or those that changed) to the device table, making it larger when a list or the pool outgrew it."""
         longest = max(len(pages) for pages in self.lists)
         if longest > self.max_pages:
             self.max_pages = max(longest, 2 * self.max_pages)
+            changed = slice(None)  # every list begins elsewhere
         size = len(self.lists) * self.max_pages + self.pool.num_pages
-        flat = [page for pages in self.lists for page in pages + [SINK_PAGE] * (self.max_pages - len(pages))]
         if len(self._table) < size:
             self._table = torch.zeros(size, dtype=torch.int32, device=self.pool.pos.device)
-        self._table[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+            changed = slice(None)
+        fresh = [pages + [SINK_PAGE] * (self.max_pages - len(pages)) for pages in self.lists[changed]]
+        table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
+        table_RM[changed] = torch.tensor(fresh, dtype=torch.int32, device=self._table.device)
 
     def lengths(self) -> list[int]:
         """Entries written to each list, dead ones included. Reads the device: once per interval, never per token."""
@@ -215,17 +218,17 @@ class LayerCache:
 
     # -- writing
 
-    def reserve(self, extra: int | Sequence[int]) -> None:
-        """Give every list room for `extra` more entries, so that the next steps need no help from the host."""
-        page = self.pool.page
-        extras = [extra] * len(self.lists) if isinstance(extra, int) else extra
-        for pages, used, more in zip(self.lists, self.lengths(), extras, strict=True):
+    def reserve(self, extra: int | Sequence[int], lists: slice = slice(None)) -> None:
+        """Give every list (or those of a slice) room for `extra` more entries, so that the next steps need no host's help."""
+        page, some = self.pool.page, self.lists[lists]
+        extras = [extra] * len(some) if isinstance(extra, int) else extra
+        for pages, used, more in zip(some, self.lengths()[lists], extras, strict=True):
             if more and used % page and self.pool.is_shared(pages[used // page]):
                 pages[used // page] = self.pool.duplicate(pages[used // page])
             missing = -(-(used + more) // page) - len(pages)
             if missing > 0:
                 pages.extend(self.pool.take(missing))
-        self.refresh()
+        self.refresh(lists)
 
     def append(
         self,
@@ -261,9 +264,7 @@ class LayerCache:
     ) -> None:
         """Append the n entries marked in keep_XC (row-major order) to the X lists of the slice."""
         counts = keep_XC.sum(-1)
-        extras = [0] * len(self.lists)
-        extras[lists] = counts.tolist()  # sync: pages are handed out on the host, once per layer and eviction
-        self.reserve(extras)
+        self.reserve(counts.tolist(), lists)  # sync: pages are handed out on the host, once per layer and eviction
         pool, page = self.pool, self.pool.page
         entry_XC = self.used[lists, None] + keep_XC.cumsum(-1) - 1
         list_X1 = torch.arange(len(self.lists), device=keep_XC.device)[lists, None]

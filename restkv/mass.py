@@ -1,6 +1,7 @@
 """Attention an entry has collected: what H2O accumulates, without ever holding an L x L matrix.
 
-Letters: H query heads, K KV heads, G = H / K, T queries, C columns, D head dim, N columns that one block of queries attends to.
+Letters: H query heads, K KV heads, G = H / K, T queries, t of them at once, C columns, c of them, D head dim, N columns that
+one block of queries attends to.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def column_mass(
 ) -> Tensor:
     """Softmax weight every column receives from queries start ... start + T - 1, summed: [H, C] float32.
 
-    Causal; computed in blocks of queries, so that the largest temporary has chunk_elements numbers.
+    Causal; computed in blocks of one KV head's queries and the columns they may see, none larger than chunk_elements.
 
     Args:
         q_THD, k_KCD: after RoPE; column c is position c, and C = start + T.
@@ -35,19 +36,26 @@ def column_mass(
         return _listed_mass(q_THD, k_KCD, start, chosen, scale, softcap, window)
     T, H, D = q_THD.shape
     K, C, _ = k_KCD.shape
-    mass_HC = torch.zeros(H, C, device=q_THD.device)
-    column_C = torch.arange(C, device=q_THD.device)
-    k_K1CD = k_KCD[:, None].float()
-    rows = max(1, chunk_elements(q_THD.device) // (H * C))
-    for first in range(0, T, rows):
-        q_HtD = q_THD[first : first + rows].transpose(0, 1).float()
-        logits_HtC = (q_HtD.view(K, H // K, -1, D) @ k_K1CD.mT).flatten(0, 1) * scale
-        if softcap is not None:
-            logits_HtC = softcap * torch.tanh(logits_HtC / softcap)
-        position_t1 = torch.arange(start + first, start + first + logits_HtC.shape[1], device=q_THD.device)[:, None]
-        logits_HtC = logits_HtC.masked_fill(~visible(column_C, position_t1, window), -torch.inf)
-        mass_HC += logits_HtC.softmax(-1).sum(1)
-    return mass_HC
+    G = H // K
+    mass_KGC = torch.zeros(K, G, C, device=q_THD.device)
+    q_KGTD = q_THD.unflatten(1, (K, G)).permute(1, 2, 0, 3)
+    rows = max(1, chunk_elements(q_THD.device) // (4 * G * C))  # a quarter: softmax and sum find the logits in the cache
+    for head in range(K):
+        k_DC = k_KCD[head].float().mT
+        for first in range(0, T, rows):
+            q_GtD = q_KGTD[head, :, first : first + rows].float()
+            newest, stop = start + first, start + first + q_GtD.shape[1]
+            oldest = 0 if window is None else max(0, newest + 1 - window)
+            logits_Gtc = (q_GtD.flatten(0, 1) @ k_DC[:, oldest:stop]).view(G, stop - newest, -1) * scale
+            if softcap is not None:
+                logits_Gtc = softcap * torch.tanh(logits_Gtc / softcap)
+            position_t1 = torch.arange(newest, stop, device=q_THD.device)[:, None]
+            # Without a window only the block's own columns can lie in a query's future.
+            unsure = 0 if window is not None else newest
+            column_c = torch.arange(oldest + unsure, stop, device=q_THD.device)
+            logits_Gtc[..., unsure:].masked_fill_(~visible(column_c, position_t1, window), -torch.inf)
+            mass_KGC[head, :, oldest:stop] += logits_Gtc.softmax(-1).sum(1)
+    return mass_KGC.flatten(0, 1)
 
 
 def _listed_mass(

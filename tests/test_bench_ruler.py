@@ -119,7 +119,7 @@ def test_policies_that_evict_no_more_share_a_session_and_keep_what_each_alone_wo
             alone = Session(lm.engine, policy, [len(ids)], 8)
             alone.prefill([ids])
             companions = {name for layer in alone.cache.layers for name in layer.pool.companions}
-            assert group.held(row) == Held(kept_mean(alone), alone.cache.live_bytes), (policy, companions)
+            assert group.held()[row] == Held(kept_mean(alone), alone.cache.live_bytes), (policy, companions)
             for one, other in zip(alone.cache.layers, group.session.cache.layers, strict=True):
                 _, pos_KC = one.slots()
                 _, their_pos_RC = other.slots()

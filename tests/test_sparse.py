@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -105,6 +106,24 @@ def test_sparse_attention_is_attention_under_an_explicit_mask(shape, chunk):
         stop = start + len(q_THD)
         mass_HL[:, :stop] += column_mass(q_THD, k_KLD[:, :stop], start, chosen=chosen, **how)
     torch.testing.assert_close(torch.cat(parts).transpose(0, 1), masked_output(weights_HLL, v_KLD), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mass_HL.double(), weights_HLL.sum(1), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=SHAPES, chunk=st.integers(1, 70), elements=st.sampled_from([1, 400, 4000, 1 << 21]))
+def test_attention_that_columns_collect_in_blocks_of_any_size(shape, chunk, elements):
+    q_HLD, k_KLD, _ = tensors(**shape)
+    length, window = shape["length"], shape["window"]
+    q_L1, k_L = torch.arange(length)[:, None], torch.arange(length)
+    seen_LL = (k_L <= q_L1) & (k_L > q_L1 - (length if window is None else window))
+    weights_HLL = masked_weights(q_HLD, k_KLD, seen_LL.expand(len(q_HLD), -1, -1), 0.5, shape["softcap"])
+    mass_HL = torch.zeros(len(q_HLD), length)
+    with mock.patch("restkv.mass.chunk_elements", return_value=elements):
+        for start in range(0, length, chunk):
+            q_THD = q_HLD[:, start : start + chunk].transpose(0, 1)
+            stop = start + len(q_THD)
+            how = {"scale": 0.5, "softcap": shape["softcap"], "window": window}
+            mass_HL[:, :stop] += column_mass(q_THD, k_KLD[:, :stop], start, **how)
     torch.testing.assert_close(mass_HL.double(), weights_HLL.sum(1), rtol=1e-4, atol=1e-4)
 
 
