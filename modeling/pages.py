@@ -208,9 +208,11 @@ class LayerCache:
         if len(self._table) < size:
             self._table = torch.zeros(size, dtype=torch.int32, device=self.pool.pos.device)
             changed = slice(None)
-        fresh = [pages + [SINK_PAGE] * (self.max_pages - len(pages)) for pages in self.lists[changed]]
+        longest = max(map(len, self.lists[changed]))  # a table with room for a whole pool is mostly empty
+        fresh = [pages + [SINK_PAGE] * (longest - len(pages)) for pages in self.lists[changed]]
         table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
-        table_RM[changed] = torch.tensor(fresh, dtype=torch.int32, device=self._table.device)
+        table_RM[changed, :longest] = torch.tensor(fresh, dtype=torch.int32, device=self._table.device)
+        table_RM[changed, longest:] = SINK_PAGE
 
     def lengths(self) -> list[int]:
         """Entries written to each list, dead ones included. Reads the device: once per interval, never per token."""
