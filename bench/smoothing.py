@@ -23,12 +23,14 @@ from bench.runs import Report, describe, digest, open_run, setting
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
 
-SUBJECT = "restkv"
-# What ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output term, the output projection; the
-# paper's order of averaging, and one budget for the whole model. Then its rivals, without any output term.
+SUBJECT = "restkv@paper"
+# What the paper's ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output term, the output
+# projection; its other order of averaging; one budget for the whole model, and that without the EMA, which is our default.
+# Then its rivals, without any output term.
 ARMS = (
-    f"{SUBJECT},{SUBJECT}:ema=False,{SUBJECT}:pooling=none,{SUBJECT}:ema=False:pooling=none,{SUBJECT}:tau=0,"
-    f"{SUBJECT}:output_weight=False,{SUBJECT}:aggregate=indicator,{SUBJECT}:budget_by=global,snapkv,h2o,tova,streamingllm,lacache"
+    f"{SUBJECT},{SUBJECT}:alpha=none,{SUBJECT}:pooling=none,{SUBJECT}:alpha=none:pooling=none,{SUBJECT}:tau=0,"
+    f"{SUBJECT}:output_weight=False,{SUBJECT}:aggregate=indicator,{SUBJECT}:budget_by=global,restkv,"
+    "snapkv,h2o,tova,streamingllm,lacache"
 )
 
 

@@ -208,7 +208,10 @@ def generate(
         typer.Option(rich_help_panel=KEEP, help="How query heads that share a KV head agree: mean, max or joint."),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(rich_help_panel=KEEP, help="restkv: weight of the newest query in its average.")
+        float | None,
+        typer.Option(
+            rich_help_panel=KEEP, help="restkv: weight of the newest query in its average. [default: all equal]"
+        ),
     ] = None,
     field: SetOption = None,
     prefill: PrefillOption = "dense",

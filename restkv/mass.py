@@ -34,12 +34,12 @@ def column_mass(
     """
     if chosen is not None:
         return _listed_mass(q_THD, k_KCD, start, chosen, scale, softcap, window)
-    T, H, D = q_THD.shape
-    K, C, _ = k_KCD.shape
+    (T, H, _), (K, C, _) = q_THD.shape, k_KCD.shape
     G = H // K
     mass_KGC = torch.zeros(K, G, C, device=q_THD.device)
     q_KGTD = q_THD.unflatten(1, (K, G)).permute(1, 2, 0, 3)
-    rows = max(1, chunk_elements(q_THD.device) // (4 * G * C))  # a quarter: softmax and sum find the logits in the cache
+    quarter = chunk_elements(q_THD.device) // 4  # softmax and sum find so many logits in the cache
+    rows = max(1, quarter // (G * C))
     for head in range(K):
         k_DC = k_KCD[head].float().mT
         for first in range(0, T, rows):

@@ -55,7 +55,7 @@ def ema(values, alpha):
 def over_time(policy, values):
     if not values:
         return 0.0
-    return ema(values, policy.alpha) if policy.ema else sum(values) / len(values)
+    return sum(values) / len(values) if policy.alpha is None else ema(values, policy.alpha)
 
 
 def removal(heads, attention, outputs, i, projections, policy):

@@ -151,7 +151,7 @@ def test_streaming_is_reading_token_by_token_and_evicting_after_each(lm: LM, twi
         restkv.TOVA(budget=9),
         restkv.SnapKV(budget=12, window=4, granularity="query"),
         restkv.ReSTKV(budget=12, window=4),
-        restkv.ReSTKV(budget=12, window=4, aggregate="indicator", ema=False, pooling="none"),
+        restkv.ReSTKV(budget=12, window=4, aggregate="indicator", pooling="none"),
         restkv.StreamingLLM(budget=9),
         restkv.LaCache(budget=14),
     ],

@@ -143,10 +143,10 @@ def test_a_right_answer_scores(lm: restkv.LM, frame: Frame, sample: Sample) -> N
 
 
 def test_methods_are_written_with_presets_and_options() -> None:
-    method = Method.parse("restkv@paper-ruler:granularity=kv:alpha=0.5:interval=none:ema=False")
+    method = Method.parse("restkv@paper-ruler:granularity=kv:alpha=none:interval=none")
     policy = method.policy(64)
     assert (policy.name, policy.budget, policy.granularity, policy.interval) == ("restkv", 64, "kv", None)
-    assert isinstance(policy, restkv.ReSTKV) and (policy.kernel_size, policy.alpha, policy.ema) == (21, 0.5, False)
+    assert isinstance(policy, restkv.ReSTKV) and (policy.kernel_size, policy.alpha) == (21, None)
     assert [m.label for m in parse_methods(" snapkv, restkv,snapkv,full,")] == ["full", "snapkv", "restkv"]
     spans = parse_methods("snapkv:protect=[[0,4],[8,9]]:window=4,restkv")
     assert len(spans) == 3 and spans[1].policy(64).protect == ((0, 4), (8, 9))

@@ -219,16 +219,17 @@ def test_the_verdict_says_where_the_subject_is_better_and_where_nobody_knows() -
 
 def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
     policies = {method.label: method.policy(64) for method in parse_methods(ARMS)[1:]}
-    whole = policies["restkv"]
+    whole = policies["restkv@paper"]
     assert isinstance(whole, restkv.ReSTKV)
     without = {
-        "restkv:ema=False": {"ema": False},
-        "restkv:pooling=none": {"pooling": "none"},
-        "restkv:ema=False:pooling=none": {"ema": False, "pooling": "none"},
-        "restkv:tau=0": {"tau": 0},
-        "restkv:output_weight=False": {"output_weight": False},
-        "restkv:aggregate=indicator": {"aggregate": "indicator"},
-        "restkv:budget_by=global": {"budget_by": "global"},
+        "restkv@paper:alpha=none": {"alpha": None},
+        "restkv@paper:pooling=none": {"pooling": "none"},
+        "restkv@paper:alpha=none:pooling=none": {"alpha": None, "pooling": "none"},
+        "restkv@paper:tau=0": {"tau": 0},
+        "restkv@paper:output_weight=False": {"output_weight": False},
+        "restkv@paper:aggregate=indicator": {"aggregate": "indicator"},
+        "restkv@paper:budget_by=global": {"budget_by": "global"},
+        "restkv": {"budget_by": "global", "alpha": None},
     }
     for label, change in without.items():
         assert policies[label] == replace(whole, **change) != whole

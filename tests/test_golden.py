@@ -44,10 +44,9 @@ def policy_of(params, budget):
     if "metric_mode" not in params:
         return SnapKV(**common)
     return ReSTKV(
-        alpha=params["alpha"],
+        alpha=params["alpha"] if params["use_ema"] else None,
         scale=params["scale"],
         aggregate={"after": "attention", "before": "indicator"}[params["metric_mode"]],
-        ema=params["use_ema"],
         output_weight=params["use_wo"],
         normalize=params.get("use_norm", False),
         **common,

@@ -114,7 +114,7 @@ SCORED = st.one_of(
             "pooling": st.sampled_from(["adaptive", "avg", "max", "none"]),
             "kernel_size": st.sampled_from([1, 3, 5]),
             "scale": st.sampled_from([2, 2000]),
-            "ema": st.booleans(),
+            "alpha": st.sampled_from([None, 0.3]),
         }
     ),
     st.fixed_dictionaries(

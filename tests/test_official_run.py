@@ -364,15 +364,16 @@ def test_an_ablated_method_stands_beside_the_published_ablation_or_nothing() -> 
     labels = [
         "full",
         "restkv@paper-longbench",
-        "restkv@paper-longbench:ema=False",
-        "restkv:alpha=0.5",
-        "restkv:window=16",
+        "restkv@paper-longbench:alpha=none",
+        "restkv@paper:alpha=0.5",
+        "restkv@paper:window=16",
+        "restkv",
     ]
     arguments = {**ARGUMENTS, "methods": labels, "budgets": [128]}
     means = parts("longbench", arguments, rows_of(arguments, ["lcc"], dict.fromkeys(labels, 0.5)))[1]
     assert isinstance(means, Table)
     assert {line[0]: line[-2] for line in means.lines} == dict(
-        zip(labels, ["39.96", "35.86", "34.15", "35.51", ""], strict=True)
+        zip(labels, ["39.96", "35.86", "34.15", "35.51", "", ""], strict=True)
     )
 
 
@@ -415,7 +416,7 @@ def ablations(text: str) -> dict[tuple[Any, ...], float]:
     assert alphas is not None and betas is not None
     named = {f"alpha=0.{tenth}": value for tenth, value in enumerate(alphas[1].split(), 1)}
     named |= {f"scale={beta}": value for beta, value in zip(betas[1].split(","), betas[2].split(), strict=True)}
-    named |= {"ema=False": alphas[3], "pooling=avg": betas[4]}
+    named |= {"alpha=none": alphas[3], "pooling=avg": betas[4]}
     return {(f"restkv:{option}", 128, None): float(value) for option, value in named.items()}
 
 

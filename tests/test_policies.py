@@ -141,10 +141,13 @@ def test_budgets():
     assert ReSTKV(0.29).budget_for(100) == 33  # 29 would not hold the window and one entry more
     assert ReSTKV(0.29, window=8).budget_for(100) == 29
     assert ReSTKV(1.0).budget_for(777) == 777
-    assert ReSTKV((64, 32)).budget_for(100) == 48 and ReSTKV((64, 32)).layer_budgets(100, 2) == [64, 32]
+    by_hand = ReSTKV((64, 32), budget_by="uniform")
+    assert by_hand.budget_for(100) == 48 and by_hand.layer_budgets(100, 2) == [64, 32]
     assert ReSTKV(64).layer_budgets(100, 3) == [64] * 3
     with pytest.raises(PolicyError, match=r"budget \(64, 32\): the model has 3 layers"):
-        ReSTKV((64, 32)).layer_budgets(100, 3)
+        by_hand.layer_budgets(100, 3)
+    with pytest.raises(PolicyError, match=r"restkv: budget \(64, 32\): budget_by global shares .* choose uniform"):
+        ReSTKV((64, 32))
     assert ReSTKV(None).budget is None and FullCache().budget is None
 
 
@@ -159,7 +162,7 @@ def test_policies_are_values():
     ("args", "options", "words"),
     [
         (("snap",), {"budget": 64}, "'snap'.*restkv, snapkv, .*full"),
-        (("restkv", "paper"), {"budget": 64}, "preset 'paper'.*paper-longbench, paper-ruler, eq7"),
+        (("restkv", "papers"), {"budget": 64}, "preset 'papers'.*paper, paper-longbench, paper-ruler, eq7"),
         (("full", "paper"), {}, "preset 'paper'.*none"),
         (("snapkv",), {"budget": 64, "alpha": 0.3}, "option 'alpha'.*kernel_size"),
         (("restkv",), {}, "budget is missing"),
@@ -178,7 +181,10 @@ def test_get_policy_knows_every_policy_and_the_package_exports_it():
         assert type(get_policy(name, **({} if name == "full" else {"budget": 64}))) is cls and cls.name == name
         for preset, values in cls.PRESETS.items():
             policy = get_policy(name, preset=preset, **{"budget": 64, **values})
-            assert {option: getattr(policy, option) for option in values} == values
+            expected = get_policy(name, **{"budget": 64, **values})
+            assert (
+                policy == expected and values.items() <= {**vars(policy), "budget_by": policy.allocation.name}.items()
+            )
     assert restkv.get_policy is get_policy and restkv.ReSTKV is ReSTKV
     with pytest.raises(AttributeError, match="nothing"):
         _ = restkv.nothing

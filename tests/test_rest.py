@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from observed import gram_for, observation, shapes
 
 from restkv import observe, pooling
+from restkv.budgets import Allocation
 from restkv.errors import PolicyError
 from restkv.policies import ReSTKV, get_policy
 from restkv.policies.rest import _query_weights
@@ -87,7 +88,7 @@ def planted(seed, share, common, columns=512, queries=32):
     [(0, 0, 0.002, 0.997), (0.1, 1, 0.022, 0.970), (0.5, 1, 0.21, 0.916), (0.5, 3, 1.34, 0.891), (0.9, 3, 2.19, 0.890)],
 )
 def test_attention_first_is_biased_by_what_the_window_takes(share, common, error, same):
-    policy = ReSTKV(None, pooling="none", granularity="query")
+    policy = ReSTKV(None, alpha=0.3, pooling="none", granularity="query")
     errors, overlaps = [], []
     for seed in range(5):
         obs = planted(seed, share, common)
@@ -104,13 +105,12 @@ def test_attention_first_is_biased_by_what_the_window_takes(share, common, error
 options = st.fixed_dictionaries(
     {
         "budget": st.integers(1, 30),
-        "alpha": st.sampled_from([0.2, 0.3, 1.0]),
+        "alpha": st.sampled_from([None, 0.2, 0.3, 1.0]),
         "scale": st.sampled_from([0.7, 1, 2.5, 2000]),
         "kernel_size": st.sampled_from([1, 3, 5, 21]),
         "aggregate": st.sampled_from(["attention", "indicator"]),
         "drift": st.sampled_from(["released", "symmetric"]),
         "pooling": st.sampled_from(["adaptive", "avg", "max", "none"]),
-        "ema": st.booleans(),
         "output_weight": st.booleans(),
         "normalize": st.booleans(),
         "tau": st.sampled_from([1, 0, 0.5, 2]),
@@ -342,7 +342,9 @@ def test_a_wide_range_of_scores_survives_the_window():
 
 
 def test_presets_are_the_papers_scripts():
-    assert get_policy("restkv", preset="paper-longbench", budget=128).kernel_size == 5
+    script = get_policy("restkv", preset="paper-longbench", budget=128)
+    assert (script.kernel_size, script.alpha, script.budget_by) == (5, 0.3, Allocation())
+    assert get_policy("restkv", preset="paper", budget=128) == replace(script, granularity="kv", interval=128)
     ruler = get_policy("restkv", preset="paper-ruler", budget=1024, alpha=0.5)
     assert (ruler.kernel_size, ruler.granularity, ruler.interval, ruler.alpha) == (21, "query", None, 0.5)
     assert get_policy("restkv", preset="eq7", budget=128).aggregate == "indicator"
