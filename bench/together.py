@@ -7,7 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -267,10 +267,11 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
             choose=chooser(pattern, lm.config, block.window, len(ids)),
             backend=lm.backend,
         )
+        scores: dict[Hashable, Tensor] = {}
         for policy, (cache, evictor) in zip(policies, rows, strict=True):
             mass_XL = masses[policy.granularity][1] if "mass" in policy.needs else None
             raw = raw_KLD if policy.slot_positions else None
-            evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL)
+            evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL, scores)
     logits_1V = lm.model.head(x_LE[-1:])
     for cache, evictor in rows:
         evictor.prompt_done(cache, len(ids))

@@ -7,7 +7,7 @@ dim, W observed queries, R = B*K page lists, X heads with a kept set of their ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,8 +126,12 @@ class Evictor:
         v_KLD: Tensor,
         raw_KLD: Tensor | None,
         mass_XL: Tensor | None,
+        shared: dict[Hashable, Tensor] | None = None,
     ) -> None:
-        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries."""
+        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries.
+
+        shared: see Observation; the same for all policies that keep something of this layer.
+        """
         heads, length, _ = k_KLD.shape
         device = k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
@@ -146,6 +150,7 @@ class Evictor:
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
+            obs = replace(obs, shared=shared)
         if cache.window:
             cache.remember(layer, 0, q_HWD, length - 1)
         if obs is not None and self.policy.allocation.across_layers:

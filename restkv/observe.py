@@ -9,7 +9,7 @@ of the weights), so that nothing of size [H, W, C] or [H, C, D] has to exist bey
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,9 @@ class Observation:
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
     budget_most: int | None = None  # at least every one of budget_B: what the host knows, so that ranking stops there
+    shared: dict[Hashable, Tensor] | None = (
+        None  # scores of these entries under other policies, for those that score alike
+    )
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )

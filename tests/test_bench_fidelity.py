@@ -125,7 +125,9 @@ def test_divergences_are_those_of_the_distributions_as_they_are(one: LM) -> None
 def test_layer_errors_are_those_of_deleting_what_was_evicted(lm: LM, granularity: str) -> None:
     ids = small_ids(CONTEXT + TAIL)
     _, layers = full_pass(lm, ids, TAIL)
-    session = session_of(lm, restkv.ReSTKV(budget=9, window=3, granularity=granularity), ids[:CONTEXT])
+    session = session_of(
+        lm, restkv.ReSTKV(budget=9, window=3, budget_by="uniform", granularity=granularity), ids[:CONTEXT]
+    )
     errors = layer_errors(lm, session, layers, CONTEXT)
     assert errors is not None
     for index, keep_HP in enumerate(kept_masks(session, CONTEXT)):

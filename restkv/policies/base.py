@@ -6,8 +6,8 @@ Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -139,6 +139,11 @@ class Policy(ABC):
         return self.observed
 
     @property
+    def budget_free(self) -> bool:
+        """Whether scores are the same under any budget, so that a bench which tries several computes them once."""
+        return False
+
+    @property
     def needs(self) -> frozenset[str]:
         """What an observation must carry besides queries and entries: "gram", "cross_gram", "mass", "rotary"."""
         return frozenset()
@@ -158,9 +163,18 @@ class Policy(ABC):
     def ranking(self, obs: Observation) -> tuple[Tensor, Tensor, Tensor]:
         """What an allocation selects by: score, position and protection, each [B, K, C] or (granularity "query") [B, H, C]."""
         assert obs.protected is not None
-        score_BXC = self.score(obs)
+        score_BXC = self.score(obs) if obs.shared is None else self._shared_score(obs, obs.shared)
         pos_BXC = obs.held if self.granularity == "query" else obs.pos
         return score_BXC, pos_BXC, obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
+
+    def _shared_score(self, obs: Observation, shared: dict[Hashable, Tensor]) -> Tensor:
+        """Score, computed once for all policies that differ only in what follows it."""
+        later = {"budget", "budget_by", "interval", "high_water"}
+        options = tuple(getattr(self, option.name) for option in fields(self) if option.name not in later)
+        key = (type(self), options, None if self.budget_free else tuple(torch.as_tensor(obs.budget_B).tolist()))
+        if key not in shared:
+            shared[key] = self.score(obs)
+        return shared[key]
 
     def start(self) -> Any:
         """State of a new row; `keep` is given one for every row. None: the policy has no memory."""

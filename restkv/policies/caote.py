@@ -50,6 +50,10 @@ class CAOTE(Policy):
         )
 
     @property
+    def budget_free(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[str]:
         """The Gram matrices of W_O, if it is asked for."""
         return self._equation7.needs

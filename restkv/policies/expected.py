@@ -52,6 +52,10 @@ class ExpectedAttention(Policy):
         self._require(number and self.epsilon >= 0, "epsilon", "give a number of at least 0")
 
     @property
+    def budget_free(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[str]:
         """RoPE at any position: queries are turned back to where they came from, and on to the future."""
         return frozenset({"rotary"})

@@ -57,6 +57,10 @@ class H2O(Slotted):
             self._require(fits, "recent", f"they are part of the budget of {least}; lower them or raise it")
 
     @property
+    def budget_free(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[str]:
         """The attention each entry has collected."""
         return frozenset({"mass"})

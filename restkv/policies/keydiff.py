@@ -30,6 +30,10 @@ class KeyDiff(Policy):
 
     window: int = 0
 
+    @property
+    def budget_free(self) -> bool:
+        return True
+
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C]."""
         B, K, _, D = obs.k.shape

@@ -28,6 +28,10 @@ class KeyNorm(Policy):
 
     window: int = 0
 
+    @property
+    def budget_free(self) -> bool:
+        return True
+
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C]."""
         return -torch.linalg.vector_norm(obs.k, dim=-1, dtype=obs.dtype)

@@ -34,6 +34,10 @@ class Random(Policy):
         fine = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         self._require(fine and 0 <= self.seed < 1 << 32, "seed", "give a whole number from 0 to 2^32 - 1")
 
+    @property
+    def budget_free(self) -> bool:
+        return True
+
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C], or [B, H, C] with a set per query head."""
         pos_BXC = obs.held if self.granularity == "query" else obs.pos

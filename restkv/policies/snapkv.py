@@ -42,6 +42,10 @@ class SnapKV(Policy):
         self._require(self.kernel_size in range(1, 1 << 20, 2), "kernel_size", "give an odd number of at least 1")
         self._one_of("pooling", ("avg", "max", "none"))
 
+    @property
+    def budget_free(self) -> bool:
+        return True
+
     def importance(self, obs: Observation) -> Tensor:
         """Pooled attention [B, H, C]."""
         score_BHC = weighted_attention(obs, (obs.q_pos >= 0).to(obs.dtype))

@@ -38,6 +38,10 @@ class TOVA(Policy):
         """The newest query decides alone."""
         return 1
 
+    @property
+    def budget_free(self) -> bool:
+        return True
+
     def importance(self, obs: Observation) -> Tensor:
         """Mean attention [B, K, C], the same for every KV head: all hold the same entries, in columns of any order."""
         newest = replace(obs, q=obs.q[:, :, -1:], q_pos=obs.q_pos[:, -1:])
