@@ -82,8 +82,8 @@ class Process:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.name = name
-        # Threads that wait must not spin, or two workers on few cores measure each other (FLEX §2).
-        waiting = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        # As restkv's command line sets it. Threads that spin for long would measure each other, when workers share few cores.
+        waiting = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "5000"}
         self._process = subprocess.Popen(
             [python or sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,

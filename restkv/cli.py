@@ -27,6 +27,7 @@ from restkv.options import (
     MODEL,
     OUTPUT,
     RECALL,
+    SPINS,
     BackendOption,
     BudgetOption,
     CompileOption,
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
     """
-    # Read when torch starts its threads: those that spin while they wait slow a busy machine down tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["inspect"] and "--kept" in arguments:  # only the other command knows what may follow
         arguments = ["bench", "kept", *(word for word in arguments[1:] if word != "--kept")]

@@ -16,6 +16,9 @@ from restkv.errors import PolicyError, PromptError
 if TYPE_CHECKING:
     from restkv.policies import Policy
 
+# How long a thread of libgomp spins before it sleeps. A decode step is a hundred short parallel loops, and waking a thread for
+# each costs a fifth to a half of them; threads that spin for as long as they do by default slow a busy machine down tenfold.
+SPINS = "5000"
 RECALL = Path(__file__).parent / "assets" / "recall-mini"
 DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
 
