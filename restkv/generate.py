@@ -29,6 +29,11 @@ COMPACT_EVERY = 32  # tokens between two compactions when evictions come more of
 COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch.compile raises
 
 
+# What several operations read is stored, not computed by each of them: inductor would make a norm anew for every row of the
+# weights that it meets (a product of one row is a multiplication and a sum, and so fuses with whatever precedes it).
+OPTIONS = {"realize_reads_threshold": 1}
+
+
 @dataclass
 class Engine:
     """A model and the way its decode step runs; shared by all sessions of a process.
@@ -51,8 +56,8 @@ class Engine:
             config = torch._dynamo.config
             config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
             # fullgraph: raise, never fall back
-            self.decode = torch.compile(_decode, fullgraph=True, dynamic=False)
-            self.hidden = torch.compile(step, fullgraph=True, dynamic=False)
+            self.decode = torch.compile(_decode, fullgraph=True, dynamic=False, options=OPTIONS)
+            self.hidden = torch.compile(step, fullgraph=True, dynamic=False, options=OPTIONS)
 
     @property
     def device(self) -> torch.device:
