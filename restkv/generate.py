@@ -31,7 +31,7 @@ COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch
 
 # What several operations read is stored, not computed by each of them: inductor would make a norm anew for every row of the
 # weights that it meets (a product of one row is a multiplication and a sum, and so fuses with whatever precedes it).
-OPTIONS = {"realize_reads_threshold": 1}
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 1}
 
 
 @dataclass

@@ -93,7 +93,7 @@ def test_the_map_has_a_line_per_head_and_marks_above() -> None:
 def test_what_look_sees_is_what_generation_keeps(lm: restkv.LM) -> None:
     ids = lm.encode(PROMPT)
     policies = [
-        ("a", restkv.ReSTKV(budget=16, window=8)),
+        ("a", restkv.ReSTKV(budget=16, window=8, budget_by="uniform")),
         ("b", restkv.SnapKV(budget=16, window=8, granularity="query")),
     ]
     kv, query = look(lm, ids, policies)

@@ -119,7 +119,7 @@ def test_json_holds_text_tokens_policy_and_stats(run: Callable[..., Ran], ramble
             {"kernel_size": 7, "aggregate": "indicator", "alpha": None, "budget_by": {"name": "uniform"}},
         ),
         ("--budget 1.0", {"budget": 1.0}),
-        ("--budget 40,41,42,43 --budget-by uniform", {"budget": [40, 41, 42, 43]}),
+        ("--budget 40,41,42,43", {"budget": [40, 41, 42, 43]}),
         ("--budget-by adakv", {"budget_by": {"name": "adakv", "floor": 0.2, "normalize": False, "exact": True}}),
     ],
 )

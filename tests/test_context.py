@@ -353,7 +353,7 @@ def test_text_contexts(stories260k, tmp_path):
     answer = context.ask(" One day, she", max_new_tokens=20)
     assert "".join(pieces) == stream.generation.text == answer.text
     assert len(pieces) > 1
-    assert max(context.kept) == 40
+    assert sum(context.kept) / len(context.kept) == 40
     whole = lm.compress(STORY, FullCache()).ask(" One day, she", max_new_tokens=20)
     assert whole.tokens == lm.generate(STORY + " One day, she", FullCache(), max_new_tokens=20).tokens
 

@@ -141,13 +141,13 @@ def test_budgets():
     assert ReSTKV(0.29).budget_for(100) == 33  # 29 would not hold the window and one entry more
     assert ReSTKV(0.29, window=8).budget_for(100) == 29
     assert ReSTKV(1.0).budget_for(777) == 777
-    by_hand = ReSTKV((64, 32), budget_by="uniform")
+    by_hand = ReSTKV((64, 32))
     assert by_hand.budget_for(100) == 48 and by_hand.layer_budgets(100, 2) == [64, 32]
     assert ReSTKV(64).layer_budgets(100, 3) == [64] * 3
     with pytest.raises(PolicyError, match=r"budget \(64, 32\): the model has 3 layers"):
         by_hand.layer_budgets(100, 3)
     with pytest.raises(PolicyError, match=r"restkv: budget \(64, 32\): budget_by global shares .* choose uniform"):
-        ReSTKV((64, 32))
+        ReSTKV((64, 32), budget_by="global")
     assert ReSTKV(None).budget is None and FullCache().budget is None
 
 

@@ -96,17 +96,17 @@ EVERY_STEP = {
     "tova protected": TOVA(16, protect=((3, 7),)),
     "lacache": LaCache(16),
     "lacache span": LaCache(24, span=2, overlap=1),
-    "restkv": ReSTKV(16, window=4, interval=1),
-    "restkv query": ReSTKV(16, window=4, interval=1, granularity="query", aggregate="indicator"),
+    "restkv": ReSTKV(16, window=4, interval=1, budget_by="uniform"),
+    "restkv query": ReSTKV(16, window=4, interval=1, granularity="query", aggregate="indicator", budget_by="uniform"),
 }
 # Rules that rest between evictions.
 INTERVALS = {
-    "restkv": ReSTKV(16, window=4, interval=7),
-    "restkv joint": ReSTKV(16, window=4, interval=12, gqa="joint"),
-    "restkv query": ReSTKV(16, window=4, interval=7, granularity="query"),
-    "restkv once": ReSTKV(16, window=4, interval=None),
-    "restkv mark": ReSTKV(16, window=4, interval=5, high_water=29),
-    "restkv part": ReSTKV(0.3, window=4, interval=7),
+    "restkv": ReSTKV(16, window=4, interval=7, budget_by="uniform"),
+    "restkv joint": ReSTKV(16, window=4, interval=12, gqa="joint", budget_by="uniform"),
+    "restkv query": ReSTKV(16, window=4, interval=7, granularity="query", budget_by="uniform"),
+    "restkv once": ReSTKV(16, window=4, interval=None, budget_by="uniform"),
+    "restkv mark": ReSTKV(16, window=4, interval=5, high_water=29, budget_by="uniform"),
+    "restkv part": ReSTKV(0.3, window=4, interval=7, budget_by="uniform"),
     "snapkv": SnapKV(16, window=4, interval=7, pooling="max", gqa="max"),
     "h2o": H2O(16, interval=7),
     "h2o slot": H2O(16, interval=9, positions="slot", high_water=20),
@@ -184,7 +184,9 @@ def test_groups(policy, kv_heads, group):
 CAPPED = exact(small_model(5, windows=(None, 9, None, 9), attn_softcap=2.0, final_softcap=5.0))
 
 
-@pytest.mark.parametrize("policy", [H2O(16, granularity="query"), TOVA(16), ReSTKV(16, window=4, interval=1)])
+@pytest.mark.parametrize(
+    "policy", [H2O(16, granularity="query"), TOVA(16), ReSTKV(16, window=4, interval=1, budget_by="uniform")]
+)
 def test_soft_caps(policy):
     follow(CAPPED, policy, [30], steps=5)
 

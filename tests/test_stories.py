@@ -16,7 +16,7 @@ from restkv.policies import FullCache, ReSTKV, SnapKV
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 BEGINNING = "She loved to play outside in the park. One day, she saw a big, red ball."
-SHORT = ReSTKV(budget=64, window=16, interval=16)
+SHORT = ReSTKV(budget=64, window=16, interval=16, budget_by="uniform")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_batch_of_stories_is_each_story_alone(eager):
     ("options", "policy", "count"),
     [
         ("--method full", FullCache(), 100),
-        ("--method restkv --budget 64 --window 16 --interval 16", SHORT, 400),
+        ("--method restkv --budget 64 --window 16 --interval 16 --budget-by uniform", SHORT, 400),
     ],
     ids=["full", "restkv"],
 )

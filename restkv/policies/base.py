@@ -44,7 +44,9 @@ class Policy(ABC):
     # While tokens are appended, let a row's heads grow to this many entries before an eviction is worth it. What is read at
     # once, a dense prompt or the first chunk of a chunked one, comes back to its budget all the same.
     high_water: int | None = None
-    budget_by: str | Allocation = "uniform"  # how the budget is shared out: a name of ALLOCATIONS, or an Allocation
+    # How the budget is shared out: a name of ALLOCATIONS, or an Allocation. None: over the whole model ("global"), unless the
+    # budget is one per layer.
+    budget_by: str | Allocation | None = "uniform"
 
     def __post_init__(self) -> None:
         self._require(_is_int(self.window) and self.window >= 0, "window", "give a whole number of at least 0")
@@ -54,6 +56,8 @@ class Policy(ABC):
             "interval",
             "give the number of tokens between evictions, or None to evict after the prompt only",
         )
+        if self.budget_by is None:
+            object.__setattr__(self, "budget_by", "uniform" if isinstance(self.budget, tuple) else "global")
         if isinstance(self.budget_by, str):
             self._one_of("budget_by", tuple(ALLOCATIONS))
             object.__setattr__(self, "budget_by", ALLOCATIONS[self.budget_by]())
@@ -120,7 +124,7 @@ class Policy(ABC):
     @property
     def allocation(self) -> Allocation:
         """How the budget is shared out among layers and heads."""
-        assert not isinstance(self.budget_by, str)
+        assert isinstance(self.budget_by, Allocation)
         return self.budget_by
 
     @property

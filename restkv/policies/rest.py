@@ -64,7 +64,7 @@ class ReSTKV(Policy):
         "eq7": {**_SCRIPTS, "kernel_size": 5, "aggregate": "indicator"},
     }
 
-    budget_by: str | Allocation = "global"
+    budget_by: str | Allocation | None = None
     alpha: float | None = None  # EMA weight of the newest query, 0.3 in the paper; None: the mean over all observed
     scale: float = 2000  # beta: entries of drift that widen the kernel by 2 and shift it by 1
     kernel_size: int = 5  # odd; the narrowest adaptive kernel (1 = the paper's), or the fixed one of "avg" and "max"
