@@ -315,6 +315,20 @@ def test_help_and_version_do_not_import_torch() -> None:
     assert "generate" in ran.stdout and "--budget" in ran.stdout
 
 
+def test_threads_that_wait_spin_for_microseconds_unless_somebody_has_said_otherwise(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, expected in (({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        with monkeypatch.context() as patch:
+            for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+                patch.setenv(name, "")  # so that what the command sets is taken back
+                patch.delenv(name)
+            for name, value in given.items():
+                patch.setenv(name, value)
+            assert run("--version").code == 0
+            assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 # -- bad input: one line on stderr, exit code 2, nothing on stdout
 
 

@@ -248,3 +248,16 @@ def test_widened_products_are_the_exact_ones_rounded_once(dtype, rows, bias, mon
         torch.testing.assert_close(y.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
     else:
         torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 5, 64])  # parts of one row, of unequal length, of equal length
+def test_a_compiled_product_of_one_row_is_the_product(dtype, outputs):
+    torch._dynamo.reset()
+    random = torch.Generator().manual_seed(outputs)
+    shapes = ((1, 1, 40), (outputs, 40), (outputs,))
+    x_11E, weight, bias_O = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
+    y = torch.compile(layers.linear, fullgraph=True, dynamic=False)(x_11E, weight, bias_O)
+    exact = x_11E.double() @ weight.double().T + bias_O.double()
+    assert y.dtype == dtype and y.shape == (1, 1, outputs)
+    torch.testing.assert_close(y.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=10 * torch.finfo(dtype).eps)
