@@ -382,7 +382,7 @@ def test_ragged_batches_contexts_and_decoding_after_a_sparse_prompt():
         assert lm.generate(prompt, policy, max_new_tokens=12, **how).tokens == row.tokens
     sparse, dense = (lm.generate(prompts[2], policy, max_new_tokens=12, **kind).tokens for kind in (how, {}))
     assert sparse != dense
-    assert lm.compress(prompts[0], policy, **how).kept == [40.0, 40.0]
+    assert sum(lm.compress(prompts[0], policy, **how).kept) == 2 * 40
 
 
 def test_a_session_says_how_it_was_read():
