@@ -181,7 +181,8 @@ def generate(
     budget_by: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=KEEP, help="How layers and heads share the budget: uniform, pyramid, adakv, global."
+            rich_help_panel=KEEP,
+            help="How layers and heads share the budget: uniform, pyramid, adakv, global (restkv's default).",
         ),
     ] = None,
     window: Annotated[
@@ -211,7 +212,9 @@ def generate(
     alpha: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=KEEP, help="restkv: weight of the newest query in its average. [default: all equal]"
+            rich_help_panel=KEEP,
+            help="restkv: weight of the newest query in its average.",
+            show_default="all weigh the same",
         ),
     ] = None,
     field: SetOption = None,

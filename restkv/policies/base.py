@@ -29,6 +29,8 @@ class Policy(ABC):
     name: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ("kv", "query")  # the values `granularity` may take
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max")  # the values `gqa` may take
+    # Whether scores are the same under any budget, so that a bench which tries several computes them once.
+    budget_free: ClassVar[bool] = False
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset name -> option values
 
     # Entries kept per KV head (per query head with granularity="query"), window and sinks included, as in the papers.
@@ -143,11 +145,6 @@ class Policy(ABC):
         return self.observed
 
     @property
-    def budget_free(self) -> bool:
-        """Whether scores are the same under any budget, so that a bench which tries several computes them once."""
-        return False
-
-    @property
     def needs(self) -> frozenset[str]:
         """What an observation must carry besides queries and entries: "gram", "cross_gram", "mass", "rotary"."""
         return frozenset()
@@ -175,7 +172,10 @@ class Policy(ABC):
         """Score, computed once for all policies that differ only in what follows it."""
         later = {"budget", "budget_by", "interval", "high_water"}
         options = tuple(getattr(self, option.name) for option in fields(self) if option.name not in later)
-        key = (type(self), options, None if self.budget_free else tuple(torch.as_tensor(obs.budget_B).tolist()))
+        budgets = (
+            None if self.budget_free else torch.as_tensor(obs.budget_B).tolist()
+        )  # sync: in a bench, once per layer
+        key = (type(self), options, str(budgets))
         if key not in shared:
             shared[key] = self.score(obs)
         return shared[key]

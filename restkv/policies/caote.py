@@ -25,6 +25,7 @@ class CAOTE(Policy):
     """
 
     name: ClassVar[str] = "caote"
+    budget_free: ClassVar[bool] = True
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max", "joint")
 
     window: int = 0
@@ -48,10 +49,6 @@ class CAOTE(Policy):
             pooling="none",
             output_weight=self.output_weight,
         )
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[str]:

@@ -36,6 +36,7 @@ class ExpectedAttention(Policy):
     """
 
     name: ClassVar[str] = "expected-attention"
+    budget_free: ClassVar[bool] = True
 
     window: int = 0
     sinks: int = 4
@@ -50,10 +51,6 @@ class ExpectedAttention(Policy):
         self._require(whole and self.future >= 1, "future", "give a whole number of at least 1")
         number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
         self._require(number and self.epsilon >= 0, "epsilon", "give a number of at least 0")
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[str]:

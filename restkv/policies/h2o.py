@@ -32,6 +32,7 @@ class H2O(Slotted):
     """
 
     name: ClassVar[str] = "h2o"
+    budget_free: ClassVar[bool] = True
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"budget": 4 + 512, "recent": 512},
@@ -55,10 +56,6 @@ class H2O(Slotted):
             least = min(self.budget) if isinstance(self.budget, tuple) else self.budget
             fits = not isinstance(least, int) or self.recent <= least
             self._require(fits, "recent", f"they are part of the budget of {least}; lower them or raise it")
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[str]:

@@ -23,14 +23,11 @@ class KeyNorm(Policy):
     """
 
     name: ClassVar[str] = "keynorm"
+    budget_free: ClassVar[bool] = True
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 
     window: int = 0
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C]."""

@@ -24,6 +24,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    budget_free: ClassVar[bool] = True
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 
     window: int = 0
@@ -33,10 +34,6 @@ class Random(Policy):
         super().__post_init__()
         fine = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         self._require(fine and 0 <= self.seed < 1 << 32, "seed", "give a whole number from 0 to 2^32 - 1")
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C], or [B, H, C] with a set per query head."""

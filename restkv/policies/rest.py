@@ -99,10 +99,6 @@ class ReSTKV(Policy):
         self._require(not joint or self.granularity == "kv", "gqa", "query heads with sets of their own share no entry")
 
     @property
-    def budget_free(self) -> bool:
-        return self.pooling != "adaptive"  # the drift is of as many columns as the budget leaves for the past
-
-    @property
     def needs(self) -> frozenset[str]:
         """The Gram matrices of W_O: per query head, or crossed within each group for gqa="joint"."""
         if not self.output_weight:

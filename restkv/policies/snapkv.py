@@ -28,6 +28,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
+    budget_free: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"window": 32, "kernel_size": 7, "pooling": "max", "granularity": "query", "interval": None},
         "paper": {"window": 32, "kernel_size": 5, "pooling": "avg", "granularity": "query", "interval": None},
@@ -41,10 +42,6 @@ class SnapKV(Policy):
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
         self._require(self.kernel_size in range(1, 1 << 20, 2), "kernel_size", "give an odd number of at least 1")
         self._one_of("pooling", ("avg", "max", "none"))
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     def importance(self, obs: Observation) -> Tensor:
         """Pooled attention [B, H, C]."""

@@ -26,6 +26,7 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
+    budget_free: ClassVar[bool] = True
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"budget": 512}}
@@ -37,10 +38,6 @@ class TOVA(Policy):
     def observed(self) -> int:
         """The newest query decides alone."""
         return 1
-
-    @property
-    def budget_free(self) -> bool:
-        return True
 
     def importance(self, obs: Observation) -> Tensor:
         """Mean attention [B, K, C], the same for every KV head: all hold the same entries, in columns of any order."""
