@@ -17,7 +17,9 @@ from bench.cli_common import (
     load_model,
     parse_budgets,
     running,
+    split_names,
 )
+from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, reading
 
 if TYPE_CHECKING:
@@ -27,30 +29,46 @@ if TYPE_CHECKING:
 def fidelity(
     model: ModelArgument = str(RECALL),
     text: Annotated[
-        Path, typer.Option(help="UTF-8 text to read.", show_default="a story that comes with restkv")
-    ] = RECALL / "story.txt",
+        Path | None, typer.Option(help="UTF-8 text to read.", show_default="a story that comes with restkv")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a text: questions of these tasks of `restkv bench ruler`, answered by teacher forcing."
+        ),
+    ] = None,
     methods: MethodsOption = RIVALS,
     budgets: Annotated[str, typer.Option(help="Entries per KV head, or fractions of the context.")] = "32,64,128",
     context: Annotated[int, typer.Option(help="Tokens before the eviction.")] = 384,
-    tail: Annotated[int, typer.Option(help="Tokens compared after it.")] = 64,
-    windows: Annotated[int, typer.Option(help="Pieces of the text, spread evenly over it.")] = 16,
+    tail: Annotated[int, typer.Option(help="Tokens compared after it; of questions, the answer's.")] = 64,
+    windows: Annotated[
+        int, typer.Option(help="Pieces of the text, spread evenly over it; or questions of each task.")
+    ] = 16,
     oracle: Annotated[int, typer.Option(help="So many of them also against greedy elimination.")] = 4,
     oracle_context: Annotated[int, typer.Option(help="Tokens of context for that.")] = 128,
     prefill: PrefillOption = "dense",
+    seed: SeedOption = 0,
     out: OutOption = Path("bench-fidelity"),
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = EAGER,
 ) -> None:
     """Teacher-forced comparison with the full cache on any text, and the oracle gap."""
-    from bench.fidelity import FidelityPlan, run_fidelity
+    from bench.fidelity import FidelityPlan, Questions, run_fidelity
     from bench.methods import parse_methods
 
-    with reading(text):
-        content = text.read_text(encoding="utf-8")
+    source: str | Questions
+    if tasks is not None:
+        if text is not None:
+            raise PromptError("two sources: give --text or --tasks, not both")
+        source = Questions(tuple(split_names(tasks)), seed)
+    else:
+        text = text or RECALL / "story.txt"
+        with reading(text):
+            source = text.read_text(encoding="utf-8")
     lm = load_model(model, dtype, device, backend)
     plan = FidelityPlan(
-        content,
+        source,
         tuple(parse_methods(methods)),
         parse_budgets(budgets),
         context,

@@ -1,6 +1,7 @@
 """How far a compressed cache is from the full one on any text, token by token, with the text itself as teacher.
 
-A text is cut into windows of `context` + `tail` tokens. Of every window the context is prefilled and evicted, the tail is fed one
+A text is cut into windows of `context` + `tail` tokens; or windows are questions of bench/tasks.py, whose prompt is the
+context and whose expected answer is the tail. Of every window the context is prefilled and evicted, the tail is fed one
 token at a time (with whatever eviction the policy has while decoding), and each next-token distribution is compared with
 the full cache's:
 
@@ -33,6 +34,7 @@ from bench.oracle import Oracle
 from bench.outputs import LayerTrace, full_pass, observation, relative_error
 from bench.plans import Asked, Cell, cells_of, share
 from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
+from bench.tasks import Frame, make_sample, parted
 from bench.together import kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
@@ -41,20 +43,46 @@ from restkv.policies import Policy
 
 
 @dataclass(frozen=True)
+class Questions:
+    """Retrieval questions (bench/tasks.py) with the question in sight; their expected answers are teacher-forced."""
+
+    tasks: tuple[str, ...]
+    seed: int = 0
+
+    def windows(self, lm: LM, length: int, number: int) -> list[Window]:
+        """The first `number` samples of every task, by turns.
+
+        Raises:
+            PromptError: an unknown task, or a length too short for one.
+        """
+        assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+        frame, made = Frame(lm.tokenizer), []
+        for index in range(number):
+            for task in self.tasks:
+                sample = make_sample(task, length, self.seed, index, frame)
+                prompt = f"{sample.context} {sample.question} {sample.answer_prefix}"
+                start, answer = parted(lm.encode(f"{prompt}{sample.target}."), lm.encode(prompt))
+                made.append(Window(f"{task}/{index}", start + answer, len(start), length))
+        return made
+
+
+@dataclass(frozen=True)
 class FidelityPlan:
     """The arguments of a run.
 
     Attributes:
-        text: what is read; only its hash goes into the manifest.
+        source: what is read: a text, of which only the hash goes into the manifest, or questions.
         budgets: entries per KV head (whole numbers), or fractions of the context.
-        windows: how many, spread evenly over the text.
-        oracle: so many windows are compared with greedy backward elimination (0: none).
+        context: tokens; of questions, with the room for the answer, as `length` of make_sample.
+        tail: tokens compared; questions have as many as their answers.
+        windows: how many, spread evenly over the text; of questions, so many of each task.
+        oracle: so many windows (of each task) are compared with greedy backward elimination (0: none).
         oracle_context: their context, short because elimination is slow.
         prefill: "dense", or the sparse pattern with which the contexts are read, as text (restkv/sparse.py). The reference is
             dense either way, so that the full cache's row shows what the pattern alone costs.
     """
 
-    text: str
+    source: str | Questions
     methods: tuple[Method, ...]
     budgets: tuple[Asked, ...]
     context: int = 384
@@ -76,38 +104,69 @@ class FidelityPlan:
     @property
     def results(self) -> int:
         """How many there will be."""
-        return self.windows * len(self.cells) + self.oracle * len(self.oracle_cells)
+        tasks = len(self.source.tasks) if isinstance(self.source, Questions) else 1
+        return tasks * (self.windows * len(self.cells) + self.oracle * len(self.oracle_cells))
 
     def arguments(self, lm: LM) -> dict[str, Any]:
         """JSON-ready."""
         plain = {
             name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
         }
+        if isinstance(self.source, str):
+            plain["text"] = digest(self.source)
+        else:
+            plain |= {"tasks": list(self.source.tasks), "seed": self.source.seed, "tail": None}
         return plain | {
-            "text": digest(self.text),
             "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
+            "results": self.results,
             **setting(lm),
         }
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids: a context, what is fed after it, and one more that is only expected.
+
+    Attributes:
+        asked: the tokens that budgets are shares of; a question's prompt has a few less than were asked for.
+    """
+
+    name: str
+    ids: list[int]
+    context: int
+    asked: int
+
+    @property
+    def tail(self) -> int:
+        return len(self.ids) - 1 - self.context
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.ids[: self.context]
 
 
 def run_fidelity(lm: LM, plan: FidelityPlan, folder: Path, report: Report | None = None) -> Path:
     """Run the plan, or what is missing of it, into a folder (bench/runs.py).
 
     Raises:
-        PolicyError: a method that cannot work with one of the budgets. PromptError: the text is too short, or a plan without
-        sense. RunError: see open_run.
+        PolicyError: a method that cannot work with one of the budgets. PromptError: the text or a length is too short, or a plan
+        without sense. RunError: see open_run.
     """
-    windows = _check(lm, plan)
+    _check(lm, plan)
+    if isinstance(plan.source, str):
+        windows = _cut(lm, plan, plan.source)
+        oracles = [_shortened(window, plan.oracle_context) for window in windows[: plan.oracle]]
+    else:
+        windows = plan.source.windows(lm, plan.context, plan.windows)
+        oracles = plan.source.windows(lm, plan.oracle_context, plan.oracle)
     details = describe(lm, plan.methods, max(share(budget, plan.context) for budget in plan.budgets))
     with open_run(folder, "fidelity", plan.arguments(lm), details, plan.results, report) as results:
-        _fill(lm, plan, windows, results)
+        _fill(lm, plan, windows, oracles, results)
     return folder
 
 
-def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
-    """The windows' token ids, each context + tail + 1 long, the first being what the tokenizer puts before a prompt."""
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+def _check(lm: LM, plan: FidelityPlan) -> None:
     for name, least in (("context", 2), ("tail", 1), ("windows", 1), ("oracle", 0), ("oracle_context", 2)):
         if getattr(plan, name) < least:
             raise PromptError(f"{name} {getattr(plan, name)}: give at least {least}")
@@ -120,7 +179,12 @@ def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
         for budget in plan.budgets:
             for context in {plan.context, plan.oracle_context} if plan.oracle else {plan.context}:
                 check(lm, method, share(budget, context), context, f"budget {budget} of {context} tokens")
-    before, ids = lm.tokenizer.encode(""), lm.tokenizer.encode(plan.text, bos=False)
+
+
+def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Window]:
+    """Windows of a text, each beginning with what the tokenizer puts before a prompt."""
+    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
+    before, ids = lm.tokenizer.encode(""), lm.tokenizer.encode(text, bos=False)
     size = plan.context + plan.tail + 1 - len(before)
     if len(ids) < size:
         raise PromptError(f"the text has {len(ids)} tokens; a window takes {size}: give more text, or less --context")
@@ -135,60 +199,67 @@ def _check(lm: LM, plan: FidelityPlan) -> list[list[int]]:
             stacklevel=3,
         )
     starts = [round(i * room / max(plan.windows - 1, 1)) for i in range(plan.windows)]
-    return [lm.encode(before + ids[start : start + size]) for start in starts]
+    cuts = [lm.encode(before + ids[start : start + size]) for start in starts]
+    return [Window(str(i), cut, plan.context, plan.context) for i, cut in enumerate(cuts)]
+
+
+def _shortened(window: Window, context: int) -> Window:
+    return Window(window.name, window.ids[: context + window.tail + 1], context, context)
 
 
 @torch.no_grad()
-def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[list[int]], results: Run) -> None:
+def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[Window], oracles: Sequence[Window], results: Run) -> None:
     policies: dict[tuple[Cell, int], Policy] = {}
     pattern = pattern_of(plan.prefill)
 
-    def sessions(missing: Sequence[Cell], context: Sequence[int]) -> list[Session]:
-        """One per cell, prefilled; budgets that must be searched for are found on the first window."""
-        length = len(context)
+    def sessions(missing: Sequence[Cell], window: Window) -> list[Session]:
+        """One per cell, prefilled; budgets that must be searched for are found on the first window of this length."""
         for cell in missing:
-            if (cell, length) not in policies:
-                entries = share(cell.asked, length)
-                policies[cell, length] = equal_bytes(lm, cell.method, entries, lambda: windows[0][:length], pattern)
-        made = [Session(lm.engine, policies[cell, length], [length], plan.tail) for cell in missing]
-        prefill_together(lm, made, context, pattern)
+            if (cell, window.asked) not in policies:
+                entries = share(cell.asked, window.asked)
+                policies[cell, window.asked] = equal_bytes(
+                    lm, cell.method, entries, lambda: first[window.asked], pattern
+                )
+        made = [Session(lm.engine, policies[cell, window.asked], [window.context], window.tail) for cell in missing]
+        prefill_together(lm, made, window.prompt, pattern)
         return made
 
-    for number, ids in enumerate(windows):
-        keys = {cell: f"text/{number}/{cell.method.label}/{cell.asked!r}" for cell in plan.cells}
+    first = {window.asked: window.prompt for window in (*reversed(oracles), *reversed(windows))}
+    short = {window.name: window for window in oracles}
+    for window in windows:
+        keys = {cell: f"text/{window.name}/{cell.method.label}/{cell.asked!r}" for cell in plan.cells}
         missing = [cell for cell in plan.cells if keys[cell] not in results.done]
         if missing:
-            logits_TV, layers = full_pass(lm, ids[:-1], plan.tail)
-            for cell, session in zip(missing, sessions(missing, ids[: plan.context]), strict=True):
-                about = _about("text", number, cell, session, share(cell.asked, plan.context))
-                error = layer_errors(lm, session, layers, plan.context)
-                compared = compare(lm, session, ids[plan.context :], logits_TV)
+            logits_TV, layers = full_pass(lm, window.ids[:-1], window.tail)
+            for cell, session in zip(missing, sessions(missing, window), strict=True):
+                about = _about("text", window, cell, session)  # before the tail is fed
+                error = layer_errors(lm, session, layers, window.context)
+                compared = compare(lm, session, window.ids[window.context :], logits_TV)
                 results.add(keys[cell], {**about, **compared, "error": error})
                 session.cache.free()
-        if number >= plan.oracle:
+        if window.name not in short:
             continue
-        keys = {cell: f"oracle/{number}/{cell.method.label}/{cell.asked!r}" for cell in plan.oracle_cells}
+        window = short[window.name]
+        keys = {cell: f"oracle/{window.name}/{cell.method.label}/{cell.asked!r}" for cell in plan.oracle_cells}
         missing = [cell for cell in plan.oracle_cells if keys[cell] not in results.done]
         if missing:
-            context = plan.oracle_context
-            _, layers = full_pass(lm, ids[: context + plan.tail], context + plan.tail)
-            oracle = Oracle(lm, layers, context)
-            for cell, session in zip(missing, sessions(missing, ids[:context]), strict=True):
-                about = _about("oracle", number, cell, session, share(cell.asked, context))
-                results.add(keys[cell], {**about, **oracle.gap(session)})
+            _, layers = full_pass(lm, window.ids[:-1], window.context + window.tail)
+            oracle = Oracle(lm, layers, window.context)
+            for cell, session in zip(missing, sessions(missing, window), strict=True):
+                results.add(keys[cell], {**_about("oracle", window, cell, session), **oracle.gap(session)})
                 session.cache.free()
 
 
-def _about(part: str, number: int, cell: Cell, session: Session, entries: int) -> dict[str, Any]:
+def _about(part: str, window: Window, cell: Cell, session: Session) -> dict[str, Any]:
     policy = session.policy
     return {
         "part": part,
-        "window": number,
+        "window": window.name,
         "method": cell.method.label,
         "preset": cell.method.preset,
         "granularity": policy.granularity,
         "asked": cell.asked,
-        "entries": entries,
+        "entries": share(cell.asked, window.asked),
         "budget": policy.budget,
         "observed": policy.window,
         "kept": round(kept_mean(session), 3),

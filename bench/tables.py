@@ -64,12 +64,6 @@ def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tu
     if "results" in arguments:
         return len(rows), arguments["results"]
     evicting = len(arguments["methods"]) - 1  # all but the full cache
-    if kind == "fidelity":
-        short = [
-            b for b in arguments["budgets"] if (b < 1 if isinstance(b, float) else b < arguments["oracle_context"])
-        ]
-        cells = arguments["windows"] * (1 + evicting * len(arguments["budgets"]))
-        return len(rows), cells + arguments["oracle"] * evicting * len(short)
     modes = 2 if arguments["question"] == "both" else 1
     places = len(arguments["tasks"]) * len(arguments["lengths"]) * len(arguments["depths"])
     cells = 1 + evicting * len(arguments["compression"])

@@ -14,12 +14,13 @@ from small import small_ids, small_model
 from torch import Tensor
 
 import restkv
-from bench.fidelity import FidelityPlan, compare, layer_errors, run_fidelity
+from bench.fidelity import FidelityPlan, Questions, compare, layer_errors, run_fidelity
 from bench.kept import kept_masks
 from bench.methods import parse_methods
 from bench.oracle import Oracle, elimination_order
 from bench.outputs import attention_output, full_pass, observation, relative_error
 from bench.runs import SAMPLES, read_rows
+from bench.tasks import Frame, make_sample
 from bench.together import prefill_together
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
@@ -270,14 +271,42 @@ def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None
     assert (part / SAMPLES).read_bytes() == (tmp_path / "whole" / SAMPLES).read_bytes()
 
 
+def test_a_run_on_questions_judges_the_answers(tmp_path: Path) -> None:
+    lm = restkv.load(RECALL)
+    source = Questions(("niah_single", "vt"), seed=5)
+    methods = tuple(parse_methods("restkv,random"))
+    plan = FidelityPlan(source, methods, (0.25,), context=200, windows=3, oracle=1, oracle_context=150)
+    run_fidelity(lm, plan, tmp_path)
+    rows = read_rows(tmp_path)
+    assert len(rows) == plan.results == 2 * (3 * 3 + 2)
+    by_key = {row["key"]: row for row in rows}
+    assert by_key["text/vt/2/restkv/0.25"]["entries"] == 50 and by_key["oracle/vt/0/restkv/0.25"]["entries"] == 38
+    assert by_key["text/niah_single/0/full/1.0"]["kl"] == pytest.approx(0, abs=1e-9)
+    one = make_sample("niah_single", 200, 5, 0, Frame(lm.tokenizer))
+    prompt = f"{one.context} {one.question} {one.answer_prefix}"
+    answer = lm.encode(f"{prompt}{one.target}.")[len(lm.encode(prompt)) :]
+    assert lm.tokenizer.decode(answer) == f"{one.target}."
+    window = source.windows(lm, 200, 1)[0]
+    assert window.prompt == lm.encode(prompt) and window.ids[window.context :] == answer
+    assert window.tail == len(answer) - 1  # its first token is judged by the dense prefill
+    # the full cache knows the codes (a wrong window would not), what has lost three quarters by chance does not
+    nll = {
+        name: sum(by_key[f"text/niah_single/{i}/{name}"]["nll"] for i in range(3)) / 3
+        for name in ("full/1.0", "random/0.25")
+    }
+    assert nll["full/1.0"] < 0.2 < nll["random/0.25"]
+
+
 def test_senseless_plans_are_refused(text: str, tmp_path: Path) -> None:
     lm = restkv.load(RECALL)
     few = FidelityPlan(text, tuple(parse_methods("restkv")), (16,), context=80, tail=8, windows=2, oracle=0)
     for changes, error, message in (
         ({"windows": 0}, PromptError, "windows 0: give at least 1"),
-        ({"text": "Once upon"}, PromptError, r"the text has \d+ tokens; a window takes 88"),
+        ({"source": "Once upon"}, PromptError, r"the text has \d+ tokens; a window takes 88"),
         ({"windows": 10_000}, PromptError, "room for .* different windows, not for 10000"),
         ({"oracle": 3, "oracle_context": 40}, PromptError, "no more than windows and context"),
+        ({"source": Questions(("niah_simple",))}, PromptError, "task 'niah_simple' is unknown"),
+        ({"source": Questions(("vt",)), "context": 20}, PromptError, "task vt: length 20"),
         (
             {"budgets": (0.01,), "methods": tuple(parse_methods("streamingllm"))},
             PolicyError,
@@ -307,6 +336,7 @@ def test_the_command_on_another_checkpoint(
         (["--budgets", "0"], "--budgets '0': give whole numbers, or fractions"),
         (["--budgets", "1.5"], "--budgets '1.5'"),
         (["--text", str(tmp_path / "none")], "none: cannot be read"),
+        (["--tasks", "vt"], "two sources: give --text or --tasks, not both"),
     ):
         assert main([*command, *bad]) == 2
         assert message in capsys.readouterr().err

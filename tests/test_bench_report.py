@@ -42,6 +42,7 @@ FIDELITY = {
     "windows": 3,
     "oracle": 1,
     "oracle_context": 64,
+    "results": 3 * (1 + 3 * 2) + 3 * 2,
 }
 NEEDLE = {**RULER, "tasks": ["niah_single"], "depths": [0.0, 0.5, 1.0], "compression": [8.0], "question": "aware"}
 
