@@ -126,7 +126,7 @@ def check(lm: LM, method: Method, entries: int, length: int, what: str) -> None:
         PolicyError: names method, budget and mend.
     """
     try:
-        Evictor(lm.model, method.policy(entries), lm.engine.grams, [length])
+        Evictor(lm.model, method.policy(entries), lm.engine.roots, [length])
     except PolicyError as error:
         raise PolicyError(f"{method.label}: {entries} entries per head ({what}): {error}") from None
 

@@ -78,7 +78,7 @@ class Ours(Worker):
         prompts = torch.randint(0, self._engine.model.config.vocab_size, (batch, context)).tolist()
         self._session = Session(self._engine, self._policy, [context] * batch, self._tokens)
         self._session.evictor = self._evictor = TimedEvictor(
-            self._engine.model, self._policy, self._engine.grams, [context] * batch
+            self._engine.model, self._policy, self._engine.roots, [context] * batch
         )
         self._session.prefill(prompts)
 

@@ -52,7 +52,7 @@ def observation(lm: LM, index: int, trace: LayerTrace, stop: int, queries: int |
         k=trace.k_KLD[None, :, :stop].double(),
         v=trace.v_KLD[None, :, :stop].double(),
         pos=position_C.expand(1, len(trace.k_KLD), -1),
-        gram=None,
+        root=None,
         scale=config.attn_scale,
         softcap=config.attn_softcap,
         window=lm.model.blocks[index].window,

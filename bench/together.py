@@ -101,7 +101,7 @@ def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int,
     made = []
     for indices in groups.values():
         some = [policies[index] for index in indices]
-        evictors = [Evictor(lm.model, policy, lm.engine.grams, [length]).row(0) for policy in some]
+        evictors = [Evictor(lm.model, policy, lm.engine.roots, [length]).row(0) for policy in some]
         if len(some) > 1:
             session = _shared_session(lm, some, length, later)
         else:

@@ -21,26 +21,26 @@ from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.errors import PolicyError
 from restkv.mass import column_mass
-from restkv.observe import Observation, cross_gram_of, gram_of, weighted_attention
+from restkv.observe import Observation, group_root_of, root_of, weighted_attention
 from restkv.policies.base import Policy
 
 
-class Grams:
-    """W_O^h^T W_O^h of every layer, computed on first use and kept (float32; D*D numbers per query head)."""
+class Roots:
+    """Square roots of every layer's W_O^h^T W_O^h, computed on first use and kept (float32; D*D numbers per query head)."""
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
         self._made: dict[tuple[int, str], Tensor] = {}
 
     def get(self, layer: int, needs: frozenset[str]) -> Tensor | None:
-        """[H, D, D] for policies that need "gram", [K, G, D, G, D] for "cross_gram", else None."""
-        kind = next((name for name in ("cross_gram", "gram") if name in needs), None)
+        """[H, D, F] for policies that need "root", [K, G, D, F] for "group_root", else None."""
+        kind = next((name for name in ("group_root", "root") if name in needs), None)
         if kind is None:
             return None
         if (layer, kind) not in self._made:
             w_o_EHD = self._model.blocks[layer].output_weight()
-            gram = gram_of(w_o_EHD) if kind == "gram" else cross_gram_of(w_o_EHD, self._model.config.num_kv_heads)
-            self._made[layer, kind] = gram
+            root = root_of(w_o_EHD) if kind == "root" else group_root_of(w_o_EHD, self._model.config.num_kv_heads)
+            self._made[layer, kind] = root
         return self._made[layer, kind]
 
 
@@ -71,8 +71,8 @@ class Evictor:
         counted_B: [B] int32; queries before these positions have been counted into the entries' mass.
     """
 
-    def __init__(self, model: Decoder, policy: Policy, grams: Grams, lengths: Sequence[int]) -> None:
-        self.model, self.policy, self.grams = model, policy, grams
+    def __init__(self, model: Decoder, policy: Policy, roots: Roots, lengths: Sequence[int]) -> None:
+        self.model, self.policy, self.roots = model, policy, roots
         layers = model.config.num_layers
         per_row = [
             [UNBOUNDED] * layers if policy.budget is None else policy.layer_budgets(length, layers)
@@ -350,7 +350,7 @@ class Evictor:
             k=k,
             v=v,
             pos=pos,
-            gram=self.grams.get(layer, self.policy.needs),
+            root=self.roots.get(layer, self.policy.needs),
             scale=config.attn_scale,
             softcap=config.attn_softcap,
             window=self.model.blocks[layer].window,
@@ -360,7 +360,7 @@ class Evictor:
             mass=mass,
             protected=_protected(self.policy, pos, budgets, next_pos_B),
             budget_B=torch.tensor(budgets, device=pos.device),
-            budget_most=max(budgets),
+            budgets=tuple(budgets),
             rotary=self._rotary(layer) if "rotary" in self.policy.needs else None,
         )
 

@@ -18,7 +18,7 @@ from modeling.layers import Decoder
 from modeling.pages import KVCache, LayerView
 from restkv.compiling import Mark, keep_kernels
 from restkv.errors import PromptError
-from restkv.evict import Evictor, Grams, companions_of
+from restkv.evict import Evictor, Roots, companions_of
 from restkv.policies.base import Policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
@@ -44,12 +44,12 @@ class Engine:
 
     model: Decoder
     backend: str
-    grams: Grams = field(init=False)
+    roots: Roots = field(init=False)
     decode: Callable[..., Tensor] = field(init=False)
     hidden: Callable[..., Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.grams = Grams(self.model)
+        self.roots = Roots(self.model)
         self.decode, self.hidden = _decode, step
         if self.backend == "flex":
             keep_kernels()
@@ -159,7 +159,7 @@ class Session:
             "forks": forks,
         }
         self._chunked, self._chunk = prefill == "chunked", chunk
-        self.evictor = Evictor(engine.model, policy, engine.grams, lengths)
+        self.evictor = Evictor(engine.model, policy, engine.roots, lengths)
         self._interval = policy.interval if policy.budget is not None else None
         # Very frequent evictions only mark; the pages are reclaimed every so many tokens.
         self._period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0

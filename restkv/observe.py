@@ -3,14 +3,15 @@
 Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head (columns), D head dim, W observed
 queries, E hidden width, X = K or H. Query head h reads KV head h // G.
 
-Attention over long contexts is computed in chunks of columns (a pass for the log-sum-exp, a pass for whatever is made
-of the weights), so that nothing of size [H, W, C] or [H, C, D] has to exist beyond one chunk.
+Attention over long contexts is computed in chunks (whole rows of some heads and queries, or some columns of all of them), so
+that nothing of size [H, W, C] or [H, C, D] has to exist beyond one chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def chunk_elements(device: torch.device) -> int:
 class Observation:
     """One layer at the moment of eviction.
 
-    Only q, q_pos, k, v, pos, gram and scale are needed to build one by hand. Half-precision tensors are computed with
+    Only q, q_pos, k, v, pos, root and scale are needed to build one by hand. Half-precision tensors are computed with
     in float32, float64 ones in float64. What lies in rows with q_pos = -1 or in columns with pos = -1 has no influence
     as long as it is finite. Columns may be in any order.
     """
@@ -38,7 +39,7 @@ class Observation:
     k: Tensor  # [B, K, C, D] the layer's entries after RoPE: a whole prompt, or what earlier evictions left
     v: Tensor  # [B, K, C, D]
     pos: Tensor  # [B, K, C] int, original position of each entry; -1 = padding
-    gram: Tensor | None  # [H, D, D] W_O^h^T W_O^h; [K, G, D, G, D] for a policy that needs "cross_gram" (Policy.needs)
+    root: Tensor | None  # [H, D, F] of W_O (root_of); [K, G, D, F] for a policy that needs "group_root" (Policy.needs)
     scale: float  # what q.k is multiplied with
     softcap: float | None = None  # attention logits x become softcap * tanh(x / softcap)
     window: int | None = None  # sliding-window layer: a query at p sees positions in (p - window, p]
@@ -48,7 +49,7 @@ class Observation:
     mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
-    budget_most: int | None = None  # at least every one of budget_B: what the host knows, so that ranking stops there
+    budgets: tuple[int, ...] | None = None  # budget_B as the host knows it, so that ranking stops there
     shared: dict[Hashable, Tensor] | None = (
         None  # scores of these entries under other policies, for those that score alike
     )
@@ -108,22 +109,27 @@ class Observation:
         B, H, W, _ = self.q.shape
         return self.chunks(B * H * W)
 
-    def query_chunks(self) -> Iterator[slice]:
-        """Slices of the queries for which [B, H, W, C] is affordable (one query at least)."""
-        B, H, W, _ = self.q.shape
-        step = max(1, chunk_elements(self.k.device) // (B * H * self.k.shape[2]))
-        for start in range(0, W, step):
-            yield slice(start, start + step)
+    def rows(self) -> Iterator[Rows]:
+        """All logits, piece by piece, in whole rows: as many KV heads at once as are affordable, or of one head some queries."""
+        B, _, W, _ = self.q.shape
+        K, C = self.k.shape[1:3]
+        affordable = chunk_elements(self.k.device) // (B * self.group * C)  # KV heads times queries
+        heads, queries = max(1, min(K, affordable // W)), max(1, min(W, affordable))
+        for head in range(0, K, heads):
+            for query in range(0, W, queries):
+                some, which = slice(head, min(head + heads, K)), slice(query, min(query + queries, W))
+                grouped = slice(some.start * self.group, some.stop * self.group)
+                yield Rows(grouped, which, self.logits(heads=some, queries=which))
 
     def logits(self, columns: slice = slice(None), queries: slice = slice(None), heads: slice = slice(None)) -> Tensor:
         """Attention logits [B, H, W, C] of some columns, queries and KV heads (with their groups); -inf for what a query may
         not see: the future, what has left a sliding window, padding, and entries its head does not hold.
         """
         G = self.group
-        q_BKGWD = self.q.unflatten(1, (-1, G))[:, heads, :, queries].to(self.dtype)
+        q_BKGWD = self.q.unflatten(1, (-1, G))[:, heads, :, queries].to(self.dtype) * self.scale
         B, K, _, W, D = q_BKGWD.shape
         q_BKQD = q_BKGWD.reshape(B, K, G * W, D)
-        logits_BKGWC = (q_BKQD @ self.k[:, heads, columns].to(self.dtype).mT).view(B, K, G, W, -1) * self.scale
+        logits_BKGWC = (q_BKQD @ self.k[:, heads, columns].to(self.dtype).mT).view(B, K, G, W, -1)
         if self.softcap is not None:
             logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
         pos_BK11C = self.pos[:, heads, None, None, columns]
@@ -133,64 +139,67 @@ class Observation:
             visible = visible & (pos_BK11C > q_pos_B11W1 - self.window)
         if self.keep is not None:
             visible = visible & self.keep.unflatten(1, (-1, G))[:, heads, :, None, columns]
-        return logits_BKGWC.masked_fill(~visible, -torch.inf).flatten(1, 2)
-
-    def normalizer_and_top(self) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of each query's logits and the column of the largest, [B, H, W] each.
-
-        A query that sees nothing has a log-sum-exp of 0, so that its weights are 0.
-        """
-        lse_BHW = self.q.new_full(self.q.shape[:3], -torch.inf, dtype=self.dtype)
-        most_BHW, top_BHW = lse_BHW, torch.zeros_like(lse_BHW, dtype=torch.long)
-        for columns, _ in self.attention_chunks():
-            logits_BHWC = self.logits(columns)
-            lse_BHW = torch.logaddexp(lse_BHW, logits_BHWC.logsumexp(-1))
-            here_BHW, at_BHW = logits_BHWC.max(-1)
-            top_BHW = torch.where(here_BHW > most_BHW, at_BHW + columns.start, top_BHW)
-            most_BHW = torch.maximum(here_BHW, most_BHW)
-        return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0), top_BHW
+        return logits_BKGWC.masked_fill_(~visible, -torch.inf).flatten(1, 2)
 
     def attention(self, lse_BHW: Tensor, columns: slice = slice(None)) -> Tensor:
         """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns."""
         return torch.exp(self.logits(columns) - lse_BHW[..., None])
 
 
+class Rows(NamedTuple):
+    """Attention logits of some query heads and some queries over all columns."""
+
+    heads: slice
+    queries: slice
+    logits_BHWC: Tensor
+
+    def normalizer_BHW(self) -> Tensor:
+        """Log-sum-exp of every row; 0 for a query that sees nothing, so that its weights are 0."""
+        lse_BHW = self.logits_BHWC.logsumexp(-1)
+        return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0)
+
+    def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
+        """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
+        a_BHWC = self.logits_BHWC.softmax(-1).nan_to_num_(0)
+        total_BHC[:, self.heads] += (weight_BW[:, None, None, self.queries] @ a_BHWC)[:, :, 0]
+
+
 def attention_BHWC(obs: Observation) -> Tensor:
     """The observed queries' softmax weights over all columns at once, [B, H, W, C] in obs.dtype."""
-    return obs.attention(obs.normalizer_and_top()[0])
+    return obs.logits().softmax(-1).nan_to_num(0)
 
 
 def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
     """Sum over the observed queries of weight * softmax weights, [B, H, C] in obs.dtype."""
-    B, _, W, _ = obs.q.shape
-    K, C = obs.k.shape[1:3]
-    heads = chunk_elements(obs.q.device) // (B * obs.group * W * C)
-    if heads:  # KV heads whose weights over all columns may exist at once: their logits are made only once
-        parts = []
-        for first in range(0, K, heads):
-            a_BHWC = obs.logits(heads=slice(first, first + heads)).softmax(-1)
-            parts.append(torch.einsum("bhwc,bw->bhc", a_BHWC.nan_to_num(0), weight_BW))
-        return torch.cat(parts, 1)
-    lse_BHW, _ = obs.normalizer_and_top()
-    parts = [torch.einsum("bhwc,bw->bhc", obs.attention(lse_BHW, c), weight_BW) for c, _ in obs.attention_chunks()]
-    return torch.cat(parts, -1)
+    total_BHC = nothing(obs)
+    for rows in obs.rows():
+        rows.add_attention(total_BHC, weight_BW)
+    return total_BHC
 
 
-def gram_of(w_o_EHD: Tensor) -> Tensor:
-    """[H, D, D] in float32 (float64 for float64 weights): W_O^h^T W_O^h, so that ||W_O^h u||^2 = u^T gram[h] u.
+def nothing(obs: Observation) -> Tensor:
+    """Zeros [B, H, C] in obs.dtype."""
+    return torch.zeros(*obs.q.shape[:2], obs.k.shape[2], dtype=obs.dtype, device=obs.k.device)
 
-    It stands in for the projection at 1/(E/D) of the work and without an [H, C, E] tensor (SPEC §1.6 g).
+
+def root_of(w_o_EHD: Tensor) -> Tensor:
+    """[H, D, F], F = min(D, E), in float32 (float64 for float64 weights): ||u root[h]|| = ||W_O^h u||.
+
+    It is R^T of W_O^h = Q R, and stands in for the projection at F/E of the work and without an [H, C, E] tensor (SPEC §1.6 g).
+    Unlike the Gram matrix W_O^h^T W_O^h it squares nothing.
     """
-    w_HED = _full_precision(w_o_EHD).transpose(0, 1)
-    return w_HED.mT @ w_HED
+    return _triangle(_full_precision(w_o_EHD).transpose(0, 1))
 
 
-def cross_gram_of(w_o_EHD: Tensor, num_kv_heads: int) -> Tensor:
-    """[K, G, D, G, D]: W_O^g^T W_O^g' of the query heads g, g' that share a KV head; dtype as gram_of."""
+def group_root_of(w_o_EHD: Tensor, num_kv_heads: int) -> Tensor:
+    """[K, G, D, F], F = min(G D, E): ||sum_g u_g root[k, g]|| = ||sum_g W_O^g u_g|| over KV head k's group; dtype as root_of."""
     E, H, D = w_o_EHD.shape
-    G = H // num_kv_heads
-    w_KEQ = _full_precision(w_o_EHD).reshape(E, num_kv_heads, G * D).transpose(0, 1)
-    return (w_KEQ.mT @ w_KEQ).view(num_kv_heads, G, D, G, D)
+    w_KEQ = _full_precision(w_o_EHD).reshape(E, num_kv_heads, H // num_kv_heads * D).transpose(0, 1)
+    return _triangle(w_KEQ).unflatten(1, (-1, D))
+
+
+def _triangle(w: Tensor) -> Tensor:
+    return torch.linalg.qr(w, mode="r").R.mT.contiguous()
 
 
 def _oldest_first(pos_BXC: Tensor) -> Tensor:

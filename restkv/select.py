@@ -5,6 +5,7 @@ Letters: B batch rows, C entries of one head (columns), X KV heads or query head
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,24 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
     age_XC = (pos_XC.long() * columns + later_first_C).masked_fill(~tied_XC, -1)  # no two alike
     oldest_X1 = _nth_largest(age_XC, count_X1 - above_XC.sum(-1, keepdim=True), most)
     return (above_XC | (tied_XC & (age_XC >= oldest_X1))) & (count_X1 > 0)
+
+
+def largest(x_XC: Tensor, count: int) -> Tensor:
+    """Columns of the `count` largest of every line, in any order; which of equal ones is nobody's promise. [..., count] long.
+
+    On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and the mask of what reaches it
+    has exactly `count` columns in every line, unless some are equal.
+    """
+    columns = x_XC.shape[-1]
+    if x_XC.device.type == "cpu" and count < columns and not torch.compiler.is_compiling():
+        x_XC = x_XC.detach()
+        lowest_X = np.partition(x_XC.numpy(), columns - count, axis=-1)[..., columns - count]
+        found_n = np.flatnonzero(
+            ~(x_XC < torch.from_numpy(lowest_X)[..., None]).numpy()
+        )  # NaN is the largest, as in topk
+        if found_n.size == lowest_X.size * count:
+            return torch.from_numpy(found_n % columns).view(*x_XC.shape[:-1], count)
+    return x_XC.topk(count, sorted=False).indices
 
 
 def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from observed import gram_for
+from observed import root_for
 
 from restkv.observe import Observation, weighted_attention
 
@@ -41,7 +41,7 @@ def prepared(policy, obs, w_o):
     half = obs.q.shape[-1] // 2
     return replace(
         obs,
-        gram=gram_for(policy, w_o, obs.k.shape[1]),
+        root=root_for(policy, w_o, obs.k.shape[1]),
         mass=collected(policy, obs) if "mass" in policy.needs else None,
         rotary=rotary([1.0 / 10**i for i in range(half)]) if "rotary" in policy.needs else None,
         protected=protected(policy, obs.pos, obs.q_pos[:, -1], budget),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from restkv.observe import Observation, cross_gram_of, gram_of
+from restkv.observe import Observation, group_root_of, root_of
 
 POISON = 1e4  # finite, as what lies in unused slots always is
 
@@ -68,7 +68,7 @@ def observation(
         k.to(dtype),
         v.to(dtype),
         pos,
-        gram_of(w_o),
+        root_of(w_o),
         head_dim**-0.5,
         keep=keep if per_head else None,
         **options,
@@ -76,11 +76,11 @@ def observation(
     return obs, w_o
 
 
-def gram_for(policy, w_o, kv_heads):
+def root_for(policy, w_o, kv_heads):
     """What a policy asks for in `needs`."""
-    if "cross_gram" in policy.needs:
-        return cross_gram_of(w_o, kv_heads)
-    return gram_of(w_o) if "gram" in policy.needs else None
+    if "group_root" in policy.needs:
+        return group_root_of(w_o, kv_heads)
+    return root_of(w_o) if "root" in policy.needs else None
 
 
 shapes = st.fixed_dictionaries(

@@ -1,6 +1,6 @@
 """The slow twin of scoring, smoothing and selection: float64, one head, one query, one entry at a time, after SPEC §1-2.
 
-It shares no code with restkv/: W_O is applied as it is (no Gram matrix), windows are summed one by one, selection is a sort.
+It shares no code with restkv/: W_O is applied as it is (no root of it), windows are summed one by one, selection is a sort.
 """
 
 from __future__ import annotations

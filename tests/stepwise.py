@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from observed import gram_for
+from observed import root_for
 from reference_policies import Ladders, best
 from torch import Tensor
 
@@ -334,7 +334,7 @@ class Observed(Rule):
             k=padded([head.k for head in heads], 0),
             v=padded([head.v for head in heads], 0),
             pos=pos,
-            gram=gram_for(policy, block.output_weight(), config.num_kv_heads),
+            root=root_for(policy, block.output_weight(), config.num_kv_heads),
             scale=config.attn_scale,
             softcap=config.attn_softcap,
             window=block.window,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from restkv.observe import Observation, gram_of
+from restkv.observe import Observation, root_of
 from restkv.policies import ReSTKV, SnapKV
 from restkv.select import select
 
@@ -61,9 +61,9 @@ def assert_matches(path):
     q, k, v, want, idx = data["q"][:, :, -W:], data["k"], data["v"], data["scores"], data["idx"].long()
     H, K, D = q.shape[1], k.shape[1], q.shape[3]
     pos = torch.arange(L).expand(1, K, L)
-    gram = gram_of(data["w_o"].view(-1, H, D)) if "w_o" in data else None
+    root = root_of(data["w_o"].view(-1, H, D)) if "w_o" in data else None
     policy = policy_of(params, idx.shape[-1] + W)
-    score = policy.score(Observation(q, torch.arange(L - W, L)[None], k, v, pos, gram, D**-0.5))
+    score = policy.score(Observation(q, torch.arange(L - W, L)[None], k, v, pos, root, D**-0.5))
     torch.testing.assert_close(score[..., : L - W], want, rtol=1e-5, atol=0)
 
     pos = pos.repeat_interleave(H // K, 1)

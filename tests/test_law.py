@@ -32,7 +32,7 @@ from modeling.pages import UNBOUNDED
 from restkv import generate
 from restkv.errors import PolicyError
 from restkv.generate import Engine, Session
-from restkv.observe import Observation, cross_gram_of, gram_of
+from restkv.observe import Observation, group_root_of, root_of
 from restkv.policies import FullCache, Policy, get_policy
 
 FEW, MANY = 60, 625  # examples of each of the 8 tests: 480 on every run, 5,000 in the slow one
@@ -294,14 +294,14 @@ class Dense:
         keep_HL = torch.tensor([[p in heads for p in range(self.length)] for heads in self.held[i]])
         any_KL = keep_HL.unflatten(0, (config.num_kv_heads, -1)).any(1)
         w_o = block.output_weight()
-        joint = "cross_gram" in policy.needs
+        joint = "group_root" in policy.needs
         obs = Observation(
             q=self.q[i][-W:].transpose(0, 1)[None],
             q_pos=torch.arange(self.length - W, self.length)[None],
             k=self.k[i].transpose(0, 1)[None],
             v=self.v[i].transpose(0, 1)[None],
             pos=torch.arange(self.length).where(any_KL, -1)[None],
-            gram=cross_gram_of(w_o, config.num_kv_heads) if joint else gram_of(w_o),
+            root=group_root_of(w_o, config.num_kv_heads) if joint else root_of(w_o),
             scale=config.attn_scale,
             softcap=config.attn_softcap,
             window=block.window,

@@ -1,4 +1,4 @@
-"""Observations: who sees what, and the Gram matrices that stand in for W_O."""
+"""Observations: who sees what, and the roots that stand in for W_O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed import observation, shapes
 
-from restkv.observe import attention_BHWC, cross_gram_of, gram_of, weighted_attention
+from restkv.observe import attention_BHWC, group_root_of, root_of, weighted_attention
 
 
 @settings(max_examples=100, deadline=None)
@@ -55,22 +55,27 @@ def test_hidden_is_what_the_next_query_cannot_see():
     assert not replace(obs, window=None).hidden.any()
 
 
-def test_gram_measures_projected_lengths():
+def test_roots_measure_projected_lengths():
     random = torch.Generator().manual_seed(0)
     w_o = torch.randn(32, 6, 4, generator=random, dtype=torch.float64)
     u = torch.randn(6, 4, generator=random, dtype=torch.float64)
     lengths = torch.stack([(w_o[:, h] @ u[h]).norm() for h in range(6)])
-    gram = gram_of(w_o)
-    torch.testing.assert_close(torch.einsum("hd,hde,he->h", u, gram, u).sqrt(), lengths)
-    cross = cross_gram_of(w_o, 2)
+    torch.testing.assert_close(torch.einsum("hd,hdf->hf", u, root_of(w_o)).norm(dim=-1), lengths)
     joint = torch.stack([sum(w_o[:, h] @ u[h] for h in heads).norm() for heads in (range(3), range(3, 6))])
     grouped = u.view(2, 3, 4)
-    torch.testing.assert_close(torch.einsum("kgd,kgdhe,khe->k", grouped, cross, grouped).sqrt(), joint)
-    for h in range(6):
-        torch.testing.assert_close(cross[h // 3, h % 3, :, h % 3], gram[h])
+    torch.testing.assert_close(torch.einsum("kgd,kgdf->kf", grouped, group_root_of(w_o, 2)).norm(dim=-1), joint)
 
 
-def test_gram_of_half_precision_weights_is_float32():
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_a_root_is_no_wider_than_what_it_stands_for(width):
+    w_o = torch.randn(width, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    root, group = root_of(w_o), group_root_of(w_o, 2)
+    assert root.shape == (6, 4, min(4, width)) and group.shape == (2, 3, 4, min(12, width))
+    torch.testing.assert_close(root @ root.mT, torch.einsum("ehd,ehc->hdc", w_o, w_o))
+
+
+def test_roots_of_half_precision_weights_are_float32():
     w_o = torch.randn(64, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert gram_of(w_o).dtype == torch.float32 and cross_gram_of(w_o, 2).dtype == torch.float32
-    torch.testing.assert_close(gram_of(w_o), gram_of(w_o.double()).float(), rtol=1e-5, atol=1e-4)
+    assert root_of(w_o).dtype == torch.float32 and group_root_of(w_o, 2).dtype == torch.float32
+    want = root_of(w_o.double())
+    torch.testing.assert_close(root_of(w_o) @ root_of(w_o).mT, (want @ want.mT).float(), rtol=1e-5, atol=1e-4)

@@ -218,7 +218,7 @@ def test_what_an_eviction_looks_at():
     policy = ExpectedAttention(64)
     assert policy.observed == policy.interval == 128 and policy.observed_prompt > 1 << 40
     assert (H2O(64).needs, policy.needs, CAOTE(64).needs) == ({"mass"}, {"rotary"}, frozenset())
-    assert (CAOTE(64, output_weight=True).needs, VARIANTS["caote joint"].needs) == ({"gram"}, {"cross_gram"})
+    assert (CAOTE(64, output_weight=True).needs, VARIANTS["caote joint"].needs) == ({"root"}, {"group_root"})
     slots = {name for name, cls in POLICIES.items() if cls(None).slot_positions}
     assert slots == {"streamingllm", "lacache"} and get_policy("h2o", preset="streaming").slot_positions
 

@@ -11,7 +11,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import gram_for, observation, shapes
+from observed import observation, root_for, shapes
 
 from restkv import observe, pooling
 from restkv.budgets import Allocation
@@ -55,7 +55,7 @@ def test_joint_is_the_measured_change_of_a_group(group):
     policy = ReSTKV(None, aggregate="indicator", gqa="joint", **UNSMOOTHED)
     for seed in range(10):
         obs, w_o = observation(seed, queries=1, columns=30, head_dim=6, width=32, group=group, spread=3.0)
-        obs = replace(obs, gram=observe.cross_gram_of(w_o, 2))
+        obs = replace(obs, root=observe.group_root_of(w_o, 2))
         score = policy.score(obs)
         for k in range(2):
             measured = measured_removal(obs, w_o, range(k * group, (k + 1) * group))
@@ -136,7 +136,7 @@ def build(values):
 
 
 def assert_same(policy, obs, w_o, rtol, atol=0.0):
-    obs = replace(obs, gram=gram_for(policy, w_o, obs.k.shape[1]))
+    obs = replace(obs, root=root_for(policy, w_o, obs.k.shape[1]))
     got, want = policy.score(obs).double().numpy(), reference.scores(policy, obs, w_o)
     promised = ~np.isnan(want)
     assert not np.isnan(got).any()
@@ -150,7 +150,7 @@ def test_equals_the_slow_twin(shape, values, per_head, budget_each, bounded):
     obs, w_o = observation(**shape, per_head=per_head and policy.granularity == "query")
     if budget_each:
         budget_B = policy.window + torch.arange(1, obs.q.shape[0] + 1)
-        obs = replace(obs, budget_B=budget_B, budget_most=bounded * (policy.window + 3) or None)
+        obs = replace(obs, budget_B=budget_B, budgets=tuple(budget_B.tolist()) if bounded else None)
     assert_same(policy, obs, w_o, rtol=1e-7, atol=1e-9)
 
 
@@ -160,7 +160,7 @@ def test_half_precision_is_scored_in_float32(shape, values, dtype):
     # A scale far above the number of entries: a rounded tie in the ranking may move the drift, not the kernel made of it.
     policy = build({**values, "scale": 2000})
     obs, w_o = observation(**shape, dtype=dtype)
-    assert policy.score(replace(obs, gram=gram_for(policy, w_o, obs.k.shape[1]))).dtype == torch.float32
+    assert policy.score(replace(obs, root=root_for(policy, w_o, obs.k.shape[1]))).dtype == torch.float32
     assert_same(policy, obs, w_o, rtol=2e-3, atol=1e-3)
 
 
@@ -213,7 +213,7 @@ def test_ema_weights_are_the_recursion_over_the_queries_a_row_has(alpha):
 def test_a_row_of_a_batch_scores_as_alone(shape, values):
     policy = build(values)
     obs, w_o = observation(**{**shape, "rows": 3, "ragged": True})
-    obs = replace(obs, gram=gram_for(policy, w_o, obs.k.shape[1]), budget_B=policy.window + torch.tensor([1, 3, 7]))
+    obs = replace(obs, root=root_for(policy, w_o, obs.k.shape[1]), budget_B=policy.window + torch.tensor([1, 3, 7]))
     together = policy.score(obs)
     for b in range(3):
         seen = obs.q_pos[b] >= 0
@@ -232,7 +232,7 @@ def test_a_row_of_a_batch_scores_as_alone(shape, values):
 def test_where_an_entry_lies_changes_nothing(shape, values, per_head):
     policy = build(values)
     obs, w_o = observation(**shape, per_head=per_head and policy.granularity == "query")
-    obs = replace(obs, gram=gram_for(policy, w_o, obs.k.shape[1]))
+    obs = replace(obs, root=root_for(policy, w_o, obs.k.shape[1]))
     order = torch.randperm(obs.pos.shape[-1], generator=torch.Generator().manual_seed(shape["seed"]))
     moved = replace(
         obs,
@@ -254,7 +254,7 @@ def test_a_sink_that_takes_all_attention_stays_finite(aggregate, gqa):
     k[:, :, 0, 0] = 1
     q = torch.zeros_like(obs.q)
     q[..., 0] = 600
-    obs = replace(obs, q=q, k=k, gram=gram_for(policy, w_o, 2))
+    obs = replace(obs, q=q, k=k, root=root_for(policy, w_o, 2))
     assert observe.attention_BHWC(obs)[..., 0].min() == 1
     score = policy.score(obs)
     assert score.isfinite().all()
@@ -310,7 +310,7 @@ def test_chunks_change_nothing_and_bound_every_temporary(values, monkeypatch):
 
     policy = ReSTKV(32, window=16, scale=50, **values)
     obs, w_o = observation(kv_heads=2, group=2, queries=16, columns=1000, head_dim=8, dtype=torch.float32)
-    obs = replace(obs, gram=gram_for(policy, w_o, 2).float())
+    obs = replace(obs, root=root_for(policy, w_o, 2).float())
     whole = policy.score(obs)
     monkeypatch.setattr(observe, "CHUNK_ELEMENTS_CPU", 1 << 13)
     with Largest() as largest:
@@ -325,11 +325,11 @@ def test_scoring_and_selection_compile_without_a_break():
     policy = ReSTKV(24, window=8, scale=5)
     obs, _ = observation(queries=8, columns=64, head_dim=8, dtype=torch.float32, ragged=True, rows=2, seed=3)
 
-    def keep(q, q_pos, k, v, pos, gram, budget):
-        seen = observe.Observation(q, q_pos, k, v, pos, gram, obs.scale, budget_B=budget)
+    def keep(q, q_pos, k, v, pos, root, budget):
+        seen = observe.Observation(q, q_pos, k, v, pos, root, obs.scale, budget_B=budget)
         return select(policy.score(seen), pos, pos >= q_pos.amax(-1)[:, None, None] - 7, budget)
 
-    inputs = (obs.q, obs.q_pos, obs.k, obs.v, obs.pos, obs.gram.float(), torch.tensor([24, 20]))
+    inputs = (obs.q, obs.q_pos, obs.k, obs.v, obs.pos, obs.root.float(), torch.tensor([24, 20]))
     assert torch.equal(torch.compile(keep, fullgraph=True, dynamic=False)(*inputs), keep(*inputs))
 
 

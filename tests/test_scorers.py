@@ -11,7 +11,7 @@ import torch
 from by_hand import collected, rotary, steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import gram_for, observation, shapes
+from observed import observation, root_for, shapes
 from safetensors import safe_open
 
 from restkv.policies import CAOTE, H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Random, StreamingLLM, get_policy
@@ -94,7 +94,7 @@ def test_expected_attention_of_many_queries_in_parts(monkeypatch):
 def test_caote_is_the_measured_change_of_the_newest_querys_output(shape, sets, output_weight, per_head):
     policy = CAOTE(9, output_weight=output_weight, **sets)
     obs, w_o = observation(**shape, per_head=per_head and policy.granularity == "query")
-    obs = replace(obs, gram=gram_for(policy, w_o, shape["kv_heads"]))
+    obs = replace(obs, root=root_for(policy, w_o, shape["kv_heads"]))
     got, want = policy.score(obs).numpy(), reference.scores(policy, obs, w_o)
     # A difference of two outputs of size 1 is what is measured: of a small one it knows few digits.
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restkv.select import select
+from restkv.select import largest, select
 
 # Few distinct values, so that ties are the rule.
 values = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, math.inf, -math.inf, math.nan, 1e-30, 2e-30])
@@ -40,6 +40,23 @@ def test_equals_a_sort(data, rows, heads, columns):
             assert kept == reference.select(*args, limit)
             held = sum(p >= 0 and bool(safe) for p, safe in zip(*args[1:], strict=True))
             assert len(kept) == min(max(limit, held), sum(p >= 0 for p in args[1]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(), shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 30)), distinct=st.booleans()
+)
+def test_the_largest_are_those_of_a_sort(data, shape, distinct):
+    size, (*lines, columns) = math.prod(shape), shape
+    floats = st.floats(-1e6, 1e6, width=32) if distinct else values
+    x = torch.tensor(data.draw(st.lists(floats, min_size=size, max_size=size, unique=distinct))).view(shape)
+    count = data.draw(st.integers(1, columns))
+    found = largest(x, count)
+    assert found.shape == (*lines, count) and found.dtype == torch.long
+    assert all(len(set(line)) == count for line in found.view(-1, count).tolist())  # no column twice
+    want = x.sort(-1, descending=True).values[..., :count]  # NaN is the largest
+    got = x.gather(-1, found).sort(-1, descending=True).values
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_older_of_equal_scores_loses():

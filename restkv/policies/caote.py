@@ -52,7 +52,7 @@ class CAOTE(Policy):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Gram matrices of W_O, if it is asked for."""
+        """The roots of W_O, if it is asked for."""
         return self._equation7.needs
 
     @property

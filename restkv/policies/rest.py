@@ -6,13 +6,13 @@ entries (a window that widens and shifts with the drift of attention).
 
 Letters: B batch rows, H query heads, K KV heads, G = H/K (g and j run over a group), C entries of one head (columns),
 D head dim, W observed queries, Q queries scored one by one (W, or 1 once attention has been averaged), X = H or K,
-T entries ranked highest.
+T entries ranked highest, F coordinates after W_O (restkv.observe.root_of).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -23,8 +23,9 @@ from torch import Tensor
 from restkv import pooling
 from restkv.budgets import Allocation
 from restkv.errors import PolicyError
-from restkv.observe import Observation, weighted_attention
+from restkv.observe import Observation, Rows, nothing
 from restkv.policies.base import Policy
+from restkv.select import largest
 
 _PAPER = {"alpha": 0.3, "budget_by": "uniform"}
 _SCRIPTS = {**_PAPER, "granularity": "query", "interval": None}
@@ -100,20 +101,20 @@ class ReSTKV(Policy):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Gram matrices of W_O: per query head, or crossed within each group for gqa="joint"."""
+        """The roots of W_O: per query head, or of each group for gqa="joint"."""
         if not self.output_weight:
             return frozenset()
-        return frozenset({"cross_gram" if self.gqa == "joint" else "gram"})
+        return frozenset({"group_root" if self.gqa == "joint" else "root"})
 
     def importance(self, obs: Observation) -> Tensor:
         """Smoothed output change: [B, H, C], or [B, K, C] for gqa="joint"."""
-        score_BXC = self._output_change(obs)
+        score_BXC, drift_BH = self._output_change(obs)
         if self.pooling == "none":
             return score_BXC
         step = obs.q.shape[1] // score_BXC.shape[1]  # one line of entries per scored head
         pool: Callable[[Tensor, Tensor], Tensor]
-        if self.pooling == "adaptive":
-            kernel_BX, shift_BX = self._adapt(self._drift(obs).unflatten(1, (-1, step)).mean(2))
+        if drift_BH is not None:
+            kernel_BX, shift_BX = self._adapt(drift_BH.unflatten(1, (-1, step)).mean(2))
             widest = max(self.kernel_size, 2 * math.floor(obs.pos.shape[-1] / self.scale) + 1)
             pool = partial(pooling.shifted_average, kernel_BX=kernel_BX, shift_BX=shift_BX, widest=widest)
         else:
@@ -121,16 +122,28 @@ class ReSTKV(Policy):
             pool = lambda line_BXC, _: fixed(line_BXC, self.kernel_size)  # noqa: E731
         return pooling.over_past(pool, score_BXC, obs.past[:, ::step], obs.order[:, ::step])
 
-    def _output_change(self, obs: Observation) -> Tensor:
-        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C]."""
+    def _output_change(self, obs: Observation) -> tuple[Tensor, Tensor | None]:
+        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C]; and the drift [B, H], if the
+        smoothing asks for it: both are made of the same logits.
+        """
         weight_BW = _query_weights(obs.q_pos, self.alpha).to(obs.dtype)
+        drift = _Drift(obs, *self._past_budget(obs), self.drift) if self.pooling == "adaptive" else None
+        averaged = self.aggregate == "attention"
+        a_BHC, lse_BHW = nothing(obs), obs.q.new_zeros(obs.q.shape[:3], dtype=obs.dtype)
+        top_BHW = torch.zeros_like(lse_BHW, dtype=torch.long)
+        for rows in obs.rows():
+            if drift is not None:
+                drift.add(rows)
+            if averaged:
+                rows.add_attention(a_BHC, weight_BW)
+            else:
+                lse_BHW[:, rows.heads, rows.queries] = rows.normalizer_BHW()
+                top_BHW[:, rows.heads, rows.queries] = rows.logits_BHWC.argmax(-1)
         attention: Callable[[slice], Tensor]  # columns -> [B, H, Q, C]
-        if self.aggregate == "attention":
-            a_BHC = weighted_attention(obs, weight_BW)
+        if averaged:
             attention, weight_BQ = (lambda c: a_BHC[:, :, None, c]), torch.ones_like(weight_BW[:, :1])
             out = _outputs(obs, attention, a_BHC.argmax(-1)[..., None], obs.past)
         else:
-            lse_BHW, top_BHW = obs.normalizer_and_top()
             attention, weight_BQ = partial(obs.attention, lse_BHW), weight_BW
             out = _outputs(obs, attention, top_BHW, obs.held >= 0)
         B, K, G, Q, D = out.o_BKGQD.shape
@@ -138,92 +151,66 @@ class ReSTKV(Policy):
         # For a query's top entry 1 - a is the others' mass, and o - v is that mass times (rest - v).
         power_BKGQ1 = out.mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).eps) ** (self.tau - 1)
         parts = []
-        for columns, index_C in obs.chunks(B * K * G * Q * D * (G if self.gqa == "joint" else 1)):
+        for columns, index_C in obs.chunks(B * K * G * D * (Q if self.gqa == "joint" else max(1, Q // D))):
             a_BKGQC = attention(columns).unflatten(1, (K, G))
             top_BKGQC = index_C == out.top_BKGQ1
             odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - a_BKGQC))
             change_BXQC = change(obs, odds_BKGQC, top_BKGQC, out, obs.v[:, :, columns].to(obs.dtype))
             parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1), None if drift is None else drift.mean()
 
     def _change(self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor) -> Tensor:
         """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for the top entry: [B, H, Q, C]."""
-        v_BK1CD = v_BKCD[:, :, None]
-        u_BKGQCD = _difference(top_BKGQC, out.o_BKGQD, out.rest_BKGQD, v_BK1CD)
-        if self.output_weight:
-            assert obs.gram is not None, "this policy needs the Gram matrices of W_O (Policy.needs)"
-            gram_KGDD = obs.gram.to(obs.dtype).unflatten(0, u_BKGQCD.shape[1:3])
-            go_BKGQD = out.o_BKGQD @ gram_KGDD
-            # u^T (G o - G v), not u^T (G u): both subtract before multiplying, this one without Q * C products with G.
-            gu_BKGQCD = _difference(top_BKGQC, go_BKGQD, out.rest_BKGQD @ gram_KGDD, v_BK1CD @ gram_KGDD)
-        else:
-            go_BKGQD, gu_BKGQCD = out.o_BKGQD, u_BKGQCD
-        change_BKGQC = odds_BKGQC * _root((u_BKGQCD * gu_BKGQCD).sum(-1)) ** self.tau
+        o_BKGQF, rest_BKGQF, top_BKGQF = (
+            self._projected(obs, x) for x in (out.o_BKGQD, out.rest_BKGQD, out.top_v_BKGQD)
+        )
+        length_BKGQC = torch.stack(
+            [_distances(o_BKGQF[:, :, g], v_BKCF) for g, v_BKCF in enumerate(self._shared_values(obs, v_BKCD))], 2
+        )
+        length_BKGQC = torch.where(top_BKGQC, _length(rest_BKGQF - top_BKGQF), length_BKGQC)
+        change_BKGQC = odds_BKGQC * length_BKGQC**self.tau
         if self.normalize:
-            change_BKGQC = change_BKGQC / _length(out.o_BKGQD, go_BKGQD, (-1,))[..., None]
+            change_BKGQC = change_BKGQC / _length(o_BKGQF).clamp_min(_tiny(obs))
         return change_BKGQC.flatten(1, 2)
 
     def _joint_change(
         self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor
     ) -> Tensor:
         """||sum_g odds_g (o_g - v) W_O^g|| per KV head, with `rest` in place of o for a head's top: [B, K, Q, C]."""
-        assert obs.gram is not None and obs.gram.ndim == 5, "this policy needs the cross Gram matrices (Policy.needs)"
-        # x_j @ cross[k, g, j] = W_O^g^T W_O^j x_j: query head j's output as query head g's projection meets it.
-        cross_KGJDD = obs.gram.to(obs.dtype).permute(0, 1, 3, 4, 2)
-        v_BK1CD = v_BKCD[:, :, None]
-        go_BKGJQD, gr_BKGJQD, gv_BKGJCD = (x[:, :, None] @ cross_KGJDD for x in (out.o_BKGQD, out.rest_BKGQD, v_BK1CD))
-        u_BKGQCD = _difference(top_BKGQC, out.o_BKGQD, out.rest_BKGQD, v_BK1CD)
-        gu_BKGJQCD = _difference(top_BKGQC[:, :, None], go_BKGJQD, gr_BKGJQD, gv_BKGJCD)
-        product_BKGJQC = (u_BKGQCD[:, :, :, None] * gu_BKGJQCD).sum(-1)
-        change_BKQC = _root(torch.einsum("bkgjqc,bkgqc,bkjqc->bkqc", product_BKGJQC, odds_BKGQC, odds_BKGQC))
+        o_BKGQF, rest_BKGQF = self._projected(obs, out.o_BKGQD), self._projected(obs, out.rest_BKGQD)
+        move_BKQCF = torch.zeros((), dtype=obs.dtype, device=v_BKCD.device)
+        for g, v_BKCF in enumerate(self._shared_values(obs, v_BKCD)):
+            top_BKQC1 = top_BKGQC[:, :, g, ..., None]
+            from_BKQCF = torch.where(top_BKQC1, rest_BKGQF[:, :, g, :, None], o_BKGQF[:, :, g, :, None])
+            move_BKQCF = move_BKQCF + odds_BKGQC[:, :, g, ..., None] * (from_BKQCF - v_BKCF[:, :, None])
+        change_BKQC = _length(move_BKQCF)[..., 0]
         if self.normalize:
-            # Summed over g and j, then over D: the length of the group's summed output.
-            change_BKQC = change_BKQC / _length(out.o_BKGQD[:, :, :, None], go_BKGJQD, (2, 3, -1))[..., None]
+            change_BKQC = change_BKQC / _length(o_BKGQF.sum(2)).clamp_min(_tiny(obs))
         return change_BKQC
 
-    def _drift(self, obs: Observation) -> Tensor:
-        """Mean place of the entries the older half of the queries attends to most, minus the newer half's: [B, H].
+    def _projected(self, obs: Observation, x_BKGQD: Tensor) -> Tensor:
+        """[B, K, G, Q, F]: coordinates whose lengths are those after W_O."""
+        return x_BKGQD @ _roots(obs) if self.output_weight else x_BKGQD
 
-        Places are counted in entries, like the kernel and the shift made from them. The released code counts cache
-        columns, which at prefill are positions. In a cache thinned out by earlier evictions a shift of one entry spans
-        many positions: a drift in positions would carry scores hundreds of tokens too far.
+    def _shared_values(self, obs: Observation, v_BKCD: Tensor) -> Sequence[Tensor]:
+        """The same of values, as each head of a group projects them: G times [B, K, C, F]."""
+        if not self.output_weight:
+            return [v_BKCD] * obs.group
+        root_KDX = _roots(obs).transpose(1, 2).flatten(2)  # one product for the group, and no G copies of v
+        return (v_BKCD @ root_KDX).chunk(obs.group, -1)
 
-        Each query ranks all columns, its own window's included ("released"), or past entries only ("symmetric").
-        Float64; NaN where a half has no query or sees no entry.
+    def _past_budget(self, obs: Observation) -> tuple[Tensor | None, int]:
+        """Entries that each row's budget leaves for the past, at least 1: [B], and a bound the host knows; None where all rows
+        have that many.
         """
-        kept_B, most = self._past_budget(obs)
-        place_BHC = obs.order.argsort(-1)
-        totals, counts = [], []
-        for queries in obs.query_chunks():
-            # Logits rank like the softmax, and do not underflow into ties.
-            logits_BHWC = obs.logits(queries=queries)
-            if self.drift == "symmetric":
-                logits_BHWC = logits_BHWC.masked_fill(~obs.past[:, :, None], -torch.inf)
-            best_BHWT, column_BHWT = logits_BHWC.topk(min(most, obs.pos.shape[-1]))
-            rank_T = torch.arange(best_BHWT.shape[-1], device=obs.pos.device)
-            counts_BHWT = (best_BHWT > -torch.inf) & (rank_T < kept_B[:, None, None, None])
-            place_BHWT = place_BHC.gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
-            totals.append((place_BHWT * counts_BHWT).sum(-1))  # integers: exact in any order
-            counts.append(counts_BHWT.sum(-1))
-        total_BHW, count_BHW = torch.cat(totals, -1), torch.cat(counts, -1)
-        seen_BW = obs.q_pos >= 0
-        front_BW = seen_BW & (seen_BW.cumsum(-1) <= seen_BW.sum(-1, keepdim=True) // 2)
-        front_BH, rear_BH = (
-            (total_BHW * half_BW[:, None]).sum(-1) / (count_BHW * half_BW[:, None]).sum(-1).double()
-            for half_BW in (front_BW, seen_BW & ~front_BW)
-        )
-        return front_BH - rear_BH
-
-    def _past_budget(self, obs: Observation) -> tuple[Tensor, int]:
-        """Entries that each row's budget leaves for the past, at least 1: [B], and a bound known to the host."""
         budget = obs.budget_B if obs.budget_B is not None else self.budget
-        if isinstance(budget, Tensor):
-            most = obs.pos.shape[-1] if obs.budget_most is None else obs.budget_most - self.window
-        elif isinstance(budget, int):
-            most, budget = budget - self.window, torch.full_like(obs.q_pos[:, 0], budget)
-        else:
+        known = (budget,) if isinstance(budget, int) else obs.budgets
+        if not isinstance(budget, int | Tensor):
             raise PolicyError(f'restkv: budget {budget!r}: pooling="adaptive" needs a number of entries (obs.budget_B)')
-        return (budget - self.window).clamp_min(1), max(1, most)
+        most = obs.pos.shape[-1] if known is None else max(1, max(known) - self.window)
+        if isinstance(budget, int) or (known is not None and len(set(known)) == 1):
+            return None, most
+        return (budget - self.window).clamp_min(1), most
 
     def _adapt(self, drift_BX: Tensor) -> tuple[Tensor, Tensor]:
         """Kernel and shift of the adaptive window from the drift (SPEC §1.2 item 7), each [B, X] int."""
@@ -232,6 +219,56 @@ class ReSTKV(Policy):
         kernel_BX = (2 * steps_BX.abs().floor().long() + 1).clamp_min(self.kernel_size)
         shift_BX = steps_BX.trunc() if self.drift == "symmetric" else steps_BX.floor() + (steps_BX <= 0)
         return kernel_BX, shift_BX.long().masked_fill(unknown_BX, 0)
+
+
+class _Drift:
+    """Mean place of the entries the older half of the queries attends to most, minus the newer half's.
+
+    Places are counted in entries, like the kernel and the shift made from them. The released code counts cache
+    columns, which at prefill are positions. In a cache thinned out by earlier evictions a shift of one entry spans
+    many positions: a drift in positions would carry scores hundreds of tokens too far.
+
+    Args:
+        kept_B, most: entries that count for each query of a row, and the most of them; None: `most` in every row.
+        kind: "released": each query ranks all columns, its own window's included; "symmetric": past entries only.
+    """
+
+    def __init__(self, obs: Observation, kept_B: Tensor | None, most: int, kind: str) -> None:
+        self._obs, self._kept_B, self._most = obs, kept_B, min(most, obs.pos.shape[-1])
+        self._past_BHC = obs.past if kind == "symmetric" else None
+        order_BHC = obs.order
+        self._place_BHC = torch.empty_like(order_BHC)
+        self._place_BHC.scatter_(
+            -1, order_BHC, torch.arange(order_BHC.shape[-1], device=order_BHC.device).expand_as(order_BHC)
+        )
+        self._total_BHW = torch.zeros(obs.q.shape[:3], dtype=torch.long, device=obs.q.device)
+        self._count_BHW = torch.zeros_like(self._total_BHW)
+
+    def add(self, rows: Rows) -> None:
+        """Rank what these queries see. Logits rank like the softmax, and do not underflow into ties."""
+        logits_BHWC = rows.logits_BHWC
+        if self._past_BHC is not None:
+            logits_BHWC = logits_BHWC.masked_fill(~self._past_BHC[:, rows.heads, None], -torch.inf)
+        ranked = self._kept_B is not None  # else all that are found count, in whatever order
+        column_BHWT = logits_BHWC.topk(self._most).indices if ranked else largest(logits_BHWC, self._most)
+        counts_BHWT = logits_BHWC.gather(-1, column_BHWT) > -torch.inf
+        if self._kept_B is not None:
+            rank_T = torch.arange(self._most, device=logits_BHWC.device)
+            counts_BHWT = counts_BHWT & (rank_T < self._kept_B[:, None, None, None])
+        place_BHWT = self._place_BHC[:, rows.heads].gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
+        # Integers: exact in any order.
+        self._total_BHW[:, rows.heads, rows.queries] = (place_BHWT * counts_BHWT).sum(-1)
+        self._count_BHW[:, rows.heads, rows.queries] = counts_BHWT.sum(-1)
+
+    def mean(self) -> Tensor:
+        """[B, H] float64; NaN where a half has no query or sees no entry."""
+        seen_BW = self._obs.q_pos >= 0
+        front_BW = seen_BW & (seen_BW.cumsum(-1) <= seen_BW.sum(-1, keepdim=True) // 2)
+        front_BH, rear_BH = (
+            (self._total_BHW * half_BW[:, None]).sum(-1) / (self._count_BHW * half_BW[:, None]).sum(-1).double()
+            for half_BW in (front_BW, seen_BW & ~front_BW)
+        )
+        return front_BH - rear_BH
 
 
 class _Outputs(NamedTuple):
@@ -245,25 +282,29 @@ class _Outputs(NamedTuple):
     rest_BKGQD: Tensor  # output of all other entries, renormalised
     mass_BKGQ1: Tensor  # their attention, summed without the top: never 1 - a, which rounds
     top_BKGQ1: Tensor  # column of the most attended entry
+    top_v_BKGQD: Tensor  # its value
 
 
 def _outputs(obs: Observation, attention: Callable[[slice], Tensor], top_BHQ: Tensor, part_BHC: Tensor) -> _Outputs:
     """Outputs made of the entries in `part_BHC` only."""
     K, G, D = obs.k.shape[1], obs.group, obs.v.shape[3]
     top_BKGQ1 = top_BHQ.unflatten(1, (K, G))[..., None]
-    o_BKGQD = torch.zeros(*top_BKGQ1.shape[:4], D, dtype=obs.dtype, device=obs.q.device)
-    rest_BKGQD, mass_BKGQ1 = o_BKGQD, o_BKGQD[..., :1]
-    for columns, index_C in obs.attention_chunks():
+    B, _, _, Q, _ = top_BKGQ1.shape
+    both_BKRD = torch.zeros(B, K, 2 * G * Q, D, dtype=obs.dtype, device=obs.q.device)  # with and without the top entry
+    mass_BKGQ1 = torch.zeros_like(top_BKGQ1, dtype=obs.dtype)
+    for columns, index_C in obs.chunks(B * K * max(2 * G * Q, D)):
         v_BKCD = obs.v[:, :, columns].to(obs.dtype)
         part_BKG1C = part_BHC[:, :, None, columns].unflatten(1, (K, G))
         a_BKGQC = attention(columns).unflatten(1, (K, G))
         others_BKGQC = a_BKGQC.masked_fill(index_C == top_BKGQ1, 0)
         # The group as rows of one product: broadcasting v over it would copy v G times.
-        o_BKGQD = o_BKGQD + ((a_BKGQC * part_BKG1C).flatten(2, 3) @ v_BKCD).view_as(o_BKGQD)
-        rest_BKGQD = rest_BKGQD + ((others_BKGQC * part_BKG1C).flatten(2, 3) @ v_BKCD).view_as(o_BKGQD)
-        mass_BKGQ1 = mass_BKGQ1 + others_BKGQC.sum(-1, keepdim=True)
-    rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).tiny)
-    return _Outputs(o_BKGQD, rest_BKGQD, mass_BKGQ1, top_BKGQ1)
+        both_BKRD += (torch.stack([a_BKGQC, others_BKGQC], 2) * part_BKG1C[:, :, None]).flatten(2, 4) @ v_BKCD
+        mass_BKGQ1 += others_BKGQC.sum(-1, keepdim=True)
+    o_BKGQD, rest_BKGQD = both_BKRD.view(B, K, 2, G, Q, D).unbind(2)
+    rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(_tiny(obs))
+    top_BKRD = top_BKGQ1.reshape(B, K, G * Q, 1).expand(-1, -1, -1, D)
+    top_v_BKGQD = obs.v.gather(2, top_BKRD).to(obs.dtype).view_as(o_BKGQD)
+    return _Outputs(o_BKGQD, rest_BKGQD, mass_BKGQ1, top_BKGQ1, top_v_BKGQD)
 
 
 def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
@@ -278,17 +319,23 @@ def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
     return decay_W.where(age_W == count_B1 - 1, alpha * decay_W) * seen_BW
 
 
-def _difference(top: Tensor, o: Tensor, rest: Tensor, v: Tensor) -> Tensor:
-    """o - v of every query and entry, rest - v where `top`: [..., Q, C, D] of [..., Q, C], 2 [..., Q, D], [..., C, D]."""
-    return torch.where(top[..., None], rest[..., None, :], o[..., None, :]) - v[..., None, :, :]
+def _roots(obs: Observation) -> Tensor:
+    """[K, G, D, F] in obs.dtype."""
+    assert obs.root is not None, "this policy needs the roots of W_O (Policy.needs)"
+    return obs.root.to(obs.dtype).view(obs.k.shape[1], obs.group, *obs.root.shape[-2:])
 
 
-def _root(square: Tensor) -> Tensor:
-    return square.clamp_min(0).sqrt()
+def _distances(x_BKQF: Tensor, y_BKCF: Tensor) -> Tensor:
+    """||x - y|| for every pair, [B, K, Q, C]: subtracted before anything is squared, and no [Q, C, F] in memory."""
+    return torch.cdist(x_BKQF, y_BKCF, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _length(o: Tensor, go: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return _root((o * go).sum(dims)).clamp_min(torch.finfo(o.dtype).tiny)
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _tiny(obs: Observation) -> float:
+    return torch.finfo(obs.dtype).tiny
 
 
 def _is_number(value: object) -> bool:
