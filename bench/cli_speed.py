@@ -53,6 +53,13 @@ def speed(
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(help="Turns each takes, after one that warms up.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
+    prefills: Annotated[
+        str,
+        typer.Option(
+            "--prefill", metavar="dense|chunked|PATTERN,...", help="How ours read their prompts: every method each way."
+        ),
+    ] = "dense",
+    prompts: Annotated[int, typer.Option(help="Prompts each reads of every length; TTFT is the median.")] = 1,
     filled: Annotated[
         bool,
         typer.Option(
@@ -87,7 +94,12 @@ def speed(
         if suite not in SUITES:
             raise PromptError(f"--suite {suite!r} is unknown; choose from {', '.join(SUITES)}")
         options |= SUITES[suite]
-    contest = replace(_contest(model, options, backend, threads, tokens, peer_python), filled=filled)
+    contest = replace(
+        _contest(model, options, backend, threads, tokens, peer_python),
+        filled=filled,
+        prefills=split_names(prefills),
+        prompts=prompts,
+    )
     _finish(measure_speed(contest, typer.echo, start_up), out)
 
 

@@ -52,7 +52,7 @@ class TimedEvictor(Evictor):
 
 class Ours(Worker):
     """Arguments (JSON): config (a config.json) or model (a folder), dtype, device, backend, policy (as
-    restkv.store writes it), tokens (to plan for)."""
+    restkv.store writes it), prefill (see Session), tokens (to plan for)."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ class Ours(Worker):
                     weight.normal_(std=0.02)
         self._engine = Engine(model, arguments["backend"])
         self._policy = policy_from_dict(arguments["policy"])
-        self._tokens = arguments["tokens"]
+        self._tokens, self._prefill = arguments["tokens"], arguments["prefill"]
         self._session: Session | None = None
         self._evictor: TimedEvictor | None = None
 
@@ -76,7 +76,7 @@ class Ours(Worker):
     def prefill(self, context: int, batch: int) -> None:
         self._session = None  # the old cache goes before the new one comes
         prompts = torch.randint(0, self._engine.model.config.vocab_size, (batch, context)).tolist()
-        self._session = Session(self._engine, self._policy, [context] * batch, self._tokens)
+        self._session = Session(self._engine, self._policy, [context] * batch, self._tokens, prefill=self._prefill)
         self._session.evictor = self._evictor = TimedEvictor(
             self._engine.model, self._policy, self._engine.roots, [context] * batch
         )

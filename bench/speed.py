@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from bench.workers import Process
 from modeling.config import ModelConfig
 from modeling.families import config_from_dict, read_config
 from restkv.errors import PromptError
+from restkv.sparse import parse_prefill
 from restkv.store import policy_to_dict
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Contest:
         preset: a key of PRESETS, or None with a checkpoint's folder in `model`.
         methods: of ours, as bench/methods.py reads them; "full" is our full cache.
         peers: keys of PEERS.
+        prefills: how ours read their prompts ("dense", "chunked" or a sparse pattern, as text); every method in each way.
+        prompts: prompts each contestant reads of every length, by turns; TTFT is their median.
         rounds, tokens: turns each contestant takes after one that warms up, and tokens per turn.
         peer_python: interpreter that has the peers.
         filled: caches are filled with random entries instead of by running the prompts, where those would take too long; then
@@ -73,6 +77,8 @@ class Contest:
     tokens: int
     peer_python: str | None
     filled: bool = False
+    prefills: tuple[str, ...] = ("dense",)
+    prompts: int = 1
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.model is None):
@@ -84,7 +90,13 @@ class Contest:
                 raise PromptError(f"peer {peer!r} is unknown; choose from {', '.join(PEERS)}")
         if self.filled and "transformers-static" in self.peers:
             raise PromptError("peer 'transformers-static' cannot be filled; leave it out, or run the prompts")
-        for name in ("contexts", "batches", "budget", "rounds", "tokens", "threads"):
+        for prefill in self.prefills:
+            parse_prefill(prefill)
+            if self.filled and prefill != "dense":
+                raise PromptError(
+                    f"prefill {prefill!r}: a cache that is filled reads no prompt; leave one of the two out"
+                )
+        for name in ("contexts", "batches", "budget", "prompts", "rounds", "tokens", "threads"):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise PromptError(f"{name} {value}: give whole numbers of at least 1")
@@ -104,10 +116,11 @@ class Contest:
             "tokens": (self.rounds + 1) * self.tokens,
         }
         chosen: dict[str, tuple[str, dict[str, Any], str | None]] = {}
-        for text in self.methods:
+        for text, prefill in product(self.methods, self.prefills):
             policy = Method.parse(text).policy(self.budget)
-            ours = {**common, "backend": self.backend, "policy": policy_to_dict(policy)}
-            chosen[f"restkv {text}"] = ("bench.ours", ours, None)
+            ours = {**common, "backend": self.backend, "policy": policy_to_dict(policy), "prefill": prefill}
+            name = f"restkv {text}" + ("" if prefill == "dense" else f", {prefill}")
+            chosen[name] = ("bench.ours", ours, None)
         for peer in self.peers:
             chosen[peer] = ("bench.peers.hf", {**common, **PEERS[peer], "budget": self.budget}, self.peer_python)
         return chosen
@@ -170,17 +183,22 @@ def _round_robin(
     contest: Contest, machine: Machine, running: Mapping[str, Process], context: int, batch: int, report: Report
 ) -> list[dict[str, Any]]:
     laps: dict[str, list[float]] = {name: [] for name in running}
-    ttft: dict[str, float | None] = {}
+    ttft: dict[str, list[float]] = {name: [] for name in running}
+    evicting: dict[str, list[float]] = {name: [] for name in running}
     first: dict[str, dict[str, Any]] = {}
     last: dict[str, dict[str, Any]] = {}
-    for name, process in running.items():
+    for process in running.values():
         if contest.filled:
             process.ask("fill", context=context, batch=batch)
-            ttft[name] = None
         else:
             process.ask("prefill", context=min(context, WARM_UP), batch=batch)
-            ttft[name] = seconds = process.ask("prefill", context=context, batch=batch)["seconds"][0]
-            report(f"{context} tokens, batch {batch}: {name} has read the prompt in {seconds:.1f} s")
+    for _ in range(0 if contest.filled else contest.prompts):
+        for name, process in running.items():
+            read = process.ask("prefill", context=context, batch=batch)
+            ttft[name] += read["seconds"]
+            if read.get("evicting_s") is not None:
+                evicting[name].append(read["evicting_s"])
+            report(f"{context} tokens, batch {batch}: {name} has read a prompt in {ttft[name][-1]:.1f} s")
     for turn in range(contest.rounds + 1):
         for name, process in running.items():
             last[name] = process.ask("decode", tokens=contest.tokens)
@@ -199,9 +217,10 @@ def _round_robin(
                 "contestant": name,
                 "context": context,
                 "batch": batch,
-                "ttft_s": ttft[name],
+                "ttft_s": statistics.median(ttft[name]) if ttft[name] else None,
+                "ttfts_s": ttft[name],
                 "ttft_floor_s": prefill,
-                "evicting_s": last[name].get("evicting_s"),
+                "evicting_s": statistics.median(evicting[name]) if evicting[name] else None,
                 "tpot_ms": 1e3 * tpot,
                 "tpot_quartiles_ms": [1e3 * low, 1e3 * high],
                 "tokens_per_s": batch / tpot,
