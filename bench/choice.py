@@ -105,7 +105,6 @@ def shortest(lm: LM, items: Sequence[Item], modes: Sequence[str]) -> int:
     Raises:
         PromptError: see encode, and LM.encode.
     """
-    assert lm.tokenizer is not None
     lengths = []
     for item in items:
         ids = encode(lm.tokenizer, item)
@@ -134,7 +133,6 @@ def fill_choices(
     Args:
         once: no method evicts after the prompt.
     """
-    assert lm.tokenizer is not None
     for item in items:
         ids = encode(lm.tokenizer, item)
         for mode in modes:

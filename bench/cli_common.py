@@ -152,8 +152,9 @@ def _progress_bar() -> Iterator[Report | None]:
 
 def _print_tables(folder: Path) -> None:
     """The tables of a run, and how to make a page of it."""
+    from bench.parts import parts
     from bench.runs import SAMPLES, read_manifest, read_rows
-    from bench.tables import Table, parts
+    from bench.tables import Table
     from restkv.display import table_console
 
     manifest = read_manifest(folder)

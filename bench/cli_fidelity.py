@@ -108,7 +108,6 @@ def kept(
     if out is not None:
         need_matplotlib()
     lm = load_model(model, dtype, device, backend)
-    assert lm.tokenizer is not None
     marks = list(mark or ())
     if prompt_file is not None:
         with reading(prompt_file):

@@ -106,7 +106,6 @@ def perplexity(
     how = Protocol(protocol, tokens, context if protocol == "prefill" else 0, chunk if protocol == "chunked" else 0)
     documents = None if data is None else tuple(read_documents(data))
     lm = load_model(pick_model(model, named_model), dtype, device, backend)
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     if documents is None:
         documents = (prose(lm.tokenizer, windows * (how.context + how.tokens), seed=0),)
     plan = PerplexityPlan(documents, tuple(parse_methods(methods)), parse_budgets(budgets), how, windows)

@@ -55,7 +55,6 @@ class Questions:
         Raises:
             PromptError: an unknown task, or a length too short for one.
         """
-        assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
         frame, made = Frame(lm.tokenizer), []
         for index in range(number):
             for task in self.tasks:
@@ -183,7 +182,6 @@ def _check(lm: LM, plan: FidelityPlan) -> None:
 
 def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Window]:
     """Windows of a text, each beginning with what the tokenizer puts before a prompt."""
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     before, ids = lm.tokenizer.encode(""), lm.tokenizer.encode(text, bos=False)
     size = plan.context + plan.tail + 1 - len(before)
     if len(ids) < size:

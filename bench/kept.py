@@ -77,7 +77,6 @@ def look(
     lm: LM, ids: Sequence[int], policies: Sequence[tuple[str, Policy]], marks: Sequence[tuple[int, int]] = ()
 ) -> list[Kept]:
     """Prefill a prompt once and see what each policy keeps of it. policies: (label, policy) pairs."""
-    assert lm.tokenizer is not None
     sessions = [Session(lm.engine, policy, [len(ids)], 1) for _, policy in policies]
     prefill_together(lm, sessions, ids)
     stream = lm.tokenizer.stream(skip_special=False)
@@ -97,7 +96,6 @@ def find_marks(lm: LM, text: str, strings: Sequence[str]) -> list[tuple[int, int
     Raises:
         PromptError: a string that does not occur.
     """
-    assert lm.tokenizer is not None
     spans = []
     for string in strings:
         at = text.find(string)

@@ -64,7 +64,6 @@ class Protocol:
 
     def windows(self, lm: LM, documents: Sequence[Document], count: int) -> list[Window]:
         """See cut_windows; all token ids are in the model's vocabulary."""
-        assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
         context = self.context if self.name == "prefill" else 0
         windows = cut_windows(lm.tokenizer, documents, context, self.tokens, count)
         for window in windows:

@@ -11,8 +11,9 @@ from typing import Any
 
 from bench.figures import as_image, need_matplotlib
 from bench.official.tables import TITLES as OFFICIAL_TITLES
+from bench.parts import parts, progress
 from bench.runs import TIMINGS, RunError, read_manifest, read_rows
-from bench.tables import Table, parts, progress
+from bench.tables import Table
 from restkv.errors import OutputError
 
 STYLE = """

@@ -95,7 +95,6 @@ def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | 
 
 def _fill(lm: LM, plan: Plan, results: Run) -> None:
     """Fill a run sample by sample, number by number, so that a broken run has some of everything."""
-    assert lm.tokenizer is not None
     frame = Frame(lm.tokenizer, plan.chat)
     budgets, pattern = _Budgets(lm, plan, frame), pattern_of(plan.prefill)
 
@@ -184,7 +183,6 @@ class _Budgets:
 
 
 def _check(lm: LM, plan: Plan) -> None:
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     modes_of(plan.question)
     if plan.samples < 1:
         raise PromptError(f"samples {plan.samples}: give at least 1")

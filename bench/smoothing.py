@@ -71,7 +71,6 @@ def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | No
         PromptError: a plan without sense, data that cannot be read or are too short. PolicyError: a method that can work with
         none of the compressions. RunError: see open_run.
     """
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     if plan.windows < 1 or plan.samples < 1 or min(plan.compression) < 1:
         raise PromptError(
             f"windows {plan.windows}, samples {plan.samples}, compression {min(plan.compression):g}: give at least 1"

@@ -1,4 +1,4 @@
-"""From rows of results to tables and figures, by kind of run; whatever part of the rows there is.
+"""From rows of results to tables and figures: retrieval and fidelity, and the tools for other kinds of runs (bench/parts.py).
 
 A figure is a description and a function that draws it, so that tables need no matplotlib.
 """
@@ -46,34 +46,10 @@ class Drawing:
 Part = Table | Drawing
 
 
-def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
-    """Tables and figures of a run, in reading order."""
-    from bench import tables_likelihood  # which takes its tools from here
-    from bench.official import tables as official  # so does this
-
-    if not rows:
-        return []
-    if kind in official.TITLES:
-        return official.parts(kind, arguments, rows)
-    makers = {"ruler": _ruler, "needle": _needle, "fidelity": _fidelity, **tables_likelihood.MAKERS}
-    return makers[kind](arguments, rows)
-
-
-def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tuple[int, int]:
-    """Rows there are, and rows of the complete run."""
-    if "results" in arguments:
-        return len(rows), arguments["results"]
-    evicting = len(arguments["methods"]) - 1  # all but the full cache
-    modes = 2 if arguments["question"] == "both" else 1
-    places = len(arguments["tasks"]) * len(arguments["lengths"]) * len(arguments["depths"])
-    cells = 1 + evicting * len(arguments["compression"])
-    return len(rows), arguments["samples"] * places * modes * cells
-
-
 # -- ruler and needle
 
 
-def _ruler(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def ruler_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     places = grouped(rows, "question", "length")
     for (mode, length), part in places.items():
@@ -91,7 +67,7 @@ def _ruler(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     return made
 
 
-def _needle(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def needle_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     for (mode,), part in grouped(rows, "question").items():
         made.append(accuracy_table(f"Needles found, {QUESTION[mode]}", "length", part, arguments))
@@ -200,7 +176,7 @@ def drawing(
 # -- fidelity
 
 
-def _fidelity(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def fidelity_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     by_part = {part: some for (part,), some in grouped(rows, "part").items()}
     made: list[Part] = []
     if text := by_part.get("text"):

@@ -57,10 +57,6 @@ class Chat:
         prefill: str | Pattern = "dense",
         chunk: int = CHUNK,
     ) -> None:
-        if lm.tokenizer is None:
-            raise PromptError(
-                "this model has no tokenizer, which a chat needs; ask with LM.compress and token ids instead"
-            )
         self.lm, self.policy = lm, _unbroken(policy)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.tokens: list[int] = []

@@ -307,7 +307,6 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _encode(lm: LM, text: str, chat: bool | None) -> str | list[int]:
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
     if chat is None:

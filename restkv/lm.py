@@ -103,7 +103,7 @@ class LM:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", by_job: bool = False
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self._tokenizer = model, tokenizer
         self.config = model.config
         self.engine = Engine(model, backend)
         self._by_job = by_job and backend == "sdpa"
@@ -111,6 +111,17 @@ class LM:
     @cached_property
     def _compiled_engine(self) -> Engine:
         return Engine(self.model, "flex")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's.
+
+        Raises:
+            PromptError: an LM made of a model alone has none.
+        """
+        if self._tokenizer is None:
+            raise PromptError("this model has no tokenizer; give token ids instead of text")
+        return self._tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -239,7 +250,7 @@ class LM:
 
     def answer(self, decoding: Decoding) -> Row:
         """An answer without tokens yet."""
-        return Row(self.tokenizer, decoding, self.config.eos_token_ids)
+        return Row(self._tokenizer, decoding, self.config.eos_token_ids)
 
     def measure(self, session: Session, stats: Stats) -> None:
         """Write into `stats` what the cache of a session holds now."""
@@ -271,12 +282,7 @@ class LM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, all of them in the vocabulary (a tokenizer may know more words than the model)."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise PromptError("this model has no tokenizer; give token ids instead of text")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         for index, token in enumerate(ids):
             if not 0 <= token < self.config.vocab_size:
                 raise PromptError(
@@ -350,7 +356,5 @@ class LM:
     def encode_continuation(self, continuation: Prompt) -> list[int]:
         """Token ids of text that goes on after other text: like `encode`, without a BOS or a first space."""
         if isinstance(continuation, str):
-            if self.tokenizer is None:
-                raise PromptError("this model has no tokenizer; give token ids instead of text")
             return self.encode(self.tokenizer.encode_more(continuation))
         return self.encode(continuation)

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from bench.figures import Grid, Line, Panel, heat_maps, line_panels, save_png, style
+from bench.parts import parts, progress
 from bench.report import build, write_report
 from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
 from bench.stats import Estimate, mean_interval
-from bench.tables import Drawing, Table, parts, progress
+from bench.tables import Drawing, Table
 from restkv.cli import main
 from restkv.errors import OutputError
 

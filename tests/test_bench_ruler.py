@@ -42,7 +42,6 @@ def lm() -> restkv.LM:
 
 @pytest.fixture(scope="module")
 def frame(lm: restkv.LM) -> Frame:
-    assert lm.tokenizer is not None
     return Frame(lm.tokenizer)
 
 

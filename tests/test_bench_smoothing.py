@@ -20,11 +20,12 @@ import restkv
 from bench.anli import AnliPlan, run_anli
 from bench.corpus import Document
 from bench.methods import parse_methods
+from bench.parts import parts, progress
 from bench.perplexity import PerplexityPlan, Protocol, run_perplexity
 from bench.report import markdown, write_report
 from bench.runs import SAMPLES, read_manifest, read_rows
 from bench.smoothing import ARMS, SmoothingPlan, run_smoothing
-from bench.tables import Table, parts, progress
+from bench.tables import Table
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.options import RECALL
@@ -125,7 +126,6 @@ def test_a_run_has_all_its_rows_a_page_and_the_same_file_wherever_it_was_broken_
 
 def test_rows_of_anli_say_what_was_asked_and_answered(lm: restkv.LM, anli: Path, tmp_path: Path) -> None:
     rows = read_rows(runner(lm, "anli", anli)(tmp_path))
-    assert lm.tokenizer is not None
     for row in rows:
         assert row["task"] in ("R1", "R3") and row["name"] == f"test-{row['task'][1]}-0" and row["label"] == 2
         assert row["choice"] == max(range(3), key=lambda i: row["logprobs"][i])
@@ -180,7 +180,6 @@ def test_perplexities_of_a_table_are_those_of_its_rows(lm: restkv.LM, tmp_path: 
         assert line[column].startswith(f"{math.exp(nats / sum(row[unit] for row in some)):.3f} [")
     over = math.exp((nats - sum(row["nll"] for row in full)) / 24)
     assert line[6].startswith(f"{over:.3f} [") and line[7] == "2"
-    assert lm.tokenizer is not None
     ids = lm.tokenizer.encode(STORY)
     window = next(row for row in full if row["window"] == 0)
     log_TV = lm.logits(ids[:52]).double().log_softmax(-1)

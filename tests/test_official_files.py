@@ -75,7 +75,7 @@ def test_longbench_as_the_paper_runs_it(lm: restkv.LM, tmp_path: Path) -> None:
     suite = longbench(lm, write_longbench(tmp_path), ["samsum", "hotpotqa"], PAPER, None)
     assert list(tasks(suite)) == ["samsum", "hotpotqa"] and suite.max_length == 7950
     assert all(task.least_one and not task.chat and not task.newline_ends for task in tasks(suite).values())
-    assert lm.tokenizer is not None and suite.eos == lm.tokenizer.eos_ids
+    assert suite.eos == lm.tokenizer.eos_ids
 
 
 def test_infinitebench_in_both_ways(lm: restkv.LM, tmp_path: Path) -> None:

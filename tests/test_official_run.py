@@ -34,9 +34,10 @@ from bench.official.ruler import ruler
 from bench.official.run import Plan, answer, encode, run
 from bench.official.suite import OFFICIAL, PAPER, Item, Suite
 from bench.official.tables import parts, published
+from bench.parts import progress
 from bench.report import build, latex, markdown
 from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
-from bench.tables import Table, progress
+from bench.tables import Table
 from bench.together import answer_all
 from restkv.cli import main
 from restkv.errors import PolicyError, PromptError, RestKVWarning
@@ -145,7 +146,7 @@ def test_the_chat_template_is_around_what_is_left(lm: restkv.LM, tmp_path: Path)
     chatty = restkv.load(tmp_path)
     item = Item("One day Tim went to the park. He saw the ball.", [], "here")
     ids, cut, chat = encode(chatty, item, True, 8)
-    assert chat and cut > 0 and chatty.tokenizer is not None
+    assert chat and cut > 0
     words = chatty.tokenizer
     plain, _, _ = encode(chatty, item, False, 8)
     text = words.decode(plain)

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from bench.fidelity import FidelityPlan, run_fidelity
 from bench.methods import parse_methods
+from bench.parts import parts
 from bench.ruler import Plan, answer
 from bench.ruler import run as run_ruler
 from bench.runs import read_manifest, read_rows
-from bench.tables import Table, parts
+from bench.tables import Table
 from bench.tasks import Frame, make_sample
 from bench.together import prefill_together
 from modeling.attention import causal_attention

@@ -39,7 +39,6 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
     rouge = rouge_version() if protocol == OFFICIAL else {}
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     texts, templates_digest = find_templates(KIND, templates, NEEDLE, wording.NEEDLE)
     words, essays = lm.tokenizer, _essays(folder)
     needle = words.encode(texts["needle"].text, bos=False)

@@ -147,7 +147,6 @@ def _budget(cell: Cell) -> Asked | None:
 
 def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """The item's answer in every cell, in their order: output, score and what was kept."""
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     task = source.task
     ids, cut, chat = encode(lm, item, task.chat, plan.longest, plan.suite.joined)
     eos = list(plan.suite.eos)

@@ -105,7 +105,6 @@ def longest_prompt(lm: LM, protocol: str) -> int:
 
 def end_ids(lm: LM, protocol: str) -> tuple[int, ...]:
     """The checkpoint's end-of-sequence ids; under the paper's protocol the tokenizer's alone, where it has one."""
-    assert lm.tokenizer is not None, "a folder without a tokenizer is refused when it is loaded"
     return lm.tokenizer.eos_ids if protocol == PAPER and lm.tokenizer.eos_ids else lm.config.eos_token_ids
 
 

@@ -28,7 +28,7 @@ MethodAt = tuple[str, int | float | None]  # a method and its budget, by which r
 
 
 def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
-    """What bench.tables.parts makes of a published benchmark."""
+    """What bench.parts.parts makes of a published benchmark."""
     cells = _cells(rows, arguments)
     made: list[Part] = []
     if kind in BY_LENGTH:
