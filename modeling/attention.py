@@ -109,6 +109,19 @@ def _rows(k_XCD: Tensor) -> int:
     return max(1, CAPPED_LOGITS // max(1, k_XCD.shape[0] * k_XCD.shape[1]))
 
 
+def _past_and_own(q_KGTD: Tensor, k_KGCD: Tensor, v_KGCD: Tensor, start: int, scale: float) -> Tensor:
+    """Queries after `start` over all keys before it, and causally over their own, put together by their log-sum-exps.
+
+    Neither part needs a mask, which would cost a CPU a sixth of the time at 64 dimensions per head, and half at 32. The operator
+    is the one SDPA takes on a CPU; only by itself does it return the log-sum-exp.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    past_KGTD, past_KGT = flash(q_KGTD, k_KGCD[:, :, :start], v_KGCD[:, :, :start], scale=scale)
+    own_KGTD, own_KGT = flash(q_KGTD, k_KGCD[:, :, start:], v_KGCD[:, :, start:], is_causal=True, scale=scale)
+    share_KGT1 = torch.sigmoid(past_KGT - own_KGT)[..., None]
+    return torch.lerp(own_KGTD.to(share_KGT1.dtype), past_KGTD.to(share_KGT1.dtype), share_KGT1).to(q_KGTD.dtype)
+
+
 def causal_attention(
     q_THD: Tensor,
     k_KCD: Tensor,
@@ -142,6 +155,8 @@ def causal_attention(
     position_T1 = torch.arange(start, end, device=q_THD.device)[:, None]
     q_KGTD = q_HTD.unflatten(0, (K, -1))
     k_KGCD, v_KGCD = (t[:, None].expand(-1, H // K, -1, -1) for t in (k_KCD, v_KCD))
+    if softcap is None and first == 0 and (window is None or window >= end) and q_THD.device.type == "cpu":
+        return _past_and_own(q_KGTD, k_KGCD, v_KGCD, start, scale).flatten(0, 1).transpose(0, 1)
     # A mask for every query head, which soft-capped logits need, is as large as the logits.
     capped_rows = max(1, _rows(k_KCD) // (H // K))
     rows = max(MASKED_QUERIES, MASKED_PAIRS // len(column_C)) if softcap is None else capped_rows
