@@ -5,9 +5,15 @@ Letters: B batch rows, C entries of one head (columns), X KV heads or query head
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+PIECES = 4  # per thread: what one works on stays in its cache
 
 
 def select(score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget: int | Tensor) -> Tensor:
@@ -69,19 +75,25 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
 def largest(x_XC: Tensor, count: int) -> Tensor:
     """Columns of the `count` largest of every line, in any order; which of equal ones is nobody's promise. [..., count] long.
 
-    On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and the mask of what reaches it
-    has exactly `count` columns in every line, unless some are equal.
+    On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and what reaches it are exactly
+    `count` of every line, unless some are equal.
     """
-    columns = x_XC.shape[-1]
-    if x_XC.device.type == "cpu" and count < columns and not torch.compiler.is_compiling():
-        x_XC = x_XC.detach()
-        lowest_X = np.partition(x_XC.numpy(), columns - count, axis=-1)[..., columns - count]
-        found_n = np.flatnonzero(
-            ~(x_XC < torch.from_numpy(lowest_X)[..., None]).numpy()
-        )  # NaN is the largest, as in topk
-        if found_n.size == lowest_X.size * count:
-            return torch.from_numpy(found_n % columns).view(*x_XC.shape[:-1], count)
+    if x_XC.device.type == "cpu" and count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
+        lines_NC = x_XC.detach().flatten(0, -2).numpy()
+        threads = min(len(lines_NC), torch.get_num_threads())
+        pieces = np.array_split(lines_NC, min(len(lines_NC), PIECES * threads))
+        with ThreadPoolExecutor(threads) as pool:
+            found = [*pool.map(lambda piece_nC: _largest_of_few(piece_nC, count), pieces)]
+        if all(columns_m.size == len(piece_nC) * count for columns_m, piece_nC in zip(found, pieces, strict=True)):
+            return torch.from_numpy(np.concatenate(found)).view(*x_XC.shape[:-1], count)
     return x_XC.topk(count, sorted=False).indices
+
+
+def _largest_of_few(lines_nC: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Columns of what reaches the `count`-th largest of each line, line after line: at least `count` of each."""
+    columns = lines_nC.shape[-1]
+    lowest_n1 = np.partition(lines_nC, columns - count, axis=-1)[:, columns - count, None]
+    return np.flatnonzero(~(lines_nC < lowest_n1)) % columns  # NaN is the largest, as in topk
 
 
 def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:
