@@ -104,11 +104,6 @@ class Observation:
             stop = min(start + step, columns)
             yield slice(start, stop), torch.arange(start, stop, device=self.k.device)
 
-    def attention_chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices for which [B, H, W, C] is affordable."""
-        B, H, W, _ = self.q.shape
-        return self.chunks(B * H * W)
-
     def rows(self) -> Iterator[Rows]:
         """All logits, piece by piece, in whole rows: as many KV heads at once as are affordable, or of one head some queries."""
         B, _, W, _ = self.q.shape
