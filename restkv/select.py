@@ -79,7 +79,7 @@ def largest(x_XC: Tensor, count: int) -> Tensor:
     `count` of every line, unless some are equal.
     """
     if x_XC.device.type == "cpu" and count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
-        lines_NC = x_XC.detach().flatten(0, -2).numpy()
+        lines_NC = x_XC.detach().flatten(0, -2).numpy()  # on a CPU only, where there is no device to wait for
         threads = min(len(lines_NC), torch.get_num_threads())
         pieces = np.array_split(lines_NC, min(len(lines_NC), PIECES * threads))
         with ThreadPoolExecutor(threads) as pool:
