@@ -261,21 +261,21 @@ def test_attention_never_writes_out_all_logits_of_a_chunk(softcap):
 
 @pytest.mark.parametrize(("queries", "pairs"), [(1, 1), (3, 1), (1, 100), (5, 1000)])
 def test_masked_attention_in_pieces_is_attention_at_once(queries, pairs, monkeypatch):
-    q_THD, k_KCD, v_KCD = torch.randn(13, 6, 8), torch.randn(2, 20, 8), torch.randn(2, 20, 8)
+    q_THD, k_KCD, v_KCD = (torch.randn(shape, dtype=torch.float64) for shape in ((13, 6, 8), (2, 20, 8), (2, 20, 8)))
     how = {"scale": 1.0, "softcap": None, "window": 9}
     at_once = causal_attention(q_THD, k_KCD, v_KCD, 7, **how)
     monkeypatch.setattr("modeling.attention.MASKED_QUERIES", queries)
     monkeypatch.setattr("modeling.attention.MASKED_PAIRS", pairs)
-    assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-6
+    assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-12
 
 
 @pytest.mark.parametrize("logits", [1, 100, 1000])
 def test_soft_capped_attention_in_pieces_is_attention_at_once(logits, monkeypatch):
-    q_THD, k_KCD, v_KCD = torch.randn(13, 6, 8), torch.randn(2, 20, 8), torch.randn(2, 20, 8)
+    q_THD, k_KCD, v_KCD = (torch.randn(shape, dtype=torch.float64) for shape in ((13, 6, 8), (2, 20, 8), (2, 20, 8)))
     how = {"scale": 1.0, "softcap": 2.0, "window": 9}
     at_once = causal_attention(q_THD, k_KCD, v_KCD, 7, **how)
     monkeypatch.setattr("modeling.attention.CAPPED_LOGITS", logits)
-    assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-6
+    assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-12
 
 
 def test_eager_attention_over_lists_without_entries_is_zero():
