@@ -119,6 +119,7 @@ class Ours(Worker):
         return {
             "kept": sum(kept) / len(kept),
             "cache_bytes": cache_bytes,
+            "interval": self._policy.interval if self._policy.budget is not None else None,
             "evicting_s": None if self._evictor is None else self._evictor.laps.seconds,
         }
 

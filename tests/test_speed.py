@@ -103,6 +103,8 @@ def test_a_small_comparison_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
         assert row["ttft_s"] > 0 and row["floor_ms"] > 0 and row["ttft_floor_s"] > 0 and row["first_round_s"] > 0
         assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["tpot_ms"])
         assert row["new_graphs"] == 0
+        evicts = row["contestant"] == "restkv restkv"
+        assert row["tpot_with_evictions_ms"] > 0 if evicts else row["tpot_with_evictions_ms"] is None
     for (name, _, _), row in rows.items():
         assert (row["evicting_s"] is None) == (name == "transformers")
         assert name == "transformers" or 0 < row["evicting_s"] < max(row["ttfts_s"])
