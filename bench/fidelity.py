@@ -49,7 +49,7 @@ class Questions:
     tasks: tuple[str, ...]
     seed: int = 0
 
-    def windows(self, lm: LM, length: int, number: int) -> list[Window]:
+    def windows(self, lm: LM, length: int, number: int) -> list[Passage]:
         """The first `number` samples of every task, by turns.
 
         Raises:
@@ -61,7 +61,7 @@ class Questions:
                 sample = make_sample(task, length, self.seed, index, frame)
                 prompt = f"{sample.context} {sample.question} {sample.answer_prefix}"
                 start, answer = parted(lm.encode(f"{prompt}{sample.target}."), lm.encode(prompt))
-                made.append(Window(f"{task}/{index}", start + answer, len(start), length))
+                made.append(Passage(f"{task}/{index}", start + answer, len(start), length))
         return made
 
 
@@ -124,7 +124,7 @@ class FidelityPlan:
 
 
 @dataclass(frozen=True)
-class Window:
+class Passage:
     """Token ids: a context, what is fed after it, and one more that is only expected.
 
     Attributes:
@@ -180,7 +180,7 @@ def _check(lm: LM, plan: FidelityPlan) -> None:
                 check(lm, method, share(budget, context), context, f"budget {budget} of {context} tokens")
 
 
-def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Window]:
+def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Passage]:
     """Windows of a text, each beginning with what the tokenizer puts before a prompt."""
     before, ids = lm.tokenizer.encode(""), lm.tokenizer.encode(text, bos=False)
     size = plan.context + plan.tail + 1 - len(before)
@@ -198,19 +198,19 @@ def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Window]:
         )
     starts = [round(i * room / max(plan.windows - 1, 1)) for i in range(plan.windows)]
     cuts = [lm.encode(before + ids[start : start + size]) for start in starts]
-    return [Window(str(i), cut, plan.context, plan.context) for i, cut in enumerate(cuts)]
+    return [Passage(str(i), cut, plan.context, plan.context) for i, cut in enumerate(cuts)]
 
 
-def _shortened(window: Window, context: int) -> Window:
-    return Window(window.name, window.ids[: context + window.tail + 1], context, context)
+def _shortened(window: Passage, context: int) -> Passage:
+    return Passage(window.name, window.ids[: context + window.tail + 1], context, context)
 
 
 @torch.no_grad()
-def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[Window], oracles: Sequence[Window], results: Run) -> None:
+def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[Passage], oracles: Sequence[Passage], results: Run) -> None:
     policies: dict[tuple[Cell, int], Policy] = {}
     pattern = pattern_of(plan.prefill)
 
-    def sessions(missing: Sequence[Cell], window: Window) -> list[Session]:
+    def sessions(missing: Sequence[Cell], window: Passage) -> list[Session]:
         """One per cell, prefilled; budgets that must be searched for are found on the first window of this length."""
         for cell in missing:
             if (cell, window.asked) not in policies:
@@ -248,7 +248,7 @@ def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[Window], oracles: Sequen
                 session.cache.free()
 
 
-def _about(part: str, window: Window, cell: Cell, session: Session) -> dict[str, Any]:
+def _about(part: str, window: Passage, cell: Cell, session: Session) -> dict[str, Any]:
     policy = session.policy
     return {
         "part": part,

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.masks import visible
-from modeling.pages import LayerView, read
+from modeling.pages import LayerView
+from modeling.pool import read
 
 CAPPED_LOGITS = 1 << 22  # soft-capped logits are written out, so many at a time (16 MiB as float32)
 # Pairs of query and key whose mask is written out at a time: 40 MiB, as booleans and as the floats SDPA makes of them. It takes

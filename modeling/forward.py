@@ -14,7 +14,8 @@ from torch import Tensor
 
 from modeling.attention import causal_attention, paged_attention
 from modeling.layers import Block, Decoder
-from modeling.pages import EMPTY, SINK_PAGE, KVCache, LayerView
+from modeling.pages import KVCache, LayerView
+from modeling.pool import EMPTY, SINK_PAGE
 from modeling.rope import rotate
 from modeling.sparse import BlockMap, sparse_attention
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from modeling.forward import Watch
 from modeling.layers import Decoder
-from modeling.pages import UNBOUNDED, Companions, KVCache, LayerCache, read
+from modeling.pages import UNBOUNDED, KVCache, LayerCache
+from modeling.pool import Companions, read
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.errors import PolicyError

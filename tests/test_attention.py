@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention import CAPPED_LOGITS, MASKED_PAIRS, causal_attention, masked_attention, paged_attention
 from modeling.masks import visible
-from modeling.pages import UNBOUNDED, LayerCache, PagePool
+from modeling.pages import UNBOUNDED, LayerCache
+from modeling.pool import PagePool
 from restkv.generate import Engine, Session
 from restkv.memory import PeakMemory
 from restkv.policies import FullCache

@@ -19,7 +19,7 @@ from small import VOCAB, small_ids, small_model
 
 import restkv
 from modeling.errors import RestKVWarning
-from modeling.pages import PagePool
+from modeling.pool import PagePool
 from restkv.errors import PolicyError, PromptError
 from restkv.generate import Session
 from restkv.lm import LM

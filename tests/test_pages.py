@@ -17,7 +17,8 @@ from small import VOCAB, small_model
 from torch import Tensor
 
 from modeling.forward import extend, step
-from modeling.pages import EMPTY, SINK_PAGE, UNBOUNDED, KVCache, LayerCache, PagePool
+from modeling.pages import UNBOUNDED, KVCache, LayerCache
+from modeling.pool import EMPTY, SINK_PAGE, PagePool
 
 CPU = torch.device("cpu")
 PAGE, GROUP, D = 4, 2, 4

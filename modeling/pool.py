@@ -1,0 +1,132 @@
+"""The pool: slots for entries of the KV cache, in pages, of which lists (pages.py) hold as many as they need.
+
+Letters: G query heads per KV head, D head dim, S slots.
+
+A pool is one pair of tensors k, v [1, 1, S, D] and `pos` [S]: the original position of the token in each slot, -1 if the slot is
+empty or its entry was evicted. Page 0 belongs to nobody: finished rows and padding tokens write there, with pos = -1. A page held
+by several lists (after a fork) is read-only; whoever wants to write or mark in it copies it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+EMPTY = -1  # pos of a slot without a live entry
+SINK_PAGE = 0  # the page that swallows writes nobody may read
+Companions = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> (shape of one slot's value, dtype)
+
+
+def read(slab: Tensor, slot: Tensor) -> Tensor:
+    """slab[slot] of the first dimension, [*slot.shape, ...]: on a CPU several times as fast as indexing with a tensor."""
+    return slab.index_select(0, slot.flatten()).view(*slot.shape, *slab.shape[1:])
+
+
+class PagePool:
+    """A slab of `num_pages` pages of `page` slots with a reference-counted free list.
+
+    Args:
+        num_pages: usable pages; one more (page 0) is added for discarded writes.
+        page: slots per page.
+        head_dim, dtype, device: of k and v, which start at zero (a masked NaN would still poison a flex block).
+        companions: per-slot data that moves with its entry, zero at first. Known to the forward pass: `keep` [S, G] bool and
+            `raw` [S, D] (see LayerView).
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        companions: Companions | None = None,
+    ) -> None:
+        self.page = page
+        slots = (num_pages + 1) * page
+        self.k = torch.zeros(1, 1, slots, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.pos = torch.full((slots,), EMPTY, dtype=torch.int32, device=device)
+        self.companions: dict[str, Tensor] = {
+            name: torch.zeros(slots, *shape, dtype=kind, device=device)
+            for name, (shape, kind) in (companions or {}).items()
+        }
+        self._free = list(range(num_pages, SINK_PAGE, -1))
+        self._refs = [0] * (num_pages + 1)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in all, page 0 included."""
+        return len(self._refs)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys, values, positions and companions."""
+        return self.page * self.slot_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        per_slot = [self.k[0, 0], self.v[0, 0], self.pos, *self.companions.values()]
+        return sum(t[0].numel() * t.element_size() for t in per_slot)
+
+    def _slabs(self) -> list[Tensor]:
+        """Every per-slot tensor with the slot as its first dimension."""
+        return [self.k[0, 0], self.v[0, 0], self.pos, *self.companions.values()]
+
+    def take(self, count: int) -> list[int]:
+        """`count` empty pages (pos = -1 and companions 0 throughout); the pool grows when it has too few."""
+        if count > len(self._free):
+            self.grow(max(count - len(self._free), self.num_pages // 2))
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._refs[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            assert self._refs[page] > 0, f"page {page} is free and cannot be shared"
+            self._refs[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Give pages back; those nobody else holds are wiped (pos = -1, companions 0) and return to the free list."""
+        emptied = []
+        for page in pages:
+            assert self._refs[page] > 0, f"page {page} released twice"
+            self._refs[page] -= 1
+            if self._refs[page] == 0:
+                emptied.append(page)
+        if emptied:
+            self.pos.view(-1, self.page)[emptied] = EMPTY
+            for data in self.companions.values():  # a decode step writes only `keep`
+                data.view(-1, self.page, *data.shape[1:])[emptied] = 0
+            self._free.extend(reversed(emptied))
+
+    def is_shared(self, page: int) -> bool:
+        return self._refs[page] > 1
+
+    def duplicate(self, page: int) -> int:
+        """A private copy of a shared page; the caller's hold on the original is given up."""
+        (copy,) = self.take(1)
+        for slab in self._slabs():
+            paged = slab.view(-1, self.page, *slab.shape[1:])
+            paged[copy] = paged[page]
+        self.release([page])
+        return copy
+
+    def grow(self, count: int) -> None:
+        """Add `count` pages. Shapes change, so compiled graphs that read this pool are compiled anew."""
+        more = count * self.page
+        first = self.num_pages
+        self.k = torch.cat([self.k, self.k.new_zeros(1, 1, more, self.k.shape[-1])], dim=2)
+        self.v = torch.cat([self.v, self.v.new_zeros(1, 1, more, self.v.shape[-1])], dim=2)
+        self.pos = torch.cat([self.pos, self.pos.new_full((more,), EMPTY)])
+        for name, data in self.companions.items():
+            self.companions[name] = torch.cat([data, data.new_zeros(more, *data.shape[1:])])
+        self._refs.extend([0] * count)
+        self._free[:0] = range(first + count - 1, first - 1, -1)
