@@ -167,7 +167,7 @@ class Session:
             self._period = self._interval
         self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks)
         self.logits_BV = torch.empty(0)
-        self.last_ids: list[int] = []  # drawn last, one per row: in the cache once they have been fed
+        self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
         self.active = [True] * len(lengths)
         self.evictions = 0
         self.max_live = 0  # most entries a head held when an eviction was due
@@ -298,9 +298,26 @@ class Session:
 
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
-        ids_B = sample(self.logits_BV, sampling, generators)
-        self.last_ids = ids_B.tolist()  # sync: a row that has ended is not fed, so the next step waits for this
-        return ids_B
+        self._drawn_B = sample(self.logits_BV, sampling, generators)
+        return self._drawn_B
+
+    @property
+    def last_ids(self) -> list[int]:
+        """The tokens drawn last, one per row; none once they have been fed."""
+        return [] if self._drawn_B is None else self._drawn_B.tolist()  # sync: for whoever wants to know
+
+    def draw(self, most: int, sampling: Sampling, generators: Sequence[torch.Generator], ends_E: Tensor) -> Tensor:
+        """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed.
+
+        It stops short of an eviction, which must know the rows that go on. Those that draw one of `ends_E` stop on the
+        device; `finish` must follow once the host has read it. What such a row draws after its end means nothing.
+        """
+        drawn = [self.sample(sampling, generators)]
+        while len(drawn) < most and (self._interval is None or self._since_eviction + 1 < self._interval):
+            self._active_B = self._active_B & ~(drawn[-1][:, None] == ends_E).any(-1)
+            self.feed(drawn[-1])
+            drawn.append(self.sample(sampling, generators))
+        return torch.stack(drawn)
 
     def feed(self, ids_B: Tensor) -> None:
         """Append one token per active row and compute the next logits; evicts when the interval is over.
@@ -309,7 +326,7 @@ class Session:
             PolicyError: the text has grown into more protected entries than fit into the budget.
         """
         cache, engine = self.cache, self.engine
-        self.last_ids = []
+        self._drawn_B = None
         if self._room == 0:
             self._room = self._period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
@@ -350,7 +367,8 @@ class Session:
         # Pages are reserved from one compaction to the next, which has to fall on an eviction.
         session._since_eviction = session._since_compaction = described["counters"]["since_eviction"]
         session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
-        session.last_ids = list(described["last_ids"])
+        if described["last_ids"]:
+            session._drawn_B = torch.tensor(described["last_ids"], device=engine.device)
         return session
 
     def resume(self, max_new_tokens: int) -> None:

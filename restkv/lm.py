@@ -27,6 +27,7 @@ from restkv.results import Decoding, Generation, Row, Stats, TextStream
 from restkv.sparse import Pattern
 
 Prompt = str | Sequence[int]
+BURST = 8  # tokens that a GPU makes before the host reads them
 
 
 def load(
@@ -107,6 +108,7 @@ class LM:
         self.config = model.config
         self.engine = Engine(model, backend)
         self._by_job = by_job and backend == "sdpa"
+        self._burst = 1 if self.device.type == "cpu" else BURST
 
     @cached_property
     def _compiled_engine(self) -> Engine:
@@ -196,7 +198,7 @@ class LM:
             self.engine, policy, stats.prompt_tokens, decoding.max_new_tokens, prefill=prefill, chunk=chunk
         )
         session.prefill(ids, progress)
-        yield from self.decode(session, decoding, stats, meter, results, may_compile=self._by_job)
+        yield from self.decode(session, decoding, stats, meter, results, may_compile=self._by_job, burst=self._burst)
 
     @torch.no_grad()
     def decode(
@@ -208,30 +210,39 @@ class LM:
         results: list[Generation],
         rows: Sequence[Row] = (),
         may_compile: bool = False,
+        burst: int = 1,
     ) -> Iterator[tuple[int, str]]:
         """Draw every row's answer from a session that holds its prompt: (row, piece of text); fills `stats`, `results`.
 
         Args:
             rows: gather the answers, so that whoever made them has also those that are broken off.
             may_compile: go on with a compiled step once the rest of the answer, at its longest, repays that.
+            burst: tokens to draw before any of them is read, so that a GPU is waited for once in so many; more than 1 only for a
+                session that nobody goes on with when the answer is broken off.
         """
         rows = rows or [self.answer(decoding) for _ in session.active]
         generators = decoding.sampling.generators(len(rows))
+        ends_E = torch.tensor([] if decoding.ignore_eos else self.config.eos_token_ids, device=self.device)
         laps: list[float] = []
-        lap = 0.0
+        lap, left = 0.0, decoding.max_new_tokens
         while True:
-            ids_B = session.sample(decoding.sampling, generators)
+            ahead = stats.ttft_s > 0 and not decoding.stop  # a stop string is seen in the text alone
+            most = min(burst, left) if ahead else 1
+            drawn_NB = session.draw(most, decoding.sampling, generators, ends_E)
+            tokens_NB = drawn_NB.tolist()  # sync: once per burst; a row that has ended is not fed
+            left -= len(tokens_NB)
             if not stats.ttft_s:
                 stats.ttft_s = meter.seconds()
             else:
-                laps.append(time.perf_counter() - lap)
+                laps += [(time.perf_counter() - lap) / len(tokens_NB)] * len(tokens_NB)
                 if may_compile and len(laps) == EAGER_TOKENS:
-                    left = decoding.max_new_tokens - len(laps) - 1
-                    if repays(sorted(laps)[len(laps) // 2], left, Mark(self.model, session.cache).stands):
+                    lap = sorted(laps)[len(laps) // 2]
+                    if repays(lap, left, Mark(self.model, session.cache).stands):
                         session.engine = self._compiled_engine
-            for index, row in enumerate(rows):
+            for index, token in (pair for tokens_B in tokens_NB for pair in enumerate(tokens_B)):
                 if session.active[index]:
-                    piece = row.push(session.last_ids[index])
+                    row = rows[index]
+                    piece = row.push(token)
                     if row.reason:
                         session.finish(index)
                     if piece:
@@ -239,7 +250,7 @@ class LM:
             if not any(session.active):
                 break
             lap = time.perf_counter()
-            session.feed(ids_B)
+            session.feed(drawn_NB[-1])
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:
             stats.tpot_s = sorted(laps)[len(laps) // 2]

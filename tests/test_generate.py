@@ -122,6 +122,36 @@ def test_rows_end_on_their_own_and_the_others_go_on():
     assert [row.tokens for row in ignoring] == [row.tokens for row in free]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "policy", [FullCache(), ReSTKV(budget=16, window=4, interval=7), H2O(budget=12), StreamingLLM(budget=10)], ids=str
+)
+def test_tokens_drawn_before_any_is_read_are_the_same(policy, temperature, monkeypatch):
+    """What a GPU does: rows end on the device, the host finds out later, and tokens, caches and evictions stay as they are."""
+    prompts, options = [small_ids(n, seed=n) for n in (9, 21, 14)], {"temperature": temperature, "seed": 3}
+    free = small_lm().generate(prompts, policy, max_new_tokens=30, **options)
+    lm = small_lm(eos=(free[0].tokens[6], free[2].tokens[17]))
+    made, lengths = {}, []
+    draw = Session.draw
+
+    def watched(*arguments):
+        drawn_NB = draw(*arguments)
+        lengths.append(len(drawn_NB))
+        return drawn_NB
+
+    monkeypatch.setattr(Session, "draw", watched)
+    for burst in (1, 5, 64):
+        lm._burst, lengths[:] = burst, []
+        made[burst] = lm.generate(prompts, policy, max_new_tokens=30, **options)
+        assert (max(lengths) > 1) == (burst > 1 and policy.interval > 1)
+    for burst in (5, 64):
+        for one, other in zip(made[1], made[burst], strict=True):
+            assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
+            held = ("seen", "kept", "max_kept", "live_bytes", "allocated_bytes", "evictions", "new_tokens")
+            assert [getattr(one.stats, name) for name in held] == [getattr(other.stats, name) for name in held]
+    assert len({len(row.tokens) for row in made[1]}) > 1, "rows are to end at different times"
+
+
 def test_seeds_repeat_and_rows_do_not_depend_on_each_other():
     lm, prompts = small_lm(), [small_ids(9), small_ids(14, seed=1)]
     how = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 9, "seed": 5}
