@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from modeling.config import ModelConfig, RopeConfig
 from modeling.layers import Decoder
+from restkv.lm import LM
 
 VOCAB = 23
 
@@ -58,3 +60,10 @@ def small_model(
 def small_ids(length: int, seed: int = 0) -> list[int]:
     """Random token ids."""
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def small_lm(backend: str = "sdpa", eos: tuple[int, ...] = (), **traits: Any) -> LM:
+    """A small model without a tokenizer; `eos` are the ids that end its answers."""
+    lm = LM(small_model(**traits), None, backend)
+    lm.config = dataclasses.replace(lm.config, eos_token_ids=eos)
+    return lm

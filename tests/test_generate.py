@@ -1,4 +1,4 @@
-"""Generation: tokens against an argmax over dense logits, batches against rows alone, stops, ends, statistics, refusals.
+"""Tokens: against an argmax over dense logits, batches against rows alone, compiled steps against eager ones.
 
 Letters: B batch rows, L prompt length, V vocabulary.
 """
@@ -6,33 +6,17 @@ Letters: B batch rows, L prompt length, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-import warnings
 
-import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small import VOCAB, small_ids, small_model
+from small import VOCAB, small_ids, small_lm, small_model
 
 import restkv
-from modeling.errors import RestKVWarning
-from modeling.pool import PagePool
-from restkv.errors import PolicyError, PromptError
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, ReSTKV, SnapKV, StreamingLLM
-from restkv.results import Decoding
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
-
-
-def small_lm(backend: str = "sdpa", eos: tuple[int, ...] = (), **traits) -> LM:
-    lm = LM(small_model(**traits), None, backend)
-    lm.config = dataclasses.replace(lm.config, eos_token_ids=eos)
-    return lm
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +30,6 @@ def greedy(lm: LM, ids: list[int], count: int) -> list[int]:
     for _ in range(count):
         ids.append(int(lm.logits(ids)[-1].argmax()))
     return ids[-count:]
-
-
-# -- tokens
 
 
 def test_greedy_tokens_are_the_argmax_of_dense_logits():
@@ -261,315 +242,8 @@ def test_log_probabilities_of_appended_tokens_are_those_of_reading_them_one_by_o
                 torch.testing.assert_close(said[row], dense_T.float(), atol=2e-5, rtol=1e-5)
 
 
-# -- text
-
-
-@pytest.fixture(scope="module")
-def story(lm) -> restkv.lm.Generation:
-    return lm.generate(PROMPT, FullCache(), max_new_tokens=48)
-
-
-def test_pieces_of_a_stream_add_up_to_the_text(lm, story):
-    stream = lm.stream(PROMPT, FullCache(), max_new_tokens=48)
-    with pytest.raises(RuntimeError, match="not ended"):
-        _ = stream.generation
-    pieces = list(stream)
-    assert len(pieces) > 20
-    assert "".join(pieces) == stream.generation.text == story.text == lm.tokenizer.decode(story.tokens)
-    assert stream.generation.tokens == story.tokens
-
-
-@settings(max_examples=40, deadline=None)
-@given(tokens=st.lists(st.integers(3, 511), min_size=1, max_size=8))
-def test_text_is_what_the_tokens_decode_to_wherever_they_end(lm, tokens):
-    """Random tokens: bytes of half characters, spaces at the end."""
-    row = lm.answer(Decoding(max_new_tokens=len(tokens), ignore_eos=True))
-    pieces = [row.push(token) for token in tokens]
-    assert row.reason == "length"
-    assert "".join(pieces) == row.text == lm.tokenizer.decode(tokens)
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_stop_strings_end_the_text_wherever_they_fall(lm, story, data):
-    """Stops cut out of the text at random, across tokens too, and one that never comes; nothing of them is streamed."""
-    text = story.text
-    starts = data.draw(st.lists(st.integers(0, len(text) - 1), min_size=1, max_size=2))
-    stops = [text[at : at + data.draw(st.integers(1, 14))] for at in starts] + ["red kite"]
-    stream = lm.stream(PROMPT, FullCache(), max_new_tokens=48, stop=stops)
-    pieces = list(stream)
-    done = stream.generation
-    # The first stop to be complete ends it; of several completed by the same token, the one that starts first.
-    # A line break is a byte in this vocabulary: the bytes that follow decide what it becomes, so it is certain a token later.
-    decoded = [lm.tokenizer.decode(story.tokens[:n]).removesuffix("\n") for n in range(len(story.tokens) + 1)]
-    first = next(n for n, so_far in enumerate(decoded) if any(stop in so_far for stop in stops))
-    assert done.finish_reason == "stop"
-    assert done.tokens == story.tokens[:first]
-    assert done.text == text[: min(at for at in (decoded[first].find(stop) for stop in stops) if at >= 0)]
-    assert "".join(pieces) == done.text
-
-
-def test_text_held_back_for_a_stop_comes_out_when_it_does_not_follow(lm, story):
-    almost = story.text[5:12] + "#"
-    pieces = list(lm.stream(PROMPT, FullCache(), max_new_tokens=48, stop=almost))
-    assert "".join(pieces) == story.text
-    ending = story.text[-3:] + "#"  # held back until the very end
-    done = lm.generate(PROMPT, FullCache(), max_new_tokens=48, stop=[ending, ""])
-    assert done.text == story.text
-    assert done.finish_reason == "length"
-
-
-# -- statistics
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        FullCache(),
-        ReSTKV(budget=24, window=8, interval=6, budget_by="uniform"),
-        ReSTKV(budget=24, window=8, interval=6),
-        SnapKV(budget=24, window=8, interval=None),
-        ReSTKV(budget=16, window=8, interval=6, granularity="query"),
-    ],
-    ids=lambda p: f"{p.name}-{p.granularity}-{p.interval}-{p.allocation.name}",
-)
-def test_statistics_are_what_the_cache_holds(policy):
-    lm, lengths, new = small_lm(), (50, 11), 21
-    c, prompts = lm.config, [small_ids(length) for length in lengths]
-    stats = lm.generate(prompts, policy, max_new_tokens=new)[0].stats
-    session = Session(lm.engine, policy, lengths, new)
-    session.prefill(prompts)
-    rows = lm.generate(prompts, policy, max_new_tokens=new)
-    most, evictions = 0, 0
-    for step in range(new - 1):  # the last token is never fed
-        before = [layer.live_counts() for layer in session.cache.layers]
-        most = max(most, *(int(count_BK.max()) for count_BK in before))
-        session.feed(torch.tensor([row.tokens[step] for row in rows]))
-        evictions += any(
-            (layer.live_counts() <= b).any() for layer, b in zip(session.cache.layers, before, strict=True)
-        )
-    kept = [layer.live_counts() for layer in session.cache.layers]
-    assert (stats.method, stats.budget) == (policy.name, policy.budget)
-    assert stats.prompt_tokens == list(lengths)
-    assert stats.new_tokens == [new, new]
-    assert stats.seen == [length + new - 1 for length in lengths]
-    assert stats.kept == [count_BK.double().mean(-1).tolist() for count_BK in kept]
-    assert stats.evictions == evictions
-    assert (evictions > 0) == (policy.budget is not None and policy.interval is not None)
-    slot = 2 * c.head_dim * 4 + 4 + (c.group if policy.granularity == "query" else 0)
-    assert stats.live_bytes == sum(int(count_BK.sum()) for count_BK in kept) * slot
-    pages = sum(len(pages) for layer in session.cache.layers for pages in layer.lists)
-    assert stats.allocated_bytes == pages * 32 * slot
-    assert stats.full_bytes == sum(stats.seen) * c.num_layers * c.num_kv_heads * 2 * c.head_dim * 4
-    assert most <= stats.max_kept <= most + 1
-    if (
-        policy.budget is not None
-        and policy.interval is not None
-        and policy.granularity == "kv"
-        and not policy.allocation.ragged
-    ):
-        assert stats.max_kept == policy.budget + policy.interval
-    assert stats.graphs == 0
-
-
-def test_times_and_memory_are_measured(lm):
-    before = psutil.Process().memory_info().rss
-    started = time.perf_counter()
-    stats = lm.generate(PROMPT, FullCache(), max_new_tokens=30).stats
-    elapsed = time.perf_counter() - started
-    assert 0 < stats.tpot_s < stats.ttft_s + elapsed
-    assert stats.ttft_s + 29 * stats.tpot_s / 4 < elapsed
-    assert 29 / elapsed < stats.tokens_per_s < 4 / stats.tpot_s
-    assert before / 2 < stats.peak_bytes < psutil.virtual_memory().total
-    assert set(stats.asdict()) == {field.name for field in dataclasses.fields(stats)}
-    one = lm.generate(PROMPT, FullCache(), max_new_tokens=1).stats
-    assert (one.tpot_s, one.tokens_per_s, one.new_tokens) == (0.0, 0.0, [1])
-
-
-def test_peak_memory_sees_what_a_call_takes():
-    """60 MB of keys and values."""
-    lm = small_lm(head_dim=128, kv_heads=12, group=1)
-    ids = small_ids(2500)
-    small = lm.generate(ids[:10], FullCache(), max_new_tokens=1).stats
-    large = lm.generate(ids, FullCache(), max_new_tokens=1).stats
-    assert large.live_bytes > 60e6
-    assert large.peak_bytes - small.peak_bytes > large.live_bytes
-
-
-# -- log-probabilities
-
-
-def test_logprobs_are_those_of_the_dense_logits(lm):
-    context = lm.tokenizer.encode(PROMPT)
-    continuations = [" She loved to play", [5, 6, 7, 8, 9], "!"]
-    got = lm.logprobs(context, continuations)
-    for continuation, value in zip(continuations, got, strict=True):
-        ids = lm.encode_continuation(continuation)
-        logp_LV = lm.logits(context + ids).double().log_softmax(-1)
-        want = sum(float(logp_LV[len(context) - 1 + i, token]) for i, token in enumerate(ids))
-        assert value == pytest.approx(want, abs=1e-4)
-    assert got[0] > got[1]
-
-
-@pytest.mark.parametrize(
-    "policy", [ReSTKV(budget=10, window=4, interval=3), H2O(budget=10, recent=4), StreamingLLM(budget=10)]
-)
-def test_logprobs_of_a_compressed_context_do_not_depend_on_the_other_continuations(policy):
-    lm, context = small_lm(), small_ids(33)
-    continuations = [small_ids(length, seed=length) for length in (12, 1, 7)]
-    together = lm.logprobs(context, continuations, policy)
-    assert together == [lm.logprobs(context, [ids], policy)[0] for ids in continuations]
-    assert together[::-1] == lm.logprobs(context, continuations[::-1], policy)
-    session = Session(lm.engine, policy, [len(context)], 12)
-    session.prefill([context])
-    total = 0.0
-    for token in continuations[0]:
-        total += float(session.logits_BV[0].log_softmax(-1)[token])
-        session.feed(torch.tensor([token]))
-    assert together[0] == pytest.approx(total, abs=1e-5)
-    assert together[0] != lm.logprobs(context, continuations[:1])[0]
-
-
-@pytest.mark.parametrize("length", [63, 64, 200])
-@pytest.mark.parametrize(
-    "policy",
-    [
-        FullCache(),
-        ReSTKV(budget=40, window=4, interval=3),
-        ReSTKV(budget=40, window=4, interval=3, budget_by="global"),
-        SnapKV(budget=40, window=4, interval=None),
-        H2O(budget=40, granularity="query"),
-    ],
-    ids=lambda policy: f"{policy.name}-{policy.interval}-{policy.allocation.name}",
-)
-def test_forks_of_logprobs_find_pages_ready(policy, length, monkeypatch):
-    """However long the continuations: a pool that grows is a new graph."""
-    lm = small_lm()
-    monkeypatch.setattr(PagePool, "grow", lambda pool, count: pytest.fail(f"{count} more pages"))
-    lm.logprobs(small_ids(length), [small_ids(70), small_ids(3), small_ids(40)], policy)
-
-
-@pytest.mark.slow
-def test_logprobs_compile_one_graph():
-    torch._dynamo.reset()
-    lm, counted = small_lm("flex"), torch._dynamo.utils.counters["stats"]
-    before = counted["unique_graphs"]
-    lm.logprobs(small_ids(63), [small_ids(7), small_ids(1), small_ids(40)])
-    assert counted["unique_graphs"] - before == 1
-    torch._dynamo.reset()
-
-
-# -- refusals and remarks
-
-
-@pytest.mark.parametrize(
-    ("prompt", "options", "words"),
-    [
-        ([], {}, "prompt is empty"),
-        ("", {}, "prompt is empty"),
-        (["Once", ""], {}, "prompt is empty"),
-        ([[1, 2], []], {}, "prompt is empty"),
-        ([1, 512, 2], {}, "token id 512 at place 1"),
-        ([1, -1], {}, "token id -1 at place 1"),
-        ([[1], [3, 600]], {}, "token id 600 at place 1"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
-        ([1], {"temperature": -1.0}, "temperature=-1.0"),
-        ([1], {"prefill": "sparse"}, "prefill 'sparse'"),
-        ([1], {"prefill": "chunked", "chunk": 0}, "chunk=0"),
-    ],
-)
-def test_impossible_calls_are_refused_in_one_line(lm, prompt, options, words):
-    with pytest.raises(PromptError, match=words) as error:
-        lm.generate(prompt, FullCache(), **options)
-    assert "\n" not in str(error.value)
-
-
-def test_text_needs_a_tokenizer():
-    for call in (lambda lm: lm.generate("hello"), lambda lm: lm.logprobs([1], ["hello"])):
-        with pytest.raises(PromptError, match="no tokenizer"):
-            call(small_lm())
-
-
-def test_protected_entries_that_do_not_fit_are_refused(lm):
-    policy = ReSTKV(budget=20, window=8, protect=((0, 15),))
-    with pytest.raises(PolicyError, match="budget 20 is smaller than the 23 protected entries"):
-        lm.generate(list(range(5, 45)), policy, max_new_tokens=1)
-    lm.generate(list(range(5, 25)), policy, max_new_tokens=1)  # 20 tokens: nothing has to go
-
-
-@pytest.mark.parametrize(("span", "at"), [((14, 30), 28), ((25, 40), 40)])
-@torch.no_grad()
-def test_a_span_that_outgrows_the_budget_is_refused_once_it_does(span, at):
-    """Reaching past the prompt of 20 tokens, or beginning there; evictions fall on 24, 28, 32 ... tokens."""
-    session = Session(small_lm().engine, ReSTKV(budget=12, window=4, interval=4, protect=(span,)), [20, 3], 40)
-    session.prefill([small_ids(20), small_ids(3)])
-    for token in small_ids(at - 21):
-        session.feed(torch.tensor([token, token]))
-    held = at - span[0]
-    with pytest.raises(PolicyError, match=f"budget 12 is smaller than the {held} protected .* a text of {at}") as error:
-        session.feed(torch.tensor([1, 1]))
-    assert "\n" not in str(error.value)
-
-
-def test_spans_that_the_newest_entries_no_longer_cover_must_fit_too():
-    held = ReSTKV(
-        budget=12, window=4, interval=4, protect=((12, 20),)
-    )  # all of it in the prompt, half of it in the window
-    assert small_lm().generate(small_ids(20), held, max_new_tokens=20, ignore_eos=True).finish_reason == "length"
-    covered = ReSTKV(budget=12, window=4, interval=4, protect=((11, 20),))  # as the window moves on, one too many
-    with pytest.raises(PolicyError, match="the 13 protected entries"):
-        small_lm().generate(small_ids(20), covered, max_new_tokens=20, ignore_eos=True)
-
-
-def test_the_layer_whose_budget_is_too_small_is_named():
-    lm, ids = small_lm(windows=(None,) * 3), small_ids(40)
-    with pytest.raises(PolicyError, match="layer 2's budget 9 is smaller than the 12 protected entries"):
-        lm.generate(ids, ReSTKV(budget=(20, 15, 9), window=4, protect=((0, 8),)), max_new_tokens=1)
-    with pytest.raises(PolicyError, match="layer 1's budget 20 is smaller than the 24 protected entries"):
-        lm.generate(ids, SnapKV(budget=20, window=4, protect=((0, 20),), budget_by="pyramid"), max_new_tokens=1)
-
-
-def remarks(call) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(w.message) for w in caught if issubclass(w.category, RestKVWarning)]
-
-
-def test_remarks_say_what_may_surprise(lm):
-    ids, policy = list(range(5, 15)), ReSTKV(budget=20, window=16)
-    (short,) = remarks(lambda: lm.generate(ids, policy, max_new_tokens=20))
-    assert "window 16 is longer than the prompt of 10 tokens" in short
-    assert not remarks(lambda: lm.generate(ids, policy, max_new_tokens=5))  # nothing will be evicted
-    (long,) = remarks(lambda: lm.generate(list(range(3, 510)), FullCache(), max_new_tokens=6))
-    assert "prompt of 507 tokens plus 6 new ones exceeds the model's 512 positions" in long
-    assert not remarks(lambda: lm.generate(list(range(3, 509)), FullCache(), max_new_tokens=6))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"backend": "cuda"}, "backend 'cuda'"),
-        ({"backend": "sdpa", "compile": True}, "sdpa"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"device": "tpu9"}, "device 'tpu9'"),
-    ],
-)
-def test_what_cannot_be_loaded_so_is_refused(stories260k, options, words):
-    with pytest.raises(PromptError, match=words) as error:
-        restkv.load(stories260k, **options)
-    assert "\n" not in str(error.value)
-
-
-def test_compile_and_backend_say_the_same(stories260k):
-    assert not restkv.load(stories260k).compiled
-    assert restkv.load(stories260k, compile=True).backend == "flex"
-    assert restkv.load(stories260k, backend="flex").compiled
-    assert math.isclose(restkv.load(stories260k, dtype="bfloat16").config.attn_scale, 8**-0.5)
-    assert restkv.load(stories260k, dtype="bfloat16").dtype == torch.bfloat16
-
-
 # -- compiled
+
 
 COMPILED = {
     "query sets, one budget for all layers": (
