@@ -37,6 +37,10 @@ NamedModelOption = Annotated[
 QuestionOption = Annotated[
     str, typer.Option(help="aware: evict with the question in sight; agnostic: before it is known; both.")
 ]
+EvictOption = Annotated[
+    str,
+    typer.Option(help="prompt: evict the prompt, keep what follows; always: also while decoding, as the method does."),
+]
 SeedOption = Annotated[int, typer.Option(help="Of the samples.")]
 OutOption = Annotated[Path, typer.Option(help="Folder of the results; a run that was stopped there goes on.")]
 
@@ -110,6 +114,17 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
     if not all(0 < budget <= 1 if isinstance(budget, float) else budget > 0 for budget in budgets) or not budgets:
         raise PromptError(f"--budgets {text!r}: give whole numbers, or fractions in (0, 1], separated by commas")
     return budgets
+
+
+def evicts_once(evict: str) -> bool:
+    """Whether --evict leaves alone what follows the prompt.
+
+    Raises:
+        PromptError: neither of its values.
+    """
+    if evict not in ("prompt", "always"):
+        raise PromptError(f"--evict {evict!r} is not known; choose prompt or always")
+    return evict == "prompt"
 
 
 # -- runs

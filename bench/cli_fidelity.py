@@ -10,10 +10,12 @@ import typer
 from bench.cli_common import (
     EAGER,
     RIVALS,
+    EvictOption,
     MethodsOption,
     OutOption,
     PrefillOption,
     SeedOption,
+    evicts_once,
     load_model,
     parse_budgets,
     running,
@@ -46,6 +48,7 @@ def fidelity(
     ] = 16,
     oracle: Annotated[int, typer.Option(help="So many of them also against greedy elimination.")] = 4,
     oracle_context: Annotated[int, typer.Option(help="Tokens of context for that.")] = 128,
+    evict: EvictOption = "prompt",
     prefill: PrefillOption = "dense",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-fidelity"),
@@ -69,7 +72,7 @@ def fidelity(
     lm = load_model(model, dtype, device, backend)
     plan = FidelityPlan(
         source,
-        tuple(parse_methods(methods)),
+        tuple(parse_methods(methods, evicts_once(evict))),
         parse_budgets(budgets),
         context,
         tail,

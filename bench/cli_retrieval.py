@@ -11,28 +11,25 @@ from bench.cli_common import (
     EAGER,
     RIVALS,
     CompressionOption,
+    EvictOption,
     MethodsOption,
     OutOption,
     PrefillOption,
     QuestionOption,
     SeedOption,
+    evicts_once,
     load_model,
     parse_compression,
     parse_numbers,
     running,
     split_names,
 )
-from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
     from restkv.lm import LM
 
 LengthsOption = Annotated[str, typer.Option(help="Tokens of prompt and answer together.")]
-EvictOption = Annotated[
-    str,
-    typer.Option(help="prompt: evict the prompt, keep what follows; always: also while decoding, as the method does."),
-]
 ChatOption = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Ask through the chat template.", show_default="if there is one"),
@@ -65,7 +62,7 @@ def ruler(
     plan = Plan(
         tuple(TASKS) if tasks == "all" else split_names(tasks),
         parse_numbers(lengths, "lengths"),
-        tuple(parse_methods(methods, _once(evict))),
+        tuple(parse_methods(methods, evicts_once(evict))),
         parse_compression(compression),
         samples,
         question,
@@ -102,7 +99,7 @@ def needle(
     plan = needle_plan(
         parse_numbers(lengths, "lengths"),
         depths,
-        parse_methods(methods, _once(evict)),
+        parse_methods(methods, evicts_once(evict)),
         compression,
         samples,
         question=question,
@@ -118,9 +115,3 @@ def needle(
 
 def _chat(lm: LM, chat: bool | None) -> bool:
     return lm.tokenizer.has_chat_template if chat is None else chat
-
-
-def _once(evict: str) -> bool:
-    if evict not in ("prompt", "always"):
-        raise PromptError(f"--evict {evict!r} is not known; choose prompt or always")
-    return evict == "prompt"
