@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +101,8 @@ def speed(
         prefills=split_names(prefills),
         prompts=prompts,
     )
-    _finish(measure_speed(contest, typer.echo, start_up), out)
+    _need_figure(contest, out)
+    _finish(measure_speed(contest, typer.echo, start_up, partial(_write, out=out)), out)
 
 
 def memory(
@@ -133,7 +135,9 @@ def memory(
         "peers": peers,
         "rounds": 1,
     }
-    _finish(measure_memory(_contest(model, options, backend, threads, tokens, peer_python), typer.echo), out)
+    contest = _contest(model, options, backend, threads, tokens, peer_python)
+    _need_figure(contest, out)
+    _finish(measure_memory(contest, typer.echo, partial(_write, out=out)), out)
 
 
 def _contest(
@@ -165,13 +169,16 @@ def _contest(
     )
 
 
-def _finish(result: dict[str, Any], out: Path | None) -> None:
-    """Print the table; write the JSON and, where matplotlib is installed, the figure."""
-    from bench.figures import save_png
-    from bench.speed import figure, table, title
-    from restkv.display import table_console
+def _need_figure(contest: Contest, out: Path | None) -> None:
+    """Refuse at once a figure that could not be drawn in the end (raises OutputError)."""
+    if out is not None and len(contest.contexts) > 1:
+        from bench.figures import need_matplotlib
 
-    print_table(table_console(), title(result), *table(result))
+        need_matplotlib()
+
+
+def _write(result: dict[str, Any], out: Path | None) -> None:
+    """The JSON of a run, complete or not."""
     if out is None:
         return
     try:
@@ -179,6 +186,18 @@ def _finish(result: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _finish(result: dict[str, Any], out: Path | None) -> None:
+    """Print the table; write the JSON and, of several contexts, a figure."""
+    from bench.figures import save_png
+    from bench.speed import figure, table, title
+    from restkv.display import table_console
+
+    print_table(table_console(), title(result), *table(result))
+    if out is None:
+        return
+    _write(result, out)
     print(out)
     if len(result["contest"]["contexts"]) > 1:
         picture = out.with_suffix(".png")

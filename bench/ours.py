@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from modeling.loading import load_model
 from restkv.evict import Evictor
 from restkv.generate import Engine, Session
 from restkv.store import policy_from_dict
+
+Result = TypeVar("Result")
 
 
 class Laps:
@@ -38,12 +40,16 @@ class TimedEvictor(Evictor):
     def prompt_done(self, *arguments: Any) -> None:
         self._timed(super().prompt_done, *arguments)
 
-    def _timed(self, work: Callable[..., None], *arguments: Any) -> None:
+    def round(self, *arguments: Any, **named: Any) -> bool:
+        return self._timed(super().round, *arguments, **named)
+
+    def _timed(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         self._wait()
         start = time.perf_counter()
-        work(*arguments)
+        result = work(*arguments, **named)
         self._wait()
         self.laps.seconds += time.perf_counter() - start
+        return result
 
     def _wait(self) -> None:
         if self.model.device.type == "cuda":
@@ -107,19 +113,23 @@ class Ours(Worker):
         session.cache.refresh()
         session.logits_BV = torch.zeros(batch, config.vocab_size, device=model.device)
 
+    def drop(self) -> None:
+        self._session = self._evictor = None
+
     @torch.no_grad()
     def decode(self) -> None:
         assert self._session is not None
         self._session.feed(self._session.logits_BV.argmax(-1))
 
     def describe(self) -> dict[str, Any]:
-        assert self._session is not None
+        if self._session is None:
+            return {}
         kept = [row[0] for row in self._session.kept()]
         cache_bytes = self._session.cache.allocated_bytes
         return {
             "kept": sum(kept) / len(kept),
             "cache_bytes": cache_bytes,
-            "interval": self._policy.interval if self._policy.budget is not None else None,
+            "period": self._session.period,
             "evicting_s": None if self._evictor is None else self._evictor.laps.seconds,
         }
 

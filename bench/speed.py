@@ -21,7 +21,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.floor import Machine, decode_floor, machine_rows, measure_machine, prefill_floor
+import torch
+
+from bench.floor import Machine, decode_floor, machine_rows, matrix_parameters, measure_machine, prefill_floor
 from bench.methods import Method
 from bench.runs import machine as described_machine
 from bench.stats import Estimate
@@ -44,6 +46,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 WARM_UP = 256  # tokens of a prompt that goes before: memory, thread pools, compiled scorers
 Report = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -129,40 +132,72 @@ class Contest:
         """A press stays away from contexts that leave it nothing to compress."""
         return name not in PEERS or not PEERS[name]["press"] or context > self.budget
 
+    def fits(self, name: str, context: int, batch: int, memory: int | None) -> bool:
+        """Whether a contestant that keeps everything can be resident together with all others, in so many bytes (None: no bound).
+
+        All have their weights at the same time, and those without a budget their caches; a twentieth is left for the rest.
+        """
+        full = [who for who in self.contestants if self._keeps_all(who)]
+        if memory is None or name not in full:
+            return True
+        size: int = getattr(torch, self.dtype).itemsize
+        weights = (sum(matrix_parameters(self.config)) + self.config.vocab_size * self.config.hidden_size) * size
+        cache = context * batch * self.config.kv_bytes_per_token(getattr(torch, self.dtype))
+        return len(self.contestants) * weights + len(full) * cache < 0.95 * memory
+
+    def _keeps_all(self, name: str) -> bool:
+        return not PEERS[name]["press"] if name in PEERS else self.contestants[name][1]["policy"]["budget"] is None
+
     def start(self, name: str, environment: dict[str, str] | None = None) -> Process:
         module, values, python = self.contestants[name]
         return Process(name, module, [json.dumps(values)], python, self.threads, environment)
 
 
-def measure_speed(contest: Contest, report: Report = print, start_up: bool = False) -> dict[str, Any]:
+def measure_speed(
+    contest: Contest, report: Report = print, start_up: bool = False, keep: Keep = lambda result: None
+) -> dict[str, Any]:
     """TTFT and TPOT of every contestant at every context and batch size; JSON-ready.
 
-    start_up: measure also how long ours take from nothing to a first token, without and with kernels of an earlier process.
+    Args:
+        start_up: measure also how long ours take from nothing to a first token, without and with kernels of an earlier process.
+        keep: called with the result so far whenever a context and batch size are through.
     """
     contestants = contest.contestants  # a method that makes no sense is refused before minutes go into the machine
     machine = measure_machine(contest.device, contest.threads, contest.dtype)
+    memory = None if contest.device == "cpu" else torch.cuda.get_device_properties(contest.device).total_memory
     rows: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
+
+    def result() -> dict[str, Any]:
+        return _result("speed", contest, rows) | {"rates": machine_rows(machine), "start_up": starts}
+
     processes = {name: contest.start(name) for name in contestants}
     try:
         for context in contest.contexts:
             for batch in contest.batches:
                 running = {name: process for name, process in processes.items() if contest.takes_part(name, context)}
+                for name in [name for name in running if not contest.fits(name, context, batch, memory)]:
+                    running.pop(name).ask("drop")
+                    report(
+                        f"{context} tokens, batch {batch}: {name} is left out, its cache would not fit into the device's memory"
+                    )
                 made = _round_robin(contest, machine, running, context, batch, report)
                 report(f"{context} tokens, batch {batch}: " + ", ".join(map(_brief, made)))
                 rows += made
+                keep(result())
     finally:
         for process in processes.values():
             process.close()
-    starts = _start_ups(contest, report) if start_up else []
-    return _result("speed", contest, rows) | {"rates": machine_rows(machine), "start_up": starts}
+    if start_up:
+        starts += _start_ups(contest, report)
+    return result()
 
 
 def _start_ups(contest: Contest, report: Report) -> list[dict[str, Any]]:
     """Seconds from the start of a process to its second token, the first that is decoded: imports, weights (made, or read), a
     prompt of WARM_UP tokens, compiling."""
     made = []
-    for text in contest.methods:
-        name = f"restkv {text}"
+    for name in (name for name in contest.contestants if name not in PEERS):
         with tempfile.TemporaryDirectory() as folder:
             seconds = []
             for _ in ("cold", "warm"):
@@ -207,8 +242,7 @@ def _round_robin(
             else:
                 laps[name] += last[name]["seconds"]
     whole = {
-        name: _over_intervals(process, last[name]["interval"], contest.tokens) if last[name].get("interval") else None
-        for name, process in running.items()
+        name: _over_periods(process, last[name].get("period"), contest.tokens) for name, process in running.items()
     }
     rows = []
     for name in running:
@@ -216,6 +250,8 @@ def _round_robin(
         cache, kept = last[name]["cache_bytes"], last[name]["kept"]
         floor = decode_floor(contest.config, contest.dtype, machine, cache, kept, batch)
         prefill = prefill_floor(contest.config, machine, context, batch)
+        period = whole[name]
+        newest = period or last[name]
         rows.append(
             {
                 "contestant": name,
@@ -227,30 +263,34 @@ def _round_robin(
                 "evicting_s": statistics.median(evicting[name]) if evicting[name] else None,
                 "tpot_ms": 1e3 * tpot,
                 "tpot_quartiles_ms": [1e3 * low, 1e3 * high],
-                "tpot_with_evictions_ms": whole[name],
+                "tpot_with_evictions_ms": period and 1e3 * statistics.fmean(period["seconds"]),
                 "tokens_per_s": batch / tpot,
                 "floor_ms": 1e3 * floor,
                 "share_of_floor": floor / tpot,
                 "kept": kept,
                 "cache_bytes": cache,
                 "first_round_s": sum(first[name]["seconds"]),
-                "graphs": last[name]["graphs"],
-                "new_graphs": last[name]["graphs"] - first[name]["graphs"],
+                "graphs": newest["graphs"],
+                "new_graphs": newest["graphs"] - first[name]["graphs"],
             }
         )
     return rows
 
 
-def _over_intervals(process: Process, interval: int, least: int) -> float:
-    """Mean milliseconds per token over whole intervals of `least` tokens or more, with their evictions, which a median of
-    single tokens leaves out."""
-    tokens = interval * -(-least // interval)
-    process.ask("decode", tokens=interval)  # the first eviction of a process allocates what later ones find
-    return 1e3 * statistics.fmean(process.ask("decode", tokens=tokens)["seconds"])
+def _over_periods(process: Process, period: int | None, least: int) -> dict[str, Any] | None:
+    """Tokens between two compactions, `least` or more and whole periods of them, with their evictions, which a median of single
+    tokens leaves out; None for a method that evicts nothing while it decodes."""
+    if not period:
+        return None
+    process.ask("decode", tokens=period)  # the first eviction of a process allocates what later ones find
+    return process.ask("decode", tokens=period * -(-least // period))
 
 
-def measure_memory(contest: Contest, report: Report = print) -> dict[str, Any]:
-    """Peaks above what the loaded model takes, phase by phase: prefill, what stays after it, decode. JSON-ready."""
+def measure_memory(contest: Contest, report: Report = print, keep: Keep = lambda result: None) -> dict[str, Any]:
+    """Peaks above what the loaded model takes, phase by phase: prefill, what stays after it, decode. JSON-ready.
+
+    keep: called with the result so far after every row.
+    """
     rows: list[dict[str, Any]] = []
     for context in contest.contexts:
         for batch in contest.batches:
@@ -261,12 +301,11 @@ def measure_memory(contest: Contest, report: Report = print) -> dict[str, Any]:
                 try:
                     process.ask("prefill", context=min(context, WARM_UP), batch=batch)
                     process.ask("decode", tokens=2)
-                    loaded = process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+                    base = process.ask("drop")["after_bytes"]
                     prefill = process.ask("prefill", context=context, batch=batch)
                     decode = process.ask("decode", tokens=contest.tokens)
                 finally:
                     process.close()
-                base = loaded["before_bytes"]
                 rows.append(
                     {
                         "contestant": name,
@@ -281,6 +320,7 @@ def measure_memory(contest: Contest, report: Report = print) -> dict[str, Any]:
                     }
                 )
                 report(f"{context} tokens, batch {batch}, {name}: {rows[-1]['prefill_peak_bytes'] / 1e6:.1f} MB")
+                keep(_result("memory", contest, rows))
     return _result("memory", contest, rows)
 
 

@@ -7,6 +7,7 @@ only one of them run it too.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -39,12 +40,17 @@ class Worker(ABC):
         """Generate one token for every row, greedily, from the cache prefill left."""
 
     @abstractmethod
+    def drop(self) -> None:
+        """Let go of the cache."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What is in the cache: `kept` entries per row and KV head, `cache_bytes`; anything else worth a row."""
+        """What is in the cache: `kept` entries per row and KV head, `cache_bytes`; anything else worth a row. Nothing if there
+        is none."""
 
 
 def serve(worker: Worker) -> None:
-    """Answer commands on stdin until it ends: JSON with an `op`, prefill or fill (`context`, `batch`) or decode (`tokens`).
+    """Answer commands on stdin until it ends: JSON with an `op`, prefill or fill (`context`, `batch`), decode (`tokens`) or drop.
 
     Every answer has the seconds of each step (wall clock, the device waited for), and the peak of memory above what was
     in use when the command came: resident bytes of the process, or the CUDA allocator's.
@@ -58,6 +64,8 @@ def serve(worker: Worker) -> None:
             start = time.perf_counter()
             if command["op"] == "decode":
                 worker.decode()
+            elif command["op"] == "drop":
+                worker.drop()
             else:
                 work = worker.prefill if command["op"] == "prefill" else worker.fill
                 work(command["context"], command["batch"])
@@ -109,7 +117,11 @@ class Process:
         return json.loads(line)
 
     def close(self) -> None:
-        with self._process:  # closes the pipes: the worker's loop ends with its stdin
+        # A worker that has died leaves a pipe that cannot be flushed; what `ask` said of it is what counts.
+        with (
+            contextlib.suppress(BrokenPipeError),
+            self._process,
+        ):  # closes the pipes: the worker's loop ends with its stdin
             pass
 
 

@@ -53,7 +53,11 @@ def paged_flex(
 
     # A partition that is no multiple of the page keeps CPU lowering off its decode template, which reads wrong buffers for
     # folded queries, fails without full blocks and overflows for logits below -88 (FLEX bugs 2-4).
-    options: Any = {"PARTITION_SIZE": page - 1} if q_1RqD.device.type == "cpu" else {}
+    options: Any = {}
+    if q_1RqD.device.type == "cpu":
+        options = {"PARTITION_SIZE": page - 1}
+    elif page < 128:  # a Triton tile may not be longer than the page it reads; only the template for few queries sees to that
+        options = {"BLOCK_N": page}
     return flex_attention(
         q_1RqD,
         view.k.expand(1, lists, slots, head_dim),  # stride 0: every list reads the same pool

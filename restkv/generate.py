@@ -161,10 +161,10 @@ class Session:
         self._chunked, self._chunk = prefill == "chunked", chunk
         self.evictor = Evictor(engine.model, policy, engine.roots, lengths)
         self._interval = policy.interval if policy.budget is not None else None
-        # Very frequent evictions only mark; the pages are reclaimed every so many tokens.
-        self._period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
+        # Very frequent evictions only mark; the pages are reclaimed every so many tokens (0: nothing is evicted while decoding).
+        self.period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
         if self._interval and self._interval >= COMPACT_EVERY // 4:
-            self._period = self._interval
+            self.period = self._interval
         self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks)
         self.logits_BV = torch.empty(0)
         self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
@@ -185,7 +185,7 @@ class Session:
         policy, group = self.policy, self.engine.model.config.group
         layers = self.engine.model.config.num_layers
         union = group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
-        room = self._period + (self._chunk if extends else 0)
+        room = self.period + (self._chunk if extends else 0)
         budgets = [-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)]
         fixed = policy.budget is not None and not isinstance(policy.budget, float)
         if fixed and self._interval:
@@ -281,7 +281,7 @@ class Session:
 
     def _append(self, cache: KVCache, pieces: Sequence[Sequence[int]], run: Callable[..., Tensor]) -> Tensor:
         """What `run` (Engine.decode or Engine.hidden) returns for one chunk, which the cache takes in."""
-        engine = self.engine
+        engine, self._drawn_B = self.engine, None
         counts = [len(piece) for piece in pieces]
         width = self._chunk if engine.backend == "flex" else max(counts)  # one compiled graph for all pieces
         padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
@@ -328,7 +328,7 @@ class Session:
         cache, engine = self.cache, self.engine
         self._drawn_B = None
         if self._room == 0:
-            self._room = self._period - self._since_compaction if self._interval else cache.layers[0].pool.page
+            self._room = self.period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
                 self._room = min(self._room, self._planned)
             cache.reserve(self._room)
@@ -341,7 +341,7 @@ class Session:
             Mark(engine.model, cache).leave()
             self._marked = True
         cache.next_pos.add_(self._active_B)
-        self._after(1, compact=self._since_compaction + 1 >= self._period)
+        self._after(1, compact=self._since_compaction + 1 >= self.period)
 
     def _after(self, tokens: int, compact: bool) -> None:
         """Count tokens; evict when an interval is over."""

@@ -28,6 +28,7 @@ from restkv.sparse import Pattern
 
 Prompt = str | Sequence[int]
 BURST = 8  # tokens that a GPU makes before the host reads them
+LEAST_HEAD_DIM = 16  # of FlexAttention on CUDA
 
 
 def load(
@@ -56,7 +57,8 @@ def load(
     where = _device(device)
     model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights)
     by_job = backend == compile == "auto"
-    return LM(model, Tokenizer.from_folder(folder), _backend(backend, compile, where), by_job)
+    chosen = _backend(backend, compile, where, model.config.head_dim)
+    return LM(model, Tokenizer.from_folder(folder), chosen, by_job)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -79,17 +81,21 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return names[dtype]
 
 
-def _backend(backend: str, compile: str | bool, device: torch.device) -> str:
+def _backend(backend: str, compile: str | bool, device: torch.device, head_dim: int) -> str:
     if backend not in ("auto", "flex", "sdpa"):
         raise PromptError(f"backend {backend!r} is not known; give auto, flex or sdpa")
-    if backend == "auto":
-        flex = device.type == "cuda" if compile == "auto" else bool(compile)
-        return "flex" if flex else "sdpa"
-    if compile != "auto" and bool(compile) != (backend == "flex"):
+    if backend != "auto" and compile != "auto" and bool(compile) != (backend == "flex"):
         raise PromptError(
             f"backend {backend!r} with compile={compile}: flex is always compiled and sdpa never; drop one of the two"
         )
-    return backend
+    possible = device.type != "cuda" or head_dim >= LEAST_HEAD_DIM
+    if backend == compile == "auto":
+        return "flex" if device.type == "cuda" and possible else "sdpa"
+    if (backend == "flex" or compile is True) and not possible:
+        raise PromptError(
+            f"head_dim {head_dim}: FlexAttention on CUDA takes {LEAST_HEAD_DIM} and more; load with backend='sdpa'"
+        )
+    return "flex" if backend == "flex" or (backend == "auto" and compile) else "sdpa"
 
 
 class LM:
@@ -354,7 +360,8 @@ class LM:
         targets = [self.encode_continuation(text) for text in continuations]
         sums = []
         for target in targets:
-            fork = session.fork(len(target))
+            fork = session.fork()
+            fork.resume(len(target))  # a row that has ended can be judged too
             total = 0.0
             for index, token in enumerate(target):
                 total += float(fork.logits_BV[0].log_softmax(-1)[token])  # sync: a score is a number

@@ -77,6 +77,7 @@ def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     probs_BV = filter_logits(logits_BV, sampling).softmax(-1)
-    vocab = probs_BV.shape[-1]
-    noise_BV = torch.stack([torch.empty(vocab).exponential_(generator=generator) for generator in generators])
-    return (probs_BV / noise_BV.to(probs_BV.device)).argmax(-1)
+    noise_BV = torch.empty(probs_BV.shape, pin_memory=probs_BV.is_cuda)  # pinned: the copy waits for nothing
+    for noise_V, generator in zip(noise_BV, generators, strict=True):
+        noise_V.exponential_(generator=generator)
+    return (probs_BV / noise_BV.to(probs_BV.device, non_blocking=True)).argmax(-1)

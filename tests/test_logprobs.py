@@ -73,6 +73,16 @@ def test_forks_of_logprobs_find_pages_ready(policy, length, monkeypatch):
     lm.logprobs(small_ids(length), [small_ids(70), small_ids(3), small_ids(40)], policy)
 
 
+def test_a_row_that_has_ended_is_judged_like_one_that_goes_on():
+    lm = small_lm()
+    sessions = [Session(lm.engine, ReSTKV(budget=20, window=4), [30], 8) for _ in range(2)]
+    for session in sessions:
+        session.prefill([small_ids(30)])
+    sessions[1].finish(0)
+    going_on, ended = (lm.score(session, [small_ids(6), small_ids(3)]) for session in sessions)
+    assert going_on == ended
+
+
 @pytest.mark.slow
 def test_logprobs_compile_one_graph():
     torch._dynamo.reset()

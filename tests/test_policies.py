@@ -93,6 +93,8 @@ variants = pytest.mark.parametrize("policy", VARIANTS.values(), ids=VARIANTS)
         ({"budget": 64, "protect": ((-1, 4),)}, "protect"),
         ({"budget": 64, "protect": (3, 5)}, "protect"),
         ({"budget": 64, "protect": "0:5"}, "protect"),
+        ({"budget": 64, "high_water": 100.5}, "high_water 100.5"),
+        ({"budget": 64, "high_water": 0}, "high_water 0"),
     ],
 )
 def test_bad_options_are_one_line_with_value_place_and_mend(values, words):

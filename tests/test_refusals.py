@@ -13,7 +13,7 @@ import restkv
 from modeling.errors import RestKVWarning
 from restkv.errors import PolicyError, PromptError
 from restkv.generate import Session
-from restkv.lm import LM
+from restkv.lm import LM, _backend
 from restkv.policies import FullCache, ReSTKV, SnapKV
 
 
@@ -119,6 +119,22 @@ def test_what_cannot_be_loaded_so_is_refused(stories260k, options, words):
     with pytest.raises(PromptError, match=words) as error:
         restkv.load(stories260k, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiled", "head_dim", "chosen"),
+    [("auto", "auto", 16, "flex"), ("auto", "auto", 8, "sdpa"), ("sdpa", False, 8, "sdpa"), ("auto", True, 64, "flex")],
+)
+def test_a_gpu_compiles_where_flexattention_can(backend, compiled, head_dim, chosen):
+    assert _backend(backend, compiled, torch.device("cuda"), head_dim) == chosen
+    assert _backend(backend, compiled, torch.device("cpu"), head_dim) == ("flex" if compiled is True else "sdpa")
+
+
+@pytest.mark.parametrize(("backend", "compiled"), [("flex", "auto"), ("auto", True), ("flex", True)])
+def test_heads_too_small_for_flexattention_are_refused_on_a_gpu(backend, compiled):
+    assert _backend(backend, compiled, torch.device("cpu"), 8) == "flex"
+    with pytest.raises(PromptError, match=r"head_dim 8: .* load with backend='sdpa'"):
+        _backend(backend, compiled, torch.device("cuda"), 8)
 
 
 def test_compile_and_backend_say_the_same(stories260k):

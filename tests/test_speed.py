@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import speed
 from bench.floor import Machine, decode_floor, matrix_parameters, prefill_floor
+from bench.ours import Ours
 from bench.speed import PRESETS, Contest
 from bench.workers import Process
 from modeling.families import config_from_dict
@@ -194,8 +196,95 @@ def test_peers_with_nothing_to_compress_stay_away() -> None:
         replace(CONTEST, rounds=0)
 
 
-def test_a_worker_that_dies_is_named() -> None:
+@pytest.mark.parametrize("idle", [False, True], ids=["when asked", "before"])
+def test_a_worker_that_dies_is_named(idle: bool) -> None:
     process = Process("broken", "bench.ours", [json.dumps({"config": {}})])
+    if idle:
+        process._process.wait()
     with pytest.raises(RuntimeError, match="worker broken died"):
         process.ask("prefill", context=8, batch=1)
     process.close()
+
+
+def test_caches_that_would_not_fit_beside_all_others_are_left_out() -> None:
+    """Three processes hold llama-3.1-8b's 16 GB each; 128 kB a token, in two caches that keep everything."""
+    contest = replace(CONTEST, preset="llama-3.1-8b", dtype="bfloat16", budget=1024)
+    for memory, context, batch, fits in (
+        (140e9, 32_768, 8, True),
+        (140e9, 131_072, 1, True),
+        (140e9, 131_072, 8, False),
+        (80e9, 32_768, 8, False),
+        (None, 131_072, 8, True),
+    ):
+        assert (
+            contest.fits("transformers", context, batch, memory)
+            == fits
+            == contest.fits("restkv full", context, batch, memory)
+        )
+        assert contest.fits("restkv restkv", context, batch, memory)
+
+
+def test_what_has_been_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "speed.json"
+    measured = speed._round_robin
+
+    def broken(*arguments):
+        if 150 in arguments:
+            raise RuntimeError("the worker has died")
+        return measured(*arguments)
+
+    monkeypatch.setattr(speed, "_round_robin", broken)
+    command = "bench speed --preset tiny --dtype float32 --contexts 90,150 --methods restkv --budget 64 --peers none"
+    with pytest.raises(RuntimeError, match="has died"):
+        main(
+            [
+                *command.split(),
+                "--backend",
+                "sdpa",
+                "--threads",
+                "1",
+                "--rounds",
+                "1",
+                "--tokens",
+                "1",
+                "--out",
+                str(out),
+            ]
+        )
+    assert [row["context"] for row in json.loads(out.read_text())["rows"]] == [90]
+
+
+def test_every_way_of_ours_is_started_for_its_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Idle:
+        def ask(self, op, **values):
+            return {}
+
+        def close(self):
+            pass
+
+    def start(self, name, environment):
+        started.append((name, self.contestants[name][1]["prefill"]))
+        return Idle()
+
+    monkeypatch.setattr(Contest, "start", start)
+    speed._start_ups(replace(CONTEST, prefills=("dense", "chunked")), lambda line: None)
+    names = [f"restkv {method}{way}" for method in ("restkv", "full") for way in ("", ", chunked")]
+    assert started == [(name, "chunked" if "chunked" in name else "dense") for name in names for _ in range(2)]
+
+
+def test_evictions_between_chunks_are_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    contest = replace(CONTEST, prefills=("chunked",))
+    worker = Ours(contest.contestants["restkv restkv, chunked"][1])
+    worker.prefill(1200, 1)  # 512 tokens, 512 and 176
+    before = worker.describe()["evicting_s"]
+    assert before > 0
+    assert worker._evictor is not None
+    rounds = []
+    monkeypatch.setattr(type(worker._evictor), "round", lambda self, *_, **__: rounds.append(self) or True)
+    worker.prefill(1200, 1)
+    assert len(rounds) == 2
+    assert worker.describe() | {"evicting_s": 0} != {}
+    worker.drop()
+    assert worker.describe() == {}

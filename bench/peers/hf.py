@@ -75,6 +75,9 @@ class Transformers(Worker):
         ratio = max(0.0, 1 - self._arguments["budget"] / context)
         return getattr(kvpress, name)(compression_ratio=ratio, **options)(self._model)
 
+    def drop(self) -> None:
+        self._cache = None
+
     @torch.no_grad()
     def decode(self) -> None:
         self._run(self._step, self._next_B1, self._seen)
@@ -87,6 +90,8 @@ class Transformers(Worker):
         self._next_B1 = out.logits[:, -1:].argmax(-1)
 
     def describe(self) -> dict[str, Any]:
+        if self._cache is None:
+            return {}
         layers: list[Any] = list(self._cache.layers)
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         kept = self._seen if self._static else layers[0].keys.shape[2]

@@ -58,6 +58,11 @@ class Policy(ABC):
             "interval",
             "give the number of tokens between evictions, or None to evict after the prompt only",
         )
+        self._require(
+            self.high_water is None or (_is_int(self.high_water) and self.high_water >= 1),
+            "high_water",
+            "give the number of entries a head may grow to, or None",
+        )
         if self.budget_by is None:
             object.__setattr__(self, "budget_by", "uniform" if isinstance(self.budget, tuple) else "global")
         if isinstance(self.budget_by, str):
