@@ -6,7 +6,6 @@ Letters: B batch rows, C entries of one head (columns), X KV heads or query head
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PIECES = 4  # per thread: what one works on stays in its cache
-THREADED = 1 << 20  # numbers from which on threads of numpy's are worth starting
 
 
 def select(score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget: int | Tensor) -> Tensor:
@@ -75,29 +73,27 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
 
 
 def largest(x_XC: Tensor, count: int) -> Tensor:
-    """Bool, the shape of x: exactly the `count` largest of every line (NaN above all); which of equal ones is nobody's promise.
+    """Columns of the `count` largest of every line, in any order; which of equal ones is nobody's promise. [..., count] long.
 
-    On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and what reaches it are just
-    these, unless some are equal.
+    On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and what reaches it are exactly
+    `count` of every line, unless some are equal.
     """
-    if x_XC.device.type == "cpu" and 0 < count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
+    if x_XC.device.type == "cpu" and count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
         lines_NC = x_XC.detach().flatten(0, -2).numpy()  # on a CPU only, where there is no device to wait for
-        threads = min(len(lines_NC), torch.get_num_threads()) if lines_NC.size >= THREADED else 1
-        pieces = np.array_split(lines_NC, min(len(lines_NC), PIECES * threads) if threads > 1 else 1)
-        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
-            found = [*(pool.map if pool else map)(lambda piece_nC: _reach(piece_nC, count), pieces)]
-        mask_NC = found[0] if threads == 1 else np.concatenate(found)
-        if (np.count_nonzero(mask_NC, axis=-1) == count).all():
-            return torch.from_numpy(mask_NC).view(x_XC.shape)
-    return torch.zeros_like(x_XC, dtype=torch.bool).scatter_(-1, x_XC.topk(count, sorted=False).indices, True)
+        threads = min(len(lines_NC), torch.get_num_threads())
+        pieces = np.array_split(lines_NC, min(len(lines_NC), PIECES * threads))
+        with ThreadPoolExecutor(threads) as pool:
+            found = [*pool.map(lambda piece_nC: _largest_of_few(piece_nC, count), pieces)]
+        if all(columns_m.size == len(piece_nC) * count for columns_m, piece_nC in zip(found, pieces, strict=True)):
+            return torch.from_numpy(np.concatenate(found)).view(*x_XC.shape[:-1], count)
+    return x_XC.topk(count, sorted=False).indices
 
 
-def _reach(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
-    """What reaches the `count`-th largest of its line: at least `count` of each."""
+def _largest_of_few(lines_nC: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Columns of what reaches the `count`-th largest of each line, line after line: at least `count` of each."""
     columns = lines_nC.shape[-1]
     lowest_n1 = np.partition(lines_nC, columns - count, axis=-1)[:, columns - count, None]
-    reach_nC: NDArray[np.bool_] = ~(lines_nC < lowest_n1)  # NaN is the largest, as in topk
-    return reach_nC
+    return np.flatnonzero(~(lines_nC < lowest_n1)) % columns  # NaN is the largest, as in topk
 
 
 def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:

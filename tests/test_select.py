@@ -47,17 +47,15 @@ def test_equals_a_sort(data, rows, heads, columns):
     data=st.data(), shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 30)), distinct=st.booleans()
 )
 def test_the_largest_are_those_of_a_sort(data, shape, distinct):
-    """Threads or not: half the examples are long enough for them, as far as `largest` knows."""
     size, (*lines, columns) = math.prod(shape), shape
     floats = st.floats(-1e6, 1e6, width=32) if distinct else values
     x = torch.tensor(data.draw(st.lists(floats, min_size=size, max_size=size, unique=distinct))).view(shape)
     count = data.draw(st.integers(1, columns))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("restkv.select.THREADED", data.draw(st.sampled_from([1, 1 << 20])))
-        found = largest(x, count)
-    assert found.shape == x.shape and found.dtype == torch.bool and (found.sum(-1) == count).all()
+    found = largest(x, count)
+    assert found.shape == (*lines, count) and found.dtype == torch.long
+    assert all(len(set(line)) == count for line in found.view(-1, count).tolist())  # no column twice
     want = x.sort(-1, descending=True).values[..., :count]  # NaN is the largest
-    got = x[found].view(*lines, count).sort(-1, descending=True).values
+    got = x.gather(-1, found).sort(-1, descending=True).values
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 

@@ -237,9 +237,10 @@ class _Drift:
         self._obs, self._kept_B, self._most = obs, kept_B, min(most, obs.pos.shape[-1])
         self._past_BHC = obs.past if kind == "symmetric" else None
         order_BHC = obs.order
-        column_C = torch.arange(order_BHC.shape[-1], dtype=torch.int32, device=order_BHC.device)
-        self._place_BHC = torch.empty_like(order_BHC, dtype=torch.int32)
-        self._place_BHC.scatter_(-1, order_BHC, column_C.expand_as(order_BHC))
+        self._place_BHC = torch.empty_like(order_BHC)
+        self._place_BHC.scatter_(
+            -1, order_BHC, torch.arange(order_BHC.shape[-1], device=order_BHC.device).expand_as(order_BHC)
+        )
         self._total_BHW = torch.zeros(obs.q.shape[:3], dtype=torch.long, device=obs.q.device)
         self._count_BHW = torch.zeros_like(self._total_BHW)
 
@@ -248,17 +249,16 @@ class _Drift:
         logits_BHWC = rows.logits_BHWC
         if self._past_BHC is not None:
             logits_BHWC = logits_BHWC.masked_fill(~self._past_BHC[:, rows.heads, None], -torch.inf)
-        if self._kept_B is None:
-            counts_BHWC = largest(logits_BHWC, self._most)
-        else:  # rows with budgets of their own: each ranks as many as the largest budget, and counts its own share of them
-            column_BHWT = logits_BHWC.topk(self._most).indices
+        ranked = self._kept_B is not None  # else all that are found count, in whatever order
+        column_BHWT = logits_BHWC.topk(self._most).indices if ranked else largest(logits_BHWC, self._most)
+        counts_BHWT = logits_BHWC.gather(-1, column_BHWT) > -torch.inf
+        if self._kept_B is not None:
             rank_T = torch.arange(self._most, device=logits_BHWC.device)
-            within_BHWT = (rank_T < self._kept_B[:, None, None, None]).expand_as(column_BHWT)
-            counts_BHWC = torch.zeros_like(logits_BHWC, dtype=torch.bool).scatter_(-1, column_BHWT, within_BHWT)
-        counts_BHWC = counts_BHWC & (logits_BHWC > -torch.inf)
+            counts_BHWT = counts_BHWT & (rank_T < self._kept_B[:, None, None, None])
+        place_BHWT = self._place_BHC[:, rows.heads].gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
         # Integers: exact in any order.
-        self._total_BHW[:, rows.heads, rows.queries] = (counts_BHWC * self._place_BHC[:, rows.heads, None]).sum(-1)
-        self._count_BHW[:, rows.heads, rows.queries] = counts_BHWC.sum(-1)
+        self._total_BHW[:, rows.heads, rows.queries] = (place_BHWT * counts_BHWT).sum(-1)
+        self._count_BHW[:, rows.heads, rows.queries] = counts_BHWT.sum(-1)
 
     def mean(self) -> Tensor:
         """[B, H] float64; NaN where a half has no query or sees no entry."""
