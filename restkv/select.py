@@ -89,11 +89,25 @@ def largest(x_XC: Tensor, count: int) -> Tensor:
     return x_XC.topk(count, sorted=False).indices
 
 
+def are_largest(x_XC: Tensor, count: int) -> Tensor:
+    """`largest` as bool, the shape of x: better where most are taken, of a cache that has outgrown its budget a little."""
+    if x_XC.device.type == "cpu" and 0 < count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
+        reach_NC = _reaching(x_XC.detach().flatten(0, -2).numpy(), count)
+        if (np.count_nonzero(reach_NC, axis=-1) == count).all():
+            return torch.from_numpy(reach_NC).view(x_XC.shape)
+    return torch.zeros_like(x_XC, dtype=torch.bool).scatter_(-1, x_XC.topk(count, sorted=False).indices, True)
+
+
 def _largest_of_few(lines_nC: NDArray[Any], count: int) -> NDArray[np.int64]:
     """Columns of what reaches the `count`-th largest of each line, line after line: at least `count` of each."""
-    columns = lines_nC.shape[-1]
-    lowest_n1 = np.partition(lines_nC, columns - count, axis=-1)[:, columns - count, None]
-    return np.flatnonzero(~(lines_nC < lowest_n1)) % columns  # NaN is the largest, as in topk
+    return np.flatnonzero(_reaching(lines_nC, count)) % lines_nC.shape[-1]
+
+
+def _reaching(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
+    """Bool: what reaches the `count`-th largest of its line."""
+    place = lines_nC.shape[-1] - count
+    reaching_nC: NDArray[np.bool_] = ~(lines_nC < np.partition(lines_nC, place, axis=-1)[:, place, None])
+    return reaching_nC  # NaN is the largest, as in topk
 
 
 def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:

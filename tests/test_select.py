@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restkv.select import largest, select
+from restkv.select import are_largest, largest, select
 
 # Few distinct values, so that ties are the rule.
 values = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, math.inf, -math.inf, math.nan, 1e-30, 2e-30])
@@ -55,8 +55,11 @@ def test_the_largest_are_those_of_a_sort(data, shape, distinct):
     assert found.shape == (*lines, count) and found.dtype == torch.long
     assert all(len(set(line)) == count for line in found.view(-1, count).tolist())  # no column twice
     want = x.sort(-1, descending=True).values[..., :count]  # NaN is the largest
-    got = x.gather(-1, found).sort(-1, descending=True).values
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    marked = are_largest(x, count)
+    assert marked.shape == x.shape and (marked.sum(-1) == count).all()
+    for taken in (x.gather(-1, found), x[marked].view(*lines, count)):
+        got = taken.sort(-1, descending=True).values
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_older_of_equal_scores_loses():

@@ -25,7 +25,7 @@ from restkv.budgets import Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
 from restkv.policies.base import Policy
-from restkv.select import largest
+from restkv.select import are_largest, largest
 
 _PAPER = {"alpha": 0.3, "budget_by": "uniform"}
 _SCRIPTS = {**_PAPER, "granularity": "query", "interval": None}
@@ -249,16 +249,23 @@ class _Drift:
         logits_BHWC = rows.logits_BHWC
         if self._past_BHC is not None:
             logits_BHWC = logits_BHWC.masked_fill(~self._past_BHC[:, rows.heads, None], -torch.inf)
+        where = slice(None), rows.heads, rows.queries
+        place_BHC, columns = self._place_BHC[:, rows.heads], logits_BHWC.shape[-1]
+        # Integers: exact in any order.
+        if self._kept_B is None and columns < 4 * self._most:
+            counts_BHWC = are_largest(logits_BHWC, self._most) & (logits_BHWC > -torch.inf)
+            self._total_BHW[where] = (counts_BHWC * place_BHC[:, :, None].int()).sum(-1)
+            self._count_BHW[where] = counts_BHWC.sum(-1)
+            return
         ranked = self._kept_B is not None  # else all that are found count, in whatever order
         column_BHWT = logits_BHWC.topk(self._most).indices if ranked else largest(logits_BHWC, self._most)
         counts_BHWT = logits_BHWC.gather(-1, column_BHWT) > -torch.inf
         if self._kept_B is not None:
             rank_T = torch.arange(self._most, device=logits_BHWC.device)
             counts_BHWT = counts_BHWT & (rank_T < self._kept_B[:, None, None, None])
-        place_BHWT = self._place_BHC[:, rows.heads].gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
-        # Integers: exact in any order.
-        self._total_BHW[:, rows.heads, rows.queries] = (place_BHWT * counts_BHWT).sum(-1)
-        self._count_BHW[:, rows.heads, rows.queries] = counts_BHWT.sum(-1)
+        place_BHWT = place_BHC.gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
+        self._total_BHW[where] = (place_BHWT * counts_BHWT).sum(-1)
+        self._count_BHW[where] = counts_BHWT.sum(-1)
 
     def mean(self) -> Tensor:
         """[B, H] float64; NaN where a half has no query or sees no entry."""
