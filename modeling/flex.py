@@ -56,7 +56,7 @@ def paged_flex(
     options: Any = {}
     if q_1RqD.device.type == "cpu":
         options = {"PARTITION_SIZE": page - 1}
-    elif page < 128:  # a Triton tile may not be longer than the page it reads; only the template for few queries sees to that
+    elif page < 128:  # no Triton tile may be longer than the page it reads: only the template for few queries sees to that
         options = {"BLOCK_N": page}
     return flex_attention(
         q_1RqD,
