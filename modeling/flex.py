@@ -53,11 +53,10 @@ def paged_flex(
 
     # A partition that is no multiple of the page keeps CPU lowering off its decode template, which reads wrong buffers for
     # folded queries, fails without full blocks and overflows for logits below -88 (FLEX bugs 2-4).
-    options: Any = {}
+    # On CUDA no tile may be longer than the page it reads, and only the template for few queries sees to that by itself.
+    options: Any = {"BLOCK_N": page} if page < 128 else {}
     if q_1RqD.device.type == "cpu":
         options = {"PARTITION_SIZE": page - 1}
-    elif page < 128:  # no Triton tile may be longer than the page it reads: only the template for few queries sees to that
-        options = {"BLOCK_N": page}
     return flex_attention(
         q_1RqD,
         view.k.expand(1, lists, slots, head_dim),  # stride 0: every list reads the same pool
