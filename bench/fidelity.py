@@ -2,8 +2,8 @@
 
 A text is cut into windows of `context` + `tail` tokens; or windows are questions of bench/tasks.py, whose prompt is the
 context and whose expected answer is the tail. Of every window the context is prefilled and evicted, the tail is fed one
-token at a time (with whatever eviction the policy has while decoding), and each next-token distribution is compared with
-the full cache's:
+token at a time (with the evictions of the policy's interval, if it has one), and each next-token distribution is compared
+with the full cache's:
 
     kl      KL(full || method), nats per token
     top1    share of tokens whose most likely successor is the same

@@ -141,7 +141,8 @@ class Contest:
         if memory is None or name not in full:
             return True
         size: int = getattr(torch, self.dtype).itemsize
-        weights = (sum(matrix_parameters(self.config)) + self.config.vocab_size * self.config.hidden_size) * size
+        embedding = 0 if self.config.tie_embeddings else self.config.vocab_size * self.config.hidden_size
+        weights = (sum(matrix_parameters(self.config)) + embedding) * size
         cache = context * batch * self.config.kv_bytes_per_token(getattr(torch, self.dtype))
         return len(self.contestants) * weights + len(full) * cache < 0.95 * memory
 

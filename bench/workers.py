@@ -117,11 +117,9 @@ class Process:
         return json.loads(line)
 
     def close(self) -> None:
-        # A worker that has died leaves a pipe that cannot be flushed; what `ask` said of it is what counts.
-        with (
-            contextlib.suppress(BrokenPipeError),
-            self._process,
-        ):  # closes the pipes: the worker's loop ends with its stdin
+        # Leaving closes the pipes: the worker's loop ends with its stdin. One that has died leaves a pipe that cannot be flushed,
+        # and what `ask` said of it is what counts.
+        with contextlib.suppress(BrokenPipeError), self._process:
             pass
 
 

@@ -264,8 +264,8 @@ class GlobalCascade:
         total = self._num_layers * pos_XC.shape[0] * budget
         keep_F = select(score_F[None, None], pos_F[None, None], sure_F[None, None], total)[0, 0]
         keeps = list(keep_F.split([*self.sizes, pos_XC.numel()]))
-        # Two host syncs a layer: as the caller's copies of the survivors, ours are as long as the device says.
-        self.sizes = torch.stack([keep.sum() for keep in keeps]).tolist()
+        # As the caller's copies of the survivors, ours are as long as the device says.
+        self.sizes = torch.stack([keep.sum() for keep in keeps]).tolist()  # sync: this and the next line, once a layer
         index_F = keep_F.nonzero()[:, 0]
         self._survivors = [entry_F[index_F] for entry_F in entries]
         return [*keeps[:-1], keeps[-1].view_as(pos_XC)]

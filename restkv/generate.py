@@ -393,5 +393,5 @@ class Session:
 
     def kept(self) -> list[list[float]]:
         """Live entries per KV head (mean over heads), one list per layer with one number per row."""
-        # sync: figures for a person, never while decoding
-        return [layer.live_counts().double().mean(-1).tolist() for layer in self.cache.layers]
+        counts = [layer.live_counts().double().mean(-1) for layer in self.cache.layers]
+        return [count_B.tolist() for count_B in counts]  # sync: figures for a person, never while decoding

@@ -242,8 +242,8 @@ class LM:
             else:
                 laps += [(time.perf_counter() - lap) / len(tokens_NB)] * len(tokens_NB)
                 if may_compile and len(laps) == EAGER_TOKENS:
-                    lap = sorted(laps)[len(laps) // 2]
-                    if repays(lap, left, Mark(self.model, session.cache).stands):
+                    usual = sorted(laps)[len(laps) // 2]
+                    if repays(usual, left, Mark(self.model, session.cache).stands):
                         session.engine = self._compiled_engine
             for index, token in (pair for tokens_B in tokens_NB for pair in enumerate(tokens_B)):
                 if session.active[index]:

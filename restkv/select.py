@@ -78,8 +78,8 @@ def largest(x_XC: Tensor, count: int) -> Tensor:
     On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and what reaches it are exactly
     `count` of every line, unless some are equal.
     """
-    if x_XC.device.type == "cpu" and count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
-        lines_NC = x_XC.detach().flatten(0, -2).numpy()  # on a CPU only, where there is no device to wait for
+    lines_NC = _numpy_lines(x_XC, count)
+    if lines_NC is not None:
         threads = min(len(lines_NC), torch.get_num_threads())
         pieces = np.array_split(lines_NC, min(len(lines_NC), PIECES * threads))
         with ThreadPoolExecutor(threads) as pool:
@@ -91,11 +91,21 @@ def largest(x_XC: Tensor, count: int) -> Tensor:
 
 def are_largest(x_XC: Tensor, count: int) -> Tensor:
     """`largest` as bool, the shape of x: better where most are taken, of a cache that has outgrown its budget a little."""
-    if x_XC.device.type == "cpu" and 0 < count < x_XC.shape[-1] and x_XC.numel() and not torch.compiler.is_compiling():
-        reach_NC = _reaching(x_XC.detach().flatten(0, -2).numpy(), count)
+    lines_NC = _numpy_lines(x_XC, count)
+    if lines_NC is not None:
+        reach_NC = _reaching(lines_NC, count)
         if (np.count_nonzero(reach_NC, axis=-1) == count).all():
             return torch.from_numpy(reach_NC).view(x_XC.shape)
     return torch.zeros_like(x_XC, dtype=torch.bool).scatter_(-1, x_XC.topk(count, sorted=False).indices, True)
+
+
+def _numpy_lines(x_XC: Tensor, count: int) -> NDArray[Any] | None:
+    """The lines as numpy sees them, where it can be asked: on a CPU, outside of a graph, with something to leave out."""
+    asked = x_XC.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not asked or not x_XC.numel() or not 0 < count < x_XC.shape[-1]:
+        return None
+    lines_NC: NDArray[Any] = x_XC.detach().flatten(0, -2).numpy()  # no sync: on a CPU there is no device to wait for
+    return lines_NC
 
 
 def _largest_of_few(lines_nC: NDArray[Any], count: int) -> NDArray[np.int64]:

@@ -177,9 +177,7 @@ class Policy(ABC):
         """Score, computed once for all policies that differ only in what follows it."""
         later = {"budget", "budget_by", "interval", "high_water"}
         options = tuple(getattr(self, option.name) for option in fields(self) if option.name not in later)
-        budgets = (
-            None if self.budget_free else torch.as_tensor(obs.budget_B).tolist()
-        )  # sync: in a bench, once per layer
+        budgets = None if self.budget_free else torch.as_tensor(obs.budget_B).tolist()  # sync: in a bench, once a layer
         key = (type(self), options, str(budgets))
         if key not in shared:
             shared[key] = self.score(obs)

@@ -237,10 +237,9 @@ class _Drift:
         self._obs, self._kept_B, self._most = obs, kept_B, min(most, obs.pos.shape[-1])
         self._past_BHC = obs.past if kind == "symmetric" else None
         order_BHC = obs.order
-        self._place_BHC = torch.empty_like(order_BHC)
-        self._place_BHC.scatter_(
-            -1, order_BHC, torch.arange(order_BHC.shape[-1], device=order_BHC.device).expand_as(order_BHC)
-        )
+        place_C = torch.arange(order_BHC.shape[-1], dtype=torch.int32, device=order_BHC.device)
+        self._place_BHC = torch.empty_like(order_BHC, dtype=torch.int32)
+        self._place_BHC.scatter_(-1, order_BHC, place_C.expand_as(order_BHC))
         self._total_BHW = torch.zeros(obs.q.shape[:3], dtype=torch.long, device=obs.q.device)
         self._count_BHW = torch.zeros_like(self._total_BHW)
 
@@ -254,7 +253,7 @@ class _Drift:
         # Integers: exact in any order.
         if self._kept_B is None and columns < 4 * self._most:
             counts_BHWC = are_largest(logits_BHWC, self._most) & (logits_BHWC > -torch.inf)
-            self._total_BHW[where] = (counts_BHWC * place_BHC[:, :, None].int()).sum(-1)
+            self._total_BHW[where] = (counts_BHWC * place_BHC[:, :, None]).sum(-1)
             self._count_BHW[where] = counts_BHWC.sum(-1)
             return
         ranked = self._kept_B is not None  # else all that are found count, in whatever order
