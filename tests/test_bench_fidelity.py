@@ -332,9 +332,16 @@ def test_the_command_on_another_checkpoint(
     assert "KL, nats/token" in shown and "Oracle gap at 40 tokens" in shown and "perplexity ratio" in shown
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["model"]["layers"] == 5 and manifest["arguments"]["budgets"] == [16, 0.5]
+    assert [manifest["methods"][name]["policy"]["interval"] for name in ("restkv", "h2o")] == [None, None]
+    always = [*command[:-1], str(tmp_path / "always"), "--methods", "h2o", "--budgets", "16", "--evict", "always"]
+    assert main(always) == 0
+    manifest = json.loads((tmp_path / "always" / "manifest.json").read_text())
+    assert manifest["methods"]["h2o"]["policy"]["interval"] == 1
+    capsys.readouterr()
     for bad, message in (
         (["--budgets", "0"], "--budgets '0': give whole numbers, or fractions"),
         (["--budgets", "1.5"], "--budgets '1.5'"),
+        (["--evict", "never"], "--evict 'never' is not known; choose prompt or always"),
         (["--text", str(tmp_path / "none")], "none: cannot be read"),
         (["--tasks", "vt"], "two sources: give --text or --tasks, not both"),
     ):
