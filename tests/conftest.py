@@ -18,7 +18,11 @@ import pytest
 import torch
 import transformers
 from families import save_case
+from hypothesis import settings
 from rambler import save_rambler
+
+settings.register_profile("restkv", deadline=None)  # a busy machine is no failure
+settings.load_profile("restkv")
 
 
 @pytest.fixture(autouse=True)

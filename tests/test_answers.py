@@ -44,7 +44,7 @@ def test_pieces_of_a_stream_add_up_to_the_text(lm, story):
     assert stream.generation.tokens == story.tokens
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.lists(st.integers(3, 511), min_size=1, max_size=8))
 def test_text_is_what_the_tokens_decode_to_wherever_they_end(lm, tokens):
     """Random tokens: bytes of half characters, spaces at the end."""
@@ -54,7 +54,7 @@ def test_text_is_what_the_tokens_decode_to_wherever_they_end(lm, tokens):
     assert "".join(pieces) == row.text == lm.tokenizer.decode(tokens)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_stop_strings_end_the_text_wherever_they_fall(lm, story, data):
     """Stops cut out of the text at random, across tokens too, and one that never comes; nothing of them is streamed."""

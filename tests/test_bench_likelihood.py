@@ -97,7 +97,7 @@ def test_the_full_cache_gives_the_dense_perplexity_in_every_protocol(
 
 
 @given(budget=st.integers(4, 20), sinks=st.integers(0, 3), chunk=st.integers(1, 13), begun=st.integers(2, 30))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_sinks_and_newest_tokens_give_the_perplexity_of_masked_dense_attention(
     lm: LM, twin: Decoder, budget: int, sinks: int, chunk: int, begun: int
 ) -> None:

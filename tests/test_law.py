@@ -179,7 +179,7 @@ def laws(strategy: st.SearchStrategy) -> Callable[[Callable], Callable]:
     def decorate(body: Callable) -> Callable:
         @pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
         def test(examples: int) -> None:
-            @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
             @given(strategy)
             @torch.no_grad()
             def law(job: Job) -> None:

@@ -489,7 +489,6 @@ def test_machine():
         settings=settings(
             max_examples=lives,
             stateful_step_count=STEPS_OF_A_LIFE,
-            deadline=None,
             derandomize=not chance,
             database=None,
             suppress_health_check=list(HealthCheck),

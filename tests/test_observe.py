@@ -15,7 +15,7 @@ from observed import observation, shapes
 from restkv.observe import attention_BHWC, group_root_of, root_of, weighted_attention
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shape=shapes, per_head=st.booleans())
 def test_attention_equals_the_slow_twin(shape, per_head):
     obs, _ = observation(**shape, per_head=per_head)

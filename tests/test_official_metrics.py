@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench.official import infinite_metrics as infinite
@@ -142,7 +142,6 @@ def test_longbench_takes_the_best_answer_and_the_first_line_where_it_should() ->
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "the", ".", "..", " ", "\n", "é"]), max_size=14).map(" ".join)
 
 
-@settings(deadline=None)
 @given(WORDS, WORDS)
 @example("a. ", " .a")
 def test_rouge_l_is_the_packages(prediction: str, answer: str) -> None:
@@ -163,7 +162,6 @@ def test_where_the_package_runs_out_of_recursion_there_is_a_value() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher")
-@settings(deadline=None)
 @given(st.text("abc#/` =\n", max_size=30), st.text("abc =", max_size=30))
 @example("a" * 250 + "b", "b" + "a" * 250)  # difflib takes frequent letters of long texts for junk
 def test_code_similarity_is_fuzzywuzzys_without_levenshtein(prediction: str, answer: str) -> None:

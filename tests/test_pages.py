@@ -255,7 +255,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLife.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 class LongLife(Life):
@@ -263,7 +263,7 @@ class LongLife(Life):
 
 
 TestLongLife = pytest.mark.slow(LongLife.TestCase)
-TestLongLife.settings = settings(max_examples=300, stateful_step_count=80, deadline=None)
+TestLongLife.settings = settings(max_examples=300, stateful_step_count=80)
 
 
 def test_an_entry_lies_where_its_page_says():

@@ -143,7 +143,7 @@ def assert_same(policy, obs, w_o, rtol, atol=0.0):
     np.testing.assert_allclose(got[promised], want[promised], rtol=rtol, atol=atol)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(shape=shapes, values=options, per_head=st.booleans(), budget_each=st.booleans(), bounded=st.booleans())
 def test_equals_the_slow_twin(shape, values, per_head, budget_each, bounded):
     policy = build(values)
@@ -154,7 +154,7 @@ def test_equals_the_slow_twin(shape, values, per_head, budget_each, bounded):
     assert_same(policy, obs, w_o, rtol=1e-7, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, values=options, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_half_precision_is_scored_in_float32(shape, values, dtype):
     # A scale far above the number of entries: a rounded tie in the ranking may move the drift, not the kernel made of it.
@@ -208,7 +208,7 @@ def test_ema_weights_are_the_recursion_over_the_queries_a_row_has(alpha):
         assert row == pytest.approx([0.0] * (4 - count) + [reference.ema(u, alpha) for u in unit])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, values=options)
 def test_a_row_of_a_batch_scores_as_alone(shape, values):
     policy = build(values)
@@ -227,7 +227,7 @@ def test_a_row_of_a_batch_scores_as_alone(shape, values):
             torch.testing.assert_close(together[b : b + 1], policy.score(alone), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, values=options, per_head=st.booleans())
 def test_where_an_entry_lies_changes_nothing(shape, values, per_head):
     policy = build(values)

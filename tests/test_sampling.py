@@ -47,7 +47,7 @@ def allowed(logits: list[float], s: Sampling) -> tuple[set[int], set[int]]:
     return set(left), doubtful
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(rows=st.lists(logits_lists, min_size=1, max_size=3), sampling=samplings)
 def test_filters_are_the_loop(rows, sampling):
     vocab = min(map(len, rows))

@@ -16,7 +16,7 @@ from restkv.select import are_largest, largest, select
 values = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, math.inf, -math.inf, math.nan, 1e-30, 2e-30])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 3), columns=st.integers(1, 12))
 def test_equals_a_sort(data, rows, heads, columns):
     shape = (rows, heads, columns)
@@ -42,7 +42,7 @@ def test_equals_a_sort(data, rows, heads, columns):
             assert len(kept) == min(max(limit, held), sum(p >= 0 for p in args[1]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     data=st.data(), shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 30)), distinct=st.booleans()
 )

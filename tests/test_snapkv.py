@@ -14,7 +14,7 @@ from restkv.errors import PolicyError
 from restkv.policies import SnapKV, get_policy
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     shape=shapes,
     kernel_size=st.sampled_from([1, 3, 5, 7, 31]),

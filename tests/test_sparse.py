@@ -82,7 +82,7 @@ def test_what_is_in_reach_by_hand():
         assert reachable(3, 4, window, torch.device("cpu"))[2].tolist() == row
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(blocks=st.integers(1, 6), size=st.sampled_from([1, 4, 8]), window=st.sampled_from([None, 1, 2, 5, 8, 9, 17]))
 def test_what_is_in_reach(blocks, size, window):
     slow = blocks_with(lambda q, k: window is None or q - k < window, blocks * size, size)
@@ -91,7 +91,7 @@ def test_what_is_in_reach(blocks, size, window):
     assert float(everything.share(window)) == 1.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=SHAPES, chunk=st.integers(1, 3))
 def test_sparse_attention_is_attention_under_an_explicit_mask(shape, chunk):
     """Outputs, and the attention that columns collect, chunk by chunk."""
@@ -110,7 +110,7 @@ def test_sparse_attention_is_attention_under_an_explicit_mask(shape, chunk):
     torch.testing.assert_close(mass_HL.double(), weights_HLL.sum(1), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=SHAPES, chunk=st.integers(1, 70), elements=st.sampled_from([1, 400, 4000, 1 << 21]))
 def test_attention_that_columns_collect_in_blocks_of_any_size(shape, chunk, elements):
     q_HLD, k_KLD, _ = tensors(**shape)
@@ -128,7 +128,7 @@ def test_attention_that_columns_collect_in_blocks_of_any_size(shape, chunk, elem
     torch.testing.assert_close(mass_HL.double(), weights_HLL.sum(1), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=SHAPES)
 def test_all_blocks_are_dense_attention(shape):
     q_HLD, k_KLD, v_KLD = tensors(**shape)
@@ -179,7 +179,7 @@ PATTERNS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     pattern=PATTERNS,
     seed=st.integers(0, 1 << 20),

@@ -49,7 +49,7 @@ def test_length_is_within_one_percent_of_what_was_asked(task: str, frame: Frame)
             assert 0.99 * length <= tokens(sample, frame) <= length
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     task=st.sampled_from(sorted(TASKS)),
     length=st.integers(600, 3000),

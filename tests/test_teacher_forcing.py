@@ -28,7 +28,7 @@ POLICIES: list[Policy] = [
 ]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.sampled_from(LMS),
     st.sampled_from(POLICIES),
@@ -53,7 +53,7 @@ def test_a_row_of_a_batch_scores_as_it_does_alone(lm, policy, shape, seed):
     assert 0 < tally.kept <= tally.seen
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.sampled_from(LMS), st.integers(1, 30), st.integers(1, 30), st.integers(0, 1000))
 def test_one_pass_is_the_full_cache_token_by_token(lm, context, continuation, seed):
     ids, target = small_ids(context, seed), small_ids(continuation, seed + 1)

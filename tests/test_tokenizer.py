@@ -123,7 +123,6 @@ def test_ids_and_texts_are_those_of_transformers(kind, text, folders):
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @given(text=st.text())
-@settings(deadline=None)
 def test_a_tokenizer_with_bytes_loses_nothing(kind, folders, text):
     for special in SPECIAL:
         text = text.replace(special, "")
@@ -185,7 +184,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> list[s
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_stream_gives_exactly_the_text_of_all_ids(kind, folders, data):
     """Random ids: broken UTF-8, byte tokens in any order, special and unknown tokens, spaces."""
     tokenizer = Tokenizer.from_folder(folders[kind])
@@ -196,7 +195,7 @@ def test_a_stream_gives_exactly_the_text_of_all_ids(kind, folders, data):
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @given(text=st.text(alphabet=st.sampled_from("ab €é😀北 \n"), max_size=20), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_stream_of_text_never_shows_half_a_character(kind, folders, text, data):
     tokenizer = Tokenizer.from_folder(folders[kind])
     pieces = streamed(tokenizer, tokenizer.encode(text), True)
