@@ -1,7 +1,7 @@
 """Trains recall-mini, the checkpoint that ships in restkv/assets/recall-mini, to answer the questions of bench/tasks.py.
 
     python -m bench.train_recall                # from nothing; overwrites the folder's weights and tokenizer
-    python -m bench.train_recall --begin 10     # go on with the tenth stage, from the folder's weights
+    python -m bench.train_recall --begin 7      # go on with the seventh stage, from the folder's weights
     python -m bench.train_recall --show 7       # print lesson number 7 of each kind and stop
 
 The folder's config.json has the architecture; docs/recall-mini.md says what it took and what came out. Held-out accuracy is
@@ -53,6 +53,7 @@ FOLDER = Path(__file__).parent.parent / "restkv" / "assets" / "recall-mini"
 BOS, EOS = "<s>", "</s>"
 LM_WEIGHT = 0.1
 LINES = 0.15  # share of lessons that are conversations
+STRETCHED, MOST_GAPS = 0.5, 8  # share of lessons whose positions have gaps, and how many at most
 
 
 # -- tokenizer
@@ -147,7 +148,7 @@ class Lessons:
         self.rng = random.Random(seed)
         self.tokenizer = tokenizer
         self.encode = lru_cache(1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
-        (self.bos,), (self.eos,) = self.encode(BOS), self.encode(EOS)
+        (self.bos,), (self.eos,), (self.stop,) = map(self.encode, (BOS, EOS, "."))
         self.prose = sentences(self.rng)
 
     def batch(self, rows: int, length: int, mix: Mapping[str, float], filler: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +178,7 @@ class Lessons:
         things = iter(draw_things(rng, rng.randint(2, min(24, max(3, length // 24)))))
         asks = []
         for thing in things:
-            kind = rng.choices(ASKS[1:4], (3, 2, 2) if length > 128 else (1, 0, 0))[0]
+            kind = rng.choices(ASKS[1:4], (3, 2, 2))[0]
             group = [thing, *islice(things, rng.randint(1, 3))] if kind == "codes of several" else [thing]
             values = rng.randint(2, 4) if kind == "several codes" else 1
             facts = code_facts(group, draw_numbers(rng, values * len(group)))
@@ -271,9 +272,26 @@ KINDS: dict[str, Callable[[Lessons, int, bool], Lesson]] = {
 # -- model
 
 
-def hidden(model: Decoder, ids_BT: Tensor) -> Tensor:
+def stretched(ids_BT: Tensor, stop: int, reach: int, rng: random.Random) -> Tensor:
+    """Positions [B, T] with gaps: a short lesson as it would stand in a text of up to `reach` tokens, most of them left out.
+
+    Distances of thousands of tokens then cost no more to learn than those of hundreds; what lies between them comes later.
+    Gaps are between sentences (`stop` is the token that ends one): what is said in one sentence stays side by side.
+    """
+    rows, length = ids_BT.shape
+    pos_BT = torch.arange(length).repeat(rows, 1)
+    for ids_T, pos_T in zip(ids_BT, pos_BT, strict=True):
+        starts = ((ids_T[:-1] == stop).nonzero()[:, 0] + 1).tolist()
+        if reach > length and starts and rng.random() < STRETCHED:
+            gaps = [rng.random() for _ in range(rng.randint(1, MOST_GAPS))]
+            room = rng.uniform(0, reach - length) / sum(gaps)
+            for gap in gaps:
+                pos_T[rng.choice(starts) :] += int(gap * room)
+    return pos_BT
+
+
+def hidden(model: Decoder, ids_BT: Tensor, pos_BT: Tensor) -> Tensor:
     """The residual stream [B, T, E] after the last layer, causal, without any cache."""
-    pos_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
     ropes = model.rotary(pos_BT, pos_BT[:, -1] + 1)
     x_BTE = model.embed(ids_BT)
     for block in model.blocks:
@@ -326,6 +344,8 @@ class Stage:
         pace: of learning, 1 = full.
         enough: share of right answers (running mean, of the worst of all ASKS but COUNTED) at which the next stage begins.
         steps: at most so many.
+        reach: positions up to which STRETCHED of the lessons are stretched, 0 for none.
+        falls: whether the pace falls to nothing in the stage.
     """
 
     lengths: tuple[int, ...]
@@ -334,25 +354,34 @@ class Stage:
     pace: float
     enough: float
     steps: int
+    reach: int = 0
+    falls: bool = False
 
 
-FACTS = {"codes": 0.6, "boxes": 0.25, "counts": 0.15}
+FACTS = {"codes": 0.68, "boxes": 0.27, "counts": 0.05}
 STAGES = (
     # Random sequences that repeat make the heads that copy. Without them answers were still guesses after ten times the steps.
     Stage((64,), {"repeats": 1.0}, 0.0, 1.0, 0.9, 1500),
+    # All kinds of questions at once: after single codes alone, the several codes of one thing were learnt late or never.
     Stage((128,), {"repeats": 0.3, "codes": 0.5, "boxes": 0.2}, 0.3, 1.0, 0.9, 800),
-    Stage((256,), {"repeats": 0.1, "codes": 0.55, "boxes": 0.25, "counts": 0.1}, 0.7, 1.0, 0.95, 700),
-    Stage((256, 512), FACTS, 0.9, 0.8, 0.98, 600),
-    Stage((512, 1024), FACTS, 0.9, 0.7, 0.98, 500),
-    Stage((512, 2048), FACTS, 0.9, 0.6, 0.98, 350),
-    Stage((1024, 4096), FACTS, 0.9, 0.5, 0.98, 250),
-    Stage((512, 1024, 2048, 4096, 8192), FACTS, 0.9, 0.5, 2.0, 300),
-    # One lesson of 8,192 tokens is a whole step: a fifth of the steps before taught too few of them.
-    Stage((4096, 8192, 8192), {"codes": 0.65, "boxes": 0.32, "counts": 0.03}, 0.9, 0.4, 2.0, 160),
-    # And that one still too few: one code in ten of a question for several was wrong at 4,096 tokens.
-    Stage((2048, 4096, 8192, 8192), {"codes": 0.7, "boxes": 0.27, "counts": 0.03}, 0.9, 0.5, 2.0, 560),
+    Stage((128, 256), {"repeats": 0.1, "codes": 0.6, "boxes": 0.25, "counts": 0.05}, 0.7, 1.0, 0.9, 500, reach=512),
+    Stage((256, 512), FACTS, 0.9, 0.8, 0.93, 400, reach=2048),
+    Stage((512, 1024), FACTS, 0.9, 0.7, 0.95, 400, reach=4096),
+    Stage((1024, 2048), FACTS, 0.9, 0.6, 0.95, 400, reach=8192),
+    Stage((1024, 2048, 4096), FACTS, 0.9, 0.5, 0.95, 300, reach=8192),
+    # One lesson of 8,192 tokens is a whole step, and takes as long as five of 1,024.
+    Stage((1024, 2048, 4096, 8192), FACTS, 0.9, 0.5, 2.0, 250, reach=8192, falls=True),
+    Stage(
+        (2048, 4096, 8192, 8192),
+        {"codes": 0.7, "boxes": 0.27, "counts": 0.03},
+        0.9,
+        0.4,
+        2.0,
+        180,
+        reach=8192,
+        falls=True,
+    ),
 )
-FALLING = 3  # of the last stages: the learning rate falls to nothing in each
 LEAST = 40  # steps in a stage, for the running mean to mean something
 
 
@@ -383,9 +412,11 @@ class Marks:
         return ", ".join(f"{ask} {right:.3f}" for ask, right in self.right.items())
 
 
-def losses(model: Decoder, ids: Tensor, answer: Tensor, ask: Tensor, marks: Marks) -> tuple[Tensor, Tensor]:
+def losses(
+    model: Decoder, ids: Tensor, answer: Tensor, ask: Tensor, pos: Tensor, marks: Marks
+) -> tuple[Tensor, Tensor]:
     """Mean loss (nats) of the answers' tokens, and of a tenth of the others."""
-    x_BTE = hidden(model, ids[:, :-1])
+    x_BTE = hidden(model, ids[:, :-1], pos)
     next_BT, answer_BT = ids[:, 1:], answer[:, 1:]
     wanted = answer_BT >= 0
     logits_NV = model.head(x_BTE[wanted])
@@ -394,44 +425,38 @@ def losses(model: Decoder, ids: Tensor, answer: Tensor, ask: Tensor, marks: Mark
     return F.cross_entropy(logits_NV, next_BT[wanted]), F.cross_entropy(model.head(x_BTE[also]), next_BT[also])
 
 
-def train(model: Decoder, lessons: Lessons, stages: Sequence[Stage], tokens: int, keep: Callable[[], None]) -> None:
-    """Muon for the matrices, AdamW for embedding and norms, 20 steps of warm-up, linear decay over each FALLING stage.
+def train(model: Decoder, lessons: Lessons, stage: Stage, tokens: int) -> None:
+    """One stage: Muon for the matrices, AdamW for embedding and norms, 20 steps of warm-up.
 
-    `keep` is called after every stage.
+    Every stage has fresh optimizers, so that weights and seed are all there is to go on from.
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    began, step, seen = time.perf_counter(), 0, 0
-    for stage in stages:
-        marks = Marks()
-        print(stage, flush=True)
-        for since in count(1):
-            step += 1
-            length = lessons.rng.choice(stage.lengths)
-            batch = lessons.batch(max(1, tokens // length), length, stage.mix, stage.filler)
-            answers, rest = losses(model, *batch, marks)
-            (answers + LM_WEIGHT * rest).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            pace = (
-                stage.pace * min(1.0, step / 20) * (1 - since / (stage.steps + 1) if stage in stages[-FALLING:] else 1)
+    began, seen, marks = time.perf_counter(), 0, Marks()
+    for step in count(1):
+        length = lessons.rng.choice(stage.lengths)
+        batch = lessons.batch(max(1, tokens // length), length, stage.mix, stage.filler)
+        pos = stretched(batch[0][:, :-1], lessons.stop, stage.reach, lessons.rng)
+        answers, rest = losses(model, *batch, pos, marks)
+        (answers + LM_WEIGHT * rest).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        pace = stage.pace * min(1.0, step / 20) * (1 - step / (stage.steps + 1) if stage.falls else 1)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * pace
+            optimizer.step()
+            optimizer.zero_grad()
+        seen += batch[0].numel()
+        done = step == stage.steps or (step >= LEAST and marks.worst >= stage.enough)
+        if step % 25 == 0 or done:
+            print(
+                f"{time.perf_counter() - began:5.0f} s  step {step}  {seen / 1e6:.2f}M tokens  length {length}  "
+                f"answers {answers.item():.3f}  rest {rest.item():.3f}  right: {marks}",
+                flush=True,
             )
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * pace
-                optimizer.step()
-                optimizer.zero_grad()
-            seen += batch[0].numel()
-            done = since == stage.steps or (since >= LEAST and marks.worst >= stage.enough)
-            if step % 25 == 0 or done:
-                print(
-                    f"{time.perf_counter() - began:5.0f} s  step {step}  {seen / 1e6:.2f}M tokens  length {length}  "
-                    f"answers {answers.item():.3f}  rest {rest.item():.3f}  right: {marks}",
-                    flush=True,
-                )
-            if done:
-                keep()
-                break
+        if done:
+            return
 
 
 def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
@@ -441,6 +466,12 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
     (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+
+
+def load(model: Decoder, folder: Path) -> None:
+    slots = tensor_slots(model)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        slots[name].data.copy_(weight)
 
 
 def show(lessons: Lessons) -> None:
@@ -472,11 +503,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = Decoder(config)
     initialise(model)
-    if args.begin > 1:
-        for name, weight in load_file(args.folder / "model.safetensors").items():
-            tensor_slots(model)[name].data.copy_(weight)
-    lessons = Lessons(tokenizer, args.seed + 1000 * (args.begin - 1))  # not those of the first stages again
-    train(model, lessons, STAGES[args.begin - 1 :], args.tokens, lambda: save(model, tokenizer, args.folder))
+    for number, stage in enumerate(STAGES[args.begin - 1 :], args.begin):
+        print(f"stage {number} of {len(STAGES)}: {stage}", flush=True)
+        if number > 1:  # rounded as they were saved: a run in several sittings is the run in one
+            load(model, args.folder)
+        seed = args.seed + 1000 * (number - 1)
+        torch.manual_seed(seed)
+        train(model, Lessons(tokenizer, seed), stage, args.tokens)
+        save(model, tokenizer, args.folder)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from bench import train_recall
 from bench.prose import ADJECTIVES, CODED_WORDS, MEN, NOUNS, WOMEN
 from bench.ruler import answer
 from bench.tasks import ORDINALS, Frame, make_sample
-from bench.train_recall import ASKS, COUNTED, EOS, KINDS, Lesson, Lessons, Marks, Stage
+from bench.train_recall import ASKS, COUNTED, EOS, KINDS, MOST_GAPS, Lesson, Lessons, Marks, Stage, stretched
 from restkv.options import RECALL
 
 FACT = re.compile(r"The (?:(?:(?:first|second|third|fourth) )?code of the \w+ \w+|box around \w+) is \w+\.")
@@ -96,7 +97,7 @@ def test_what_a_lesson_asks_it_has_told(tokenizer: Tokenizer, kind: str, length:
                 inner, outer = zip(*(re.findall(r"around (\w+) is (\w+)\.", fact)[0] for fact in said), strict=True)
                 assert inner[1:] == outer[:-1] and inner[0] in question
     assert 0 < lines < 15
-    assert len(asked) == (1 if kind == "boxes" or length == 128 else 3)
+    assert len(asked) == (1 if kind == "boxes" else 3)
 
 
 def test_counted_words_are_those_of_the_tasks(tokenizer: Tokenizer) -> None:
@@ -134,6 +135,21 @@ def test_batches_are_padded_masked_and_repeatable(tokenizer: Tokenizer) -> None:
     assert not torch.equal(ids, Lessons(tokenizer, 6).batch(8, 300, mix, 0.5)[0])
 
 
+def test_gaps_in_the_positions_are_between_sentences_and_within_reach(tokenizer: Tokenizer) -> None:
+    lessons = Lessons(tokenizer, 5)
+    ids_BT = lessons.batch(64, 256, {"codes": 1.0, "boxes": 1.0}, 0.5)[0][:, :-1]
+    pos_BT = stretched(ids_BT, lessons.stop, 2048, random.Random(1))
+    steps_BT = pos_BT.diff(dim=1)
+    wide_BT = steps_BT > 1
+    assert (pos_BT[:, 0] == 0).all() and steps_BT.min() == 1 and 1500 < pos_BT.max() < 2048
+    assert all(tokenizer.id_to_token(token) == "." for token in ids_BT[:, :-1][wide_BT].unique().tolist())
+    assert 16 < wide_BT.any(1).sum() < 48 and 1 < wide_BT.sum(1).max() <= MOST_GAPS
+    assert torch.equal(pos_BT, stretched(ids_BT, lessons.stop, 2048, random.Random(1)))
+    plain_BT = torch.arange(256).expand(64, -1)
+    assert torch.equal(stretched(ids_BT, lessons.stop, 0, random.Random(1)), plain_BT)
+    assert torch.equal(stretched(torch.zeros_like(ids_BT), lessons.stop, 2048, random.Random(1)), plain_BT)
+
+
 def test_an_answer_is_right_when_every_token_of_it_is() -> None:
     marks = Marks()
     code, boxes = ASKS.index("code"), ASKS.index("boxes")
@@ -168,6 +184,28 @@ def test_training_leaves_a_whole_folder(
     monkeypatch.setattr(sys, "argv", ["train_recall", "--show", "1"])
     train_recall.main()
     assert "The code of the" in capsys.readouterr().out
+
+
+def test_a_run_in_two_sittings_is_the_run_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    config = json.dumps(json.loads((RECALL / "config.json").read_text()) | small)
+    stages = tuple(Stage((64,), {"codes": 1.0, "boxes": 1.0}, 0.5, 1.0, 2.0, 3, reach=reach) for reach in (0, 256))
+
+    def weights(name: str, *sittings: tuple[int, int]) -> bytes:
+        """After sittings of (first stage, last stage)."""
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+        for first, last in sittings:
+            monkeypatch.setattr(train_recall, "STAGES", stages[:last])
+            options = ["--folder", str(folder), "--tokens", "256", "--threads", "1", "--begin", str(first)]
+            monkeypatch.setattr(sys, "argv", ["train_recall", *options])
+            torch.rand(first)  # whatever was drawn before
+            train_recall.main()
+        return (folder / "model.safetensors").read_bytes()
+
+    whole = weights("whole", (1, 2))
+    assert whole == weights("parts", (1, 1), (2, 2)) != weights("half", (1, 1))
 
 
 # -- the shipped folder
