@@ -359,10 +359,11 @@ class Stage:
 
 
 FACTS = {"codes": 0.68, "boxes": 0.27, "counts": 0.05}
+LOOKED_UP = {"codes": 0.7, "boxes": 0.27, "counts": 0.03}
 STAGES = (
     # Random sequences that repeat make the heads that copy. Without them answers were still guesses after ten times the steps.
     Stage((64,), {"repeats": 1.0}, 0.0, 1.0, 0.9, 1500),
-    # All kinds of questions at once: after single codes alone, the several codes of one thing were learnt late or never.
+    # All kinds of questions at once: after single codes alone it was luck whether the several codes of one thing were learnt.
     Stage((128,), {"repeats": 0.3, "codes": 0.5, "boxes": 0.2}, 0.3, 1.0, 0.9, 800),
     Stage((128, 256), {"repeats": 0.1, "codes": 0.6, "boxes": 0.25, "counts": 0.05}, 0.7, 1.0, 0.9, 500, reach=512),
     Stage((256, 512), FACTS, 0.9, 0.8, 0.93, 400, reach=2048),
@@ -371,16 +372,7 @@ STAGES = (
     Stage((1024, 2048, 4096), FACTS, 0.9, 0.5, 0.95, 300, reach=8192),
     # One lesson of 8,192 tokens is a whole step, and takes as long as five of 1,024.
     Stage((1024, 2048, 4096, 8192), FACTS, 0.9, 0.5, 2.0, 250, reach=8192, falls=True),
-    Stage(
-        (2048, 4096, 8192, 8192),
-        {"codes": 0.7, "boxes": 0.27, "counts": 0.03},
-        0.9,
-        0.4,
-        2.0,
-        180,
-        reach=8192,
-        falls=True,
-    ),
+    Stage((2048, 4096, 8192, 8192), LOOKED_UP, 0.9, 0.4, 2.0, 180, reach=8192, falls=True),
 )
 LEAST = 40  # steps in a stage, for the running mean to mean something
 
@@ -426,7 +418,7 @@ def losses(
 
 
 def train(model: Decoder, lessons: Lessons, stage: Stage, tokens: int) -> None:
-    """One stage: Muon for the matrices, AdamW for embedding and norms, 20 steps of warm-up.
+    """One stage: Muon for the matrices, AdamW for embedding and norms, 20 steps of warm-up, linear decay if the stage `falls`.
 
     Every stage has fresh optimizers, so that weights and seed are all there is to go on from.
     """
