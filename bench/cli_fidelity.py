@@ -96,6 +96,7 @@ def kept(
     question: Annotated[bool, typer.Option("--question/--no-question", help="With the question in sight.")] = True,
     methods: MethodsOption = "restkv,snapkv,h2o,streamingllm",
     budget: Annotated[int, typer.Option(help="Entries per KV head.")] = 64,
+    prefill: PrefillOption = "dense",
     out: Annotated[Path | None, typer.Option(help="Also draw a picture, PNG.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -106,10 +107,12 @@ def kept(
     from bench.kept import find_marks, kept_figure, look, terminal
     from bench.methods import check, equal_bytes, parse_methods
     from bench.tasks import Frame, make_sample
+    from bench.together import pattern_of
     from restkv.display import table_console
 
     if out is not None:
         need_matplotlib()
+    pattern = pattern_of(prefill)
     lm = load_model(model, dtype, device, backend)
     marks = list(mark or ())
     if prompt_file is not None:
@@ -124,8 +127,8 @@ def kept(
     for method in parse_methods(methods):
         if not method.full:
             check(lm, method, budget, len(ids), f"a prompt of {len(ids)} tokens")
-            policies.append((method.label, equal_bytes(lm, method, budget, lambda: ids)))
-    seen = look(lm, ids, policies, find_marks(lm, prompt, marks))
+            policies.append((method.label, equal_bytes(lm, method, budget, lambda: ids, pattern)))
+    seen = look(lm, ids, policies, find_marks(lm, prompt, marks), pattern)
     console = table_console()
     for one in seen:
         for line in terminal(one, console.width - 9):

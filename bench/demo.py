@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bench.cli_common import EAGER, METHODS_FORM, load_model
+from bench.cli_common import EAGER, METHODS_FORM, PrefillOption, load_model
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from restkv.generate import Session
     from restkv.lm import LM
     from restkv.results import Generation, Stats
+    from restkv.sparse import Pattern
 
 NARROWEST = 14  # characters of a column in which an answer can still be read
 
@@ -48,6 +49,7 @@ def demo(
     ] = "restkv,snapkv,h2o,streamingllm",
     task: Annotated[str, typer.Option(help="A task of `restkv bench ruler`.")] = "niah_multiquery",
     seed: Annotated[int, typer.Option(help="Of the text and its needles.")] = 0,
+    prefill: PrefillOption = "dense",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = EAGER,
@@ -55,7 +57,9 @@ def demo(
     """Hide codes in a long text, compress its cache in several ways, and watch who still knows them."""
     from bench.methods import check, parse_methods
     from bench.tasks import Frame, make_sample
+    from bench.together import pattern_of
 
+    pattern = pattern_of(prefill)
     lm = load_model(model, dtype, device, backend)
     frame = Frame(lm.tokenizer, lm.tokenizer.has_chat_template)
     sample = make_sample(task, context, seed, 0, frame)
@@ -67,7 +71,7 @@ def demo(
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 120, highlight=False)
     _introduce(console, sample, frame)
-    contenders = _prefill(lm, frame, sample, chosen, entries)
+    contenders = _prefill(lm, frame, sample, chosen, entries, pattern)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for _ in _race(lm, contenders, sample.max_new_tokens):
             if terminal:
@@ -83,7 +87,9 @@ def _introduce(console: Console, sample: Sample, frame: Frame) -> None:
     console.print(f"{sample.question} [dim]{sample.answer_prefix}[/]\n", style="bold")
 
 
-def _prefill(lm: LM, frame: Frame, sample: Sample, methods: Sequence[Method], entries: int) -> list[Contender]:
+def _prefill(
+    lm: LM, frame: Frame, sample: Sample, methods: Sequence[Method], entries: int, pattern: Pattern | None
+) -> list[Contender]:
     """One pass over the prompt fills every cache; each method keeps as many bytes as any other."""
     from bench.methods import equal_bytes
     from bench.together import prefill_together
@@ -91,9 +97,9 @@ def _prefill(lm: LM, frame: Frame, sample: Sample, methods: Sequence[Method], en
     from restkv.results import Stats
 
     prompt = [token for part in frame.ids(sample.context, sample.question, sample.answer_prefix) for token in part]
-    policies = [equal_bytes(lm, method, entries, lambda: prompt) for method in methods]
+    policies = [equal_bytes(lm, method, entries, lambda: prompt, pattern) for method in methods]
     sessions = [Session(lm.engine, policy, [len(prompt)], sample.max_new_tokens) for policy in policies]
-    prefill_together(lm, sessions, prompt)
+    prefill_together(lm, sessions, prompt, pattern)
     return [
         Contender(method.label, session, Stats(policy.name, policy.budget, [len(prompt)]))
         for method, policy, session in zip(methods, policies, sessions, strict=True)

@@ -21,6 +21,7 @@ from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
+from restkv.sparse import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,11 +75,16 @@ def kept_masks(session: Session, length: int) -> list[Tensor]:
 
 @torch.no_grad()
 def look(
-    lm: LM, ids: Sequence[int], policies: Sequence[tuple[str, Policy]], marks: Sequence[tuple[int, int]] = ()
+    lm: LM,
+    ids: Sequence[int],
+    policies: Sequence[tuple[str, Policy]],
+    marks: Sequence[tuple[int, int]] = (),
+    pattern: Pattern | None = None,
 ) -> list[Kept]:
-    """Prefill a prompt once and see what each policy keeps of it. policies: (label, policy) pairs."""
+    """Prefill a prompt once and see what each policy keeps of it. policies: (label, policy) pairs; pattern: see
+    prefill_together."""
     sessions = [Session(lm.engine, policy, [len(ids)], 1) for _, policy in policies]
-    prefill_together(lm, sessions, ids)
+    prefill_together(lm, sessions, ids, pattern)
     stream = lm.tokenizer.stream(skip_special=False)
     pieces = [stream.push(token) for token in ids]
     pieces[-1] += stream.flush()

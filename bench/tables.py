@@ -248,6 +248,7 @@ def _oracle_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
     caption = f"Oracle gap at {context} tokens: relative error of attention outputs over the tail, mean over layers"
     return [
         Table(caption, heads, lines),
+        _oracle_by_layer(arguments, rows),
         *drawing(
             "Oracle gap layer by layer: each method's set, and what greedy elimination keeps when judged by the prompt's last "
             "queries (window oracle) or by those to come (future oracle).",
@@ -259,6 +260,19 @@ def _oracle_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
             log_y=True,
         ),
     ]
+
+
+def _oracle_by_layer(arguments: Mapping[str, Any], rows: Sequence[Row]) -> Table:
+    """The figure's numbers: a line for every set, a column for every layer."""
+    lines = []
+    for method, _, part in by_cell(rows, arguments, "entries"):
+        for name, title in (("error", "its set"), ("window", "window oracle"), ("future", "future oracle")):
+            layers = zip(*(row[name] for row in part), strict=True)
+            lines.append([method, str(part[0]["entries"]), title, *(f"{plain_mean(layer):.3f}" for layer in layers)])
+    heads = ["method", "budget", "set", *(f"layer {index}" for index in range(len(rows[0]["error"])))]
+    return Table(
+        f"Oracle gap at {arguments['oracle_context']} tokens, layer by layer (means over windows)", heads, lines
+    )
 
 
 def _layer_panels(rows: Sequence[Row], arguments: Mapping[str, Any], bounds: Sequence[str] = ()) -> list[Panel]:

@@ -13,7 +13,7 @@ from small import small_ids, small_model
 
 import restkv
 from bench.kept import Kept, find_marks, kept_masks, look, over_text, terminal
-from bench.together import prefill_together
+from bench.together import pattern_of, prefill_together
 from restkv.cli import main
 from restkv.errors import PromptError
 from restkv.generate import Session
@@ -103,6 +103,17 @@ def test_what_look_sees_is_what_generation_keeps(lm: restkv.LM) -> None:
     assert kv.share.shape == (lm.config.num_layers, lm.config.num_kv_heads, len(ids))
 
 
+def test_under_a_sparse_prefill_it_sees_what_generation_keeps_under_it(lm: restkv.LM) -> None:
+    ids, policy = lm.encode((RECALL / "story.txt").read_text())[:300], restkv.ReSTKV(budget=16, window=8)
+    prefill = "a-shape:sinks=16:local=16:block=32"
+    session = Session(lm.engine, policy, [len(ids)], 1, prefill=prefill)
+    session.prefill([ids])
+    (sparse,) = look(lm, ids, [("a", policy)], pattern=pattern_of(prefill))
+    (dense,) = look(lm, ids, [("a", policy)])
+    masks = torch.stack(kept_masks(session, len(ids))).unflatten(1, (lm.config.num_kv_heads, -1)).double().mean(2)
+    assert np.array_equal(sparse.share, masks.numpy()) and not np.array_equal(sparse.share, dense.share)
+
+
 def test_marks_are_the_tokens_of_a_string(lm: restkv.LM) -> None:
     ids = lm.encode(PROMPT)
     for string, times in (("has a", 2), ("red ball", 1), ("Once", 1), ("warm.", 1)):
@@ -122,6 +133,8 @@ def test_inspect_kept_is_the_same_command(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert main(["inspect", "--kept", "--context", "220", "--budget", "20", "--methods", "h2o", "--seed", "3"]) == 0
     assert capsys.readouterr().out == shown and "h2o: 20 of " in shown
+    assert main(["bench", "kept", "--prefill", "chunked"]) == 2
+    assert "methods cannot share it" in capsys.readouterr().err
     assert main(["inspect", "--methods", "h2o"]) == 2
     assert "--methods" in capsys.readouterr().err
 

@@ -254,9 +254,15 @@ def test_the_tables_of_a_fidelity_run(folder: Callable[..., Path]) -> None:
     assert rows[1][:4] == ["restkv", "32", "32", "0.0156 [0.0156, 0.0156]"]
     assert rows[1][5].startswith(f"{np.exp(2 * 0.5 / 32):.3f} [") and rows[1][6].startswith(f"{0.15 / 32:.3f}")
     assert rows[3][6] == "positions renumbered" and rows[4][1] == "64"
-    oracle = rows[next(i for i, row in enumerate(rows) if "future oracle" in row) + 1 :]
+    oracle = rows[next(i for i, row in enumerate(rows) if "future oracle" in row) + 1 :][:4]
     assert [row[0] for row in oracle] == ["restkv", "snapkv@official"] * 2
     assert oracle[0][1] == "16" and oracle[0][6].startswith("0.625") and oracle[0][-1] == "1"
+    by_layer = rows[rows.index(["method", "budget", "set", "layer 0", "layer 1"]) + 1 :]
+    assert by_layer[:2] == [
+        ["restkv", "16", "its set", f"{0.1 / 16:.3f}", f"{0.2 / 16:.3f}"],
+        ["restkv", "16", "window oracle", f"{0.05 / 16:.3f}", f"{0.1 / 16:.3f}"],
+    ]
+    assert len(by_layer) == 4 * 3  # two budgets of two methods; positions renumbered have none
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -43,6 +43,21 @@ def test_it_tells_the_needles_the_answers_and_what_they_cost(capsys: pytest.Capt
     assert all(re.fullmatch(r"[\d.]+ [kM]B", row[2]) and float(row[3]) > 0 for row in rows.values())
 
 
+def test_a_text_that_is_read_sparsely_is_answered_from_what_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    prefill = "a-shape:sinks=16:local=16:block=32"
+    assert main([*SMALL, "--seed", "2", "--methods", "restkv", "--prefill", prefill]) == 0
+    rows = table(capsys.readouterr().out)
+    lm = restkv.load(RECALL)
+    frame = Frame(lm.tokenizer)
+    sample = make_sample("niah_multiquery", 512, 2, 0, frame)
+    prompt = [token for part in frame.ids(sample.context, sample.question, sample.answer_prefix) for token in part]
+    for label, policy in (("full", restkv.FullCache()), ("restkv", restkv.ReSTKV(budget=64))):
+        said = lm.generate(prompt, policy, max_new_tokens=sample.max_new_tokens, stop=".", prefill=prefill)
+        right = sum(answer in said.text for answer in sample.answers)
+        assert rows[label][0] == f"{right} of 4"
+    assert rows["full"][0] != "4 of 4"  # which it finds when it reads all
+
+
 def test_other_tasks_and_many_methods(capsys: pytest.CaptureFixture[str]) -> None:
     methods = "restkv,snapkv,keynorm,keydiff,random,tova,caote,expected-attention"
     assert main([*SMALL, "--task", "cwe", "--methods", methods]) == 0  # without needles, and too many for columns
