@@ -127,6 +127,8 @@ class Observation:
         logits_BKGWC = (q_BKQD @ self.k[:, heads, columns].to(self.dtype).mT).view(B, K, G, W, -1)
         if self.softcap is not None:
             logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
+        start = min(max(0, self._seen_by_all - (columns.start or 0)), logits_BKGWC.shape[-1])
+        later_BKGWC, columns = logits_BKGWC[..., start:], slice((columns.start or 0) + start, columns.stop)
         pos_BK11C = self.pos[:, heads, None, None, columns]
         q_pos_B11W1 = self.q_pos[:, None, None, queries, None]
         visible = (pos_BK11C >= 0) & (pos_BK11C <= q_pos_B11W1)
@@ -134,7 +136,18 @@ class Observation:
             visible = visible & (pos_BK11C > q_pos_B11W1 - self.window)
         if self.keep is not None:
             visible = visible & self.keep.unflatten(1, (-1, G))[:, heads, :, None, columns]
-        return logits_BKGWC.masked_fill_(~visible, -torch.inf).flatten(1, 2)
+        later_BKGWC.masked_fill_(~visible, -torch.inf)
+        return logits_BKGWC.flatten(1, 2)
+
+    @property
+    def _seen_by_all(self) -> int:
+        """Columns before this one hide nothing from any query, as far as a CPU can tell: those of a prompt before its window."""
+        if self.pos.device.type != "cpu" or torch.compiler.is_compiling():
+            return 0  # asking would wait for the device
+        if self.window is not None or self.keep is not None:
+            return 0
+        hidden_C = ((self.pos < 0) | (self.pos > self.q_pos.amin(-1)[:, None, None])).flatten(0, 1).any(0).numpy()
+        return int(hidden_C.argmax()) if hidden_C.any() else len(hidden_C)
 
     def attention(self, lse_BHW: Tensor, columns: slice = slice(None)) -> Tensor:
         """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns."""

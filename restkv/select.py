@@ -5,6 +5,8 @@ Letters: B batch rows, C entries of one head (columns), X KV heads or query head
 
 from __future__ import annotations
 
+import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,7 +48,7 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
 
     NaN counts as -inf; of equal scores the older position loses, of equal positions the later column. Two cuts find
     them, at the lowest score and at the oldest of the entries that share it, since topk alone breaks ties as it likes;
-    that is several times faster than stable sorts.
+    that is several times faster than stable sorts. A CPU, where looking costs nothing, leaves the second out if none is needed.
 
     Args:
         score_XC, pos_XC: one line of entries each; any number of leading dimensions.
@@ -66,26 +68,26 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
     lowest_X1 = _nth_largest(score_XC, count_X1, most)
     above_XC = score_XC > lowest_X1  # not -inf, so `among`
     tied_XC = among_XC & (score_XC == lowest_X1)
+    left_X1 = count_X1 - above_XC.sum(-1, keepdim=True)
+    if _numpy_sees(tied_XC) and (tied_XC.numpy().sum(-1, keepdims=True) <= left_X1.numpy()).all():
+        return (above_XC | tied_XC) & (count_X1 > 0)
     later_first_C = torch.arange(columns - 1, -1, -1, device=pos_XC.device)
     age_XC = (pos_XC.long() * columns + later_first_C).masked_fill(~tied_XC, -1)  # no two alike
-    oldest_X1 = _nth_largest(age_XC, count_X1 - above_XC.sum(-1, keepdim=True), most)
+    oldest_X1 = _nth_largest(age_XC, left_X1, most)
     return (above_XC | (tied_XC & (age_XC >= oldest_X1))) & (count_X1 > 0)
 
 
 def largest(x_XC: Tensor, count: int) -> Tensor:
     """Columns of the `count` largest of every line, in any order; which of equal ones is nobody's promise. [..., count] long.
 
-    On a CPU numpy finds the lowest of them several times faster than topk ranks them all, and what reaches it are exactly
-    `count` of every line, unless some are equal.
+    On a CPU numpy finds the lowest of them several times faster than topk ranks them all.
     """
     lines_NC = _numpy_lines(x_XC, count)
     if lines_NC is not None:
         threads = min(len(lines_NC), torch.get_num_threads())
         pieces = np.array_split(lines_NC, min(len(lines_NC), PIECES * threads))
-        with ThreadPoolExecutor(threads) as pool:
-            found = [*pool.map(lambda piece_nC: _largest_of_few(piece_nC, count), pieces)]
-        if all(columns_m.size == len(piece_nC) * count for columns_m, piece_nC in zip(found, pieces, strict=True)):
-            return torch.from_numpy(np.concatenate(found)).view(*x_XC.shape[:-1], count)
+        found = _threads(threads).map(lambda piece_nC: _largest_of_few(piece_nC, count), pieces)
+        return torch.from_numpy(np.concatenate([*found])).view(*x_XC.shape[:-1], count)
     return x_XC.topk(count, sorted=False).indices
 
 
@@ -100,17 +102,35 @@ def are_largest(x_XC: Tensor, count: int) -> Tensor:
 
 
 def _numpy_lines(x_XC: Tensor, count: int) -> NDArray[Any] | None:
-    """The lines as numpy sees them, where it can be asked: on a CPU, outside of a graph, with something to leave out."""
-    asked = x_XC.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not asked or not x_XC.numel() or not 0 < count < x_XC.shape[-1]:
+    """The lines as numpy sees them, where it can be asked and there is something to leave out."""
+    if not _numpy_sees(x_XC) or not x_XC.numel() or not 0 < count < x_XC.shape[-1]:
         return None
     lines_NC: NDArray[Any] = x_XC.detach().flatten(0, -2).numpy()  # no sync: on a CPU there is no device to wait for
     return lines_NC
 
 
+def _numpy_sees(x: Tensor) -> bool:
+    """Whether numpy may read it: on a CPU, outside of a graph, in a dtype it has."""
+    return x.device.type == "cpu" and x.dtype != torch.bfloat16 and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Kept: they are needed again in every layer, and starting them is not free."""
+    return ThreadPoolExecutor(count)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads stay behind in the parent
+
+
 def _largest_of_few(lines_nC: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Columns of what reaches the `count`-th largest of each line, line after line: at least `count` of each."""
-    return np.flatnonzero(_reaching(lines_nC, count)) % lines_nC.shape[-1]
+    """Columns of the `count` largest of each line, line after line: what reaches the smallest of them, less equals beyond it."""
+    reaching_nC = _reaching(lines_nC, count)
+    for line in np.flatnonzero(np.count_nonzero(reaching_nC, axis=-1) > count):
+        reaching_nC[line] = False
+        reaching_nC[line, np.argpartition(lines_nC[line], -count)[-count:]] = True
+    return np.flatnonzero(reaching_nC) % lines_nC.shape[-1]
 
 
 def _reaching(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
@@ -121,5 +141,13 @@ def _reaching(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
 
 
 def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:
-    """The n-th largest of each line, n in 1..most (the largest for a smaller n)."""
-    return value_XC.topk(most, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
+    """The n-th largest of each line, n in 1..most (the largest for a smaller n); no value is NaN."""
+    if not _numpy_sees(value_XC):
+        return value_XC.topk(most, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
+    lines_NC = value_XC.detach().flatten(0, -2).numpy()
+    place_N = lines_NC.shape[-1] - n_X1.flatten().clamp(1).numpy()
+    if (place_N == place_N[:1]).all():
+        nth_N = np.partition(lines_NC, place_N[:1], axis=-1)[:, place_N[0]]
+    else:
+        nth_N = np.array([np.partition(*line)[line[1]] for line in zip(lines_NC, place_N, strict=True)])
+    return torch.from_numpy(nth_N).view(n_X1.shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 
 import pytest
 import reference
@@ -60,6 +62,21 @@ def test_the_largest_are_those_of_a_sort(data, shape, distinct):
     for taken in (x.gather(-1, found), x[marked].view(*lines, count)):
         got = taken.sort(-1, descending=True).values
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_dtype_that_numpy_lacks_gives_the_same():
+    score = torch.randint(-9, 9, (2, 3, 40)).float()
+    pos, protected = torch.arange(40).expand(2, 3, 40), torch.zeros(2, 3, 40, dtype=torch.bool)
+    assert torch.equal(select(score.bfloat16(), pos, protected, 7), select(score, pos, protected, 7))
+    assert torch.equal(are_largest(score.bfloat16(), 7).sum(-1), torch.full((2, 3), 7))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_was_forked_finds_them_too():
+    x = torch.rand(8, 50, generator=torch.Generator().manual_seed(0))
+    want = largest(x, 5)  # leaves threads behind that a child does not have
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert torch.equal(pool.apply_async(largest, (x, 5)).get(timeout=60), want)
 
 
 def test_the_older_of_equal_scores_loses():

@@ -108,26 +108,28 @@ class ReSTKV(Policy):
 
     def importance(self, obs: Observation) -> Tensor:
         """Smoothed output change: [B, H, C], or [B, K, C] for gqa="joint"."""
-        score_BXC, drift_BH = self._output_change(obs)
         if self.pooling == "none":
-            return score_BXC
+            return self._output_change(obs)
+        order_BHC = obs.order
+        drift = _Drift(obs, order_BHC, *self._past_budget(obs), self.drift) if self.pooling == "adaptive" else None
+        score_BXC = self._output_change(obs, drift)
         step = obs.q.shape[1] // score_BXC.shape[1]  # one line of entries per scored head
         pool: Callable[[Tensor, Tensor], Tensor]
-        if drift_BH is not None:
-            kernel_BX, shift_BX = self._adapt(drift_BH.unflatten(1, (-1, step)).mean(2))
+        if drift is not None:
+            kernel_BX, shift_BX = self._adapt(drift.mean().unflatten(1, (-1, step)).mean(2))
             widest = max(self.kernel_size, 2 * math.floor(obs.pos.shape[-1] / self.scale) + 1)
             pool = partial(pooling.shifted_average, kernel_BX=kernel_BX, shift_BX=shift_BX, widest=widest)
         else:
             fixed = pooling.average if self.pooling == "avg" else pooling.maximum
             pool = lambda line_BXC, _: fixed(line_BXC, self.kernel_size)  # noqa: E731
-        return pooling.over_past(pool, score_BXC, obs.past[:, ::step], obs.order[:, ::step])
+        return pooling.over_past(pool, score_BXC, obs.past[:, ::step], order_BHC[:, ::step])
 
-    def _output_change(self, obs: Observation) -> tuple[Tensor, Tensor | None]:
-        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C]; and the drift [B, H], if the
-        smoothing asks for it: both are made of the same logits.
+    def _output_change(self, obs: Observation, drift: _Drift | None = None) -> Tensor:
+        """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C].
+
+        drift: to be made of the same logits.
         """
         weight_BW = _query_weights(obs.q_pos, self.alpha).to(obs.dtype)
-        drift = _Drift(obs, *self._past_budget(obs), self.drift) if self.pooling == "adaptive" else None
         averaged = self.aggregate == "attention"
         a_BHC, lse_BHW = nothing(obs), obs.q.new_zeros(obs.q.shape[:3], dtype=obs.dtype)
         top_BHW = torch.zeros_like(lse_BHW, dtype=torch.long)
@@ -157,7 +159,7 @@ class ReSTKV(Policy):
             odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - a_BKGQC))
             change_BXQC = change(obs, odds_BKGQC, top_BKGQC, out, obs.v[:, :, columns].to(obs.dtype))
             parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
-        return torch.cat(parts, -1), None if drift is None else drift.mean()
+        return torch.cat(parts, -1)
 
     def _change(self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor) -> Tensor:
         """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for the top entry: [B, H, Q, C]."""
@@ -233,10 +235,9 @@ class _Drift:
         kind: "released": each query ranks all columns, its own window's included; "symmetric": past entries only.
     """
 
-    def __init__(self, obs: Observation, kept_B: Tensor | None, most: int, kind: str) -> None:
+    def __init__(self, obs: Observation, order_BHC: Tensor, kept_B: Tensor | None, most: int, kind: str) -> None:
         self._obs, self._kept_B, self._most = obs, kept_B, min(most, obs.pos.shape[-1])
         self._past_BHC = obs.past if kind == "symmetric" else None
-        order_BHC = obs.order
         place_C = torch.arange(order_BHC.shape[-1], dtype=torch.int32, device=order_BHC.device)
         self._place_BHC = torch.empty_like(order_BHC, dtype=torch.int32)
         self._place_BHC.scatter_(-1, order_BHC, place_C.expand_as(order_BHC))
