@@ -88,7 +88,7 @@ def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | 
     """
     _check(lm, plan)
     details = describe(lm, plan.methods, compressed(min(plan.compression), max(plan.lengths)))
-    with open_run(folder, kind, plan.arguments(lm), details, plan.results, report) as results:
+    with open_run(folder, kind, plan.arguments(lm), details, plan.results, report, may_grow="samples") as results:
         _fill(lm, plan, results)
     return folder
 

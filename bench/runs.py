@@ -95,6 +95,7 @@ def open_run(
     details: Mapping[str, Any],
     total: int = 0,
     report: Report | None = None,
+    may_grow: str | None = None,
 ) -> Iterator[Run]:
     """Begin a run in a folder, or go on with the one that is there.
 
@@ -104,6 +105,7 @@ def open_run(
         details: JSON-ready, what else the manifest shall say.
         total: rows of the complete run.
         report: called after every row.
+        may_grow: a number among the arguments that may be larger than it was: what it adds comes after all that is there.
     Raises:
         RunError: the folder cannot be written, is in use, or holds a run with other arguments (the difference is named).
     """
@@ -123,12 +125,16 @@ def open_run(
         path = folder / MANIFEST
         if path.exists() or (folder / SAMPLES).stat().st_size:
             manifest = read_manifest(folder)
-            _require_same(folder, manifest, json.loads(json.dumps(made)))
+            before, now = manifest.get("arguments", {}), json.loads(json.dumps(made))
+            grown = may_grow in before and before[may_grow] < now["arguments"][may_grow]
+            if grown:
+                manifest = {**manifest, "arguments": {**before, may_grow: now["arguments"][may_grow]}}
+            _require_same(folder, manifest, now)
+            if grown:
+                _write_manifest(path, manifest)
         else:
             manifest = {"format": FORMAT, **made, **details, "machine": machine(), "started": _now()}
-            part = path.with_name(MANIFEST + ".part")
-            part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            part.replace(path)
+            _write_manifest(path, manifest)
         yield Run(folder, manifest, {row["key"] for row in read_rows(folder)}, samples, timings, total, report)
 
 
@@ -264,6 +270,13 @@ def _require_same(folder: Path, manifest: Mapping[str, Any], made: Mapping[str, 
         if before.get(name) != now.get(name):
             was, is_ = (json.dumps(part.get(name), ensure_ascii=False) for part in (before, now))
             raise RunError(f"{folder}: holds a run with {name} {was}, this one has {is_}; choose another --out")
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    part = path.with_name(MANIFEST + ".part")
+    part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _cut_unfinished_line(path: Path) -> None:

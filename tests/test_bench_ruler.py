@@ -19,7 +19,7 @@ import restkv
 from bench.methods import Method, equal_bytes, parse_methods
 from bench.needle import needle_plan, run_needle
 from bench.ruler import Plan, answer, run
-from bench.runs import SAMPLES, read_manifest, read_rows
+from bench.runs import SAMPLES, RunError, read_manifest, read_rows
 from bench.tasks import TASKS, Frame, Sample, make_sample
 from bench.together import Held, answer_together, kept_mean, prefill_all, prefill_together
 from restkv.cli import main
@@ -240,6 +240,16 @@ def test_broken_off_anywhere_a_run_ends_with_the_same_file(lm: restkv.LM, tmp_pa
         assert len(read_rows(tmp_path / "parts")) == count
     run(lm, few, tmp_path / "parts", report=stop_at(-1))
     assert (tmp_path / "parts" / SAMPLES).read_bytes() == whole.read_bytes()
+
+
+def test_more_samples_are_added_to_those_there_are(lm: restkv.LM, tmp_path: Path) -> None:
+    whole = run(lm, plan(samples=2), tmp_path / "whole") / SAMPLES
+    run(lm, plan(samples=1), tmp_path / "parts")
+    first = (tmp_path / "parts" / SAMPLES).read_bytes()
+    run(lm, plan(samples=2), tmp_path / "parts")
+    assert (tmp_path / "parts" / SAMPLES).read_bytes() == whole.read_bytes() and whole.read_bytes().startswith(first)
+    with pytest.raises(RunError, match="samples 2, this one has 1"):
+        run(lm, plan(samples=1), tmp_path / "parts")
 
 
 def test_a_run_killed_twice_ends_with_the_file_of_an_unbroken_one(tmp_path: Path) -> None:

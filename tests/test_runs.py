@@ -92,6 +92,23 @@ def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path, ch
     assert len(read_rows(tmp_path)) == 1
 
 
+def test_a_number_that_may_grow_may_not_shrink_and_hides_no_other_difference(tmp_path: Path) -> None:
+    def run(samples: int, seed: int = 0) -> None:
+        arguments = {**ARGUMENTS, "samples": samples, "seed": seed}
+        with open_run(tmp_path, "ruler", arguments, {"model": "m"}, may_grow="samples"):
+            pass
+
+    run(3)
+    before = read_manifest(tmp_path)
+    run(5)
+    assert read_manifest(tmp_path) == {**before, "arguments": {**before["arguments"], "samples": 5}}
+    with pytest.raises(RunError, match="samples 5, this one has 4; choose another"):
+        run(4)
+    with pytest.raises(RunError, match="seed 0, this one has 1"):
+        run(6, seed=1)
+    assert read_manifest(tmp_path)["arguments"]["samples"] == 5
+
+
 def test_an_argument_that_is_gone_another_kind_and_another_version_are_differences_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
