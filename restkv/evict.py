@@ -378,15 +378,16 @@ class _Waiting:
     def __init__(self, keep_XL: Tensor, k_KLD: Tensor, v_KLD: Tensor, pos_KL: Tensor, mass_1XL: Tensor | None) -> None:
         self.keep_XL, self.mass_1XL = keep_XL, mass_1XL
         self.any_KL = keep_XL.unflatten(0, (len(k_KLD), -1)).any(1)
-        self.k_nD, self.v_nD, self.pos_n = k_KLD[self.any_KL], v_KLD[self.any_KL], pos_KL[self.any_KL]
+        index_n = self.any_KL.flatten().nonzero()[:, 0]
+        self.k_nD, self.v_nD, self.pos_n = (read(x.flatten(0, 1), index_n) for x in (k_KLD, v_KLD, pos_KL))
 
     def narrow(self, stays_m: Tensor) -> None:
         """Only some of the entries marked in keep_XL (in its order) stay."""
         before_KL = self.any_KL
         self.keep_XL = self.keep_XL.masked_scatter(self.keep_XL, stays_m)
         self.any_KL = self.keep_XL.unflatten(0, (len(before_KL), -1)).any(1)
-        still_n = self.any_KL[before_KL]
-        self.k_nD, self.v_nD, self.pos_n = self.k_nD[still_n], self.v_nD[still_n], self.pos_n[still_n]
+        index_n = self.any_KL[before_KL].nonzero()[:, 0]
+        self.k_nD, self.v_nD, self.pos_n = (read(x, index_n) for x in (self.k_nD, self.v_nD, self.pos_n))
 
 
 def _protected(policy: Policy, pos_BKC: Tensor, budgets: Sequence[int], next_pos_B: Tensor) -> Tensor:

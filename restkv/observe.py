@@ -114,7 +114,7 @@ class Observation:
             for query in range(0, W, queries):
                 some, which = slice(head, min(head + heads, K)), slice(query, min(query + queries, W))
                 grouped = slice(some.start * self.group, some.stop * self.group)
-                yield Rows(grouped, which, self.logits(heads=some, queries=which))
+                yield Rows(grouped, which, self.logits(heads=some, queries=which), self._seen_by_all > 0)
 
     def logits(self, columns: slice = slice(None), queries: slice = slice(None), heads: slice = slice(None)) -> Tensor:
         """Attention logits [B, H, W, C] of some columns, queries and KV heads (with their groups); -inf for what a query may
@@ -160,6 +160,7 @@ class Rows(NamedTuple):
     heads: slice
     queries: slice
     logits_BHWC: Tensor
+    all_see: bool = False  # every query sees something; the softmax of one that sees nothing is NaN
 
     def normalizer_BHW(self) -> Tensor:
         """Log-sum-exp of every row; 0 for a query that sees nothing, so that its weights are 0."""
@@ -168,7 +169,9 @@ class Rows(NamedTuple):
 
     def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
         """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
-        a_BHWC = self.logits_BHWC.softmax(-1).nan_to_num_(0)
+        a_BHWC = self.logits_BHWC.softmax(-1)
+        if not self.all_see:
+            a_BHWC.nan_to_num_(0)
         total_BHC[:, self.heads] += (weight_BW[:, None, None, self.queries] @ a_BHWC)[:, :, 0]
 
 
