@@ -22,6 +22,7 @@ from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
 from bench.plans import Asked, cells_of, modes_of, share
 from bench.runs import Report, chosen_rows, describe, digest, open_run, setting
+from modeling.tokenizer import fault
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.options import reading
@@ -189,6 +190,8 @@ def _example(line: str, path: Path, number: int) -> Example:
     for name, text in (("premise (or context)", premise), ("hypothesis", hypothesis)):
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"{place}: no text in {name}; mend or delete the row")
+        if wrong := fault(text):
+            raise PromptError(f"{place}: {name} {wrong}; mend or delete the row")
     if not isinstance(label, str) or label not in LABELS:
         raise PromptError(f"{place}: label {label!r} is not one of {', '.join(LABELS)}; mend or delete the row")
     return Example(str(row.get("uid", number)), str(premise), str(hypothesis), label)

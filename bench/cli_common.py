@@ -5,6 +5,7 @@ torch is imported inside the functions, so that --help answers at once.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
         PromptError: names the option.
     """
     try:
-        numbers = tuple(map(int, split_names(text)))
+        numbers = tuple(dict.fromkeys(map(int, split_names(text))))
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
@@ -87,16 +88,16 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def parse_compression(text: str) -> tuple[float, ...]:
-    """Numbers; that they are at least 1 is for the plan to say, which knows what they are of.
+    """Numbers of at least 1.
 
     Raises:
-        PromptError: no numbers.
+        PromptError: anything else.
     """
     try:
         rates = tuple(map(float, split_names(text)))
     except ValueError:
         rates = ()
-    if not rates:
+    if not rates or not all(1 <= rate < math.inf for rate in rates):
         raise PromptError(f"--compression {text!r}: give numbers of at least 1, separated by commas")
     return rates
 

@@ -21,7 +21,7 @@ from bench.cli_common import (
     running,
     split_names,
 )
-from restkv.errors import PromptError
+from restkv.errors import OutputError, PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, reading
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def kept(
 
     if out is not None:
         need_matplotlib()
+        if not out.parent.is_dir():
+            raise OutputError(f"{out}: there is no folder {out.parent}; make it, or choose another place")
     pattern = pattern_of(prefill)
     lm = load_model(model, dtype, device, backend)
     marks = list(mark or ())

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from restkv.errors import OutputError, RestKVWarning
+from restkv.errors import OutputError, PromptError, RestKVError, RestKVWarning
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # context settings of the command
 
@@ -35,4 +35,9 @@ def lm_eval(
         rest = ["--model", model, *rest]
     sys.argv = ["lm_eval", command, *rest]
     warnings.simplefilter("once", RestKVWarning)  # a remark on a batch is not one on the next
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except RestKVError:
+        raise
+    except ValueError as error:  # a task that there is not, for instance
+        raise PromptError(f"lm-eval: {error} (`restkv bench lm-eval ls tasks` lists what there is)") from error

@@ -23,6 +23,7 @@ from bench.cli_common import (
     running,
     split_names,
 )
+from restkv.errors import PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -158,8 +159,15 @@ def _range(text: str) -> tuple[int, ...]:
     parts = text.split(":")
     if len(parts) != 3:
         return parse_numbers(text, "lengths")
-    first, last, step = parse_numbers(",".join(parts), "lengths")
-    return tuple(range(first, last + 1, step))
+    try:
+        lengths = tuple(range(int(parts[0]), int(parts[1]) + 1, int(parts[2])))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise PromptError(
+            f"--lengths {text!r}: give FIRST:LAST:STEP in whole numbers, the last no smaller than the first"
+        )
+    return lengths
 
 
 def _run(

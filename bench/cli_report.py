@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from restkv.errors import PromptError
+
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, complete or not.")],
@@ -19,6 +21,8 @@ def report(
     ] = False,
 ) -> None:
     """Build DIR/report.html, and a needle run's heat maps, from the results alone."""
+    if as_markdown + as_latex + plain_json > 1:
+        raise PromptError("--markdown, --latex and --json: give one of them")
     if plain_json:
         import json
 

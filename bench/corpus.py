@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.prose import sentences
-from modeling.tokenizer import Tokenizer
+from modeling.tokenizer import Tokenizer, fault
 from restkv.errors import PromptError, RestKVWarning
 from restkv.options import reading
 
@@ -79,6 +79,8 @@ def read_documents(path: Path) -> list[Document]:
 
 
 def _read(path: Path) -> list[Document]:
+    with reading(path):
+        path.stat()
     if path.suffix not in SUFFIXES:
         raise PromptError(f"{path}: not {' or '.join(SUFFIXES)}; convert it first")
     with reading(path):
@@ -110,6 +112,8 @@ def _row(line: str, place: str) -> tuple[str, str]:
         raise PromptError(f"{place}: has neither {' nor '.join(FIELDS)}")
     if not isinstance(row[field], str):
         raise PromptError(f"{place}: {field} is {json.dumps(row[field])[:40]}, not a text")
+    if wrong := fault(row[field]):
+        raise PromptError(f"{place}: {field} {wrong}; mend or delete the row")
     return field, row[field]
 
 

@@ -63,7 +63,9 @@ def demo(
     lm = load_model(model, dtype, device, backend)
     frame = Frame(lm.tokenizer, lm.tokenizer.has_chat_template)
     sample = make_sample(task, context, seed, 0, frame)
-    chosen = parse_methods(methods)
+    chosen = parse_methods(
+        methods, once=True
+    )  # what comes after the prompt is kept by all, or bytes would not be equal
     entries = max(1, round(context / compression))
     for method in chosen:
         check(lm, method, entries, context, f"{context} tokens at {compression:g}x")

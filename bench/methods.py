@@ -83,7 +83,7 @@ class Method:
         options = {**self.options, "budget": entries}
         window = next(option.default for option in fields(cls) if option.name == "window")
         if "window" not in given and window is not MISSING:
-            options["window"] = min(window, entries // 2)
+            options["window"] = min(window, max(1, entries // 2))
         if self.once and "interval" not in given:
             options["interval"] = None
         policy = get_policy(self.name, self.preset, **options)

@@ -6,6 +6,7 @@ context is compressed first and asked afterwards (restkv.LM.compress). Rankings 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -190,8 +191,8 @@ def _check(lm: LM, plan: Plan) -> None:
     for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
         if not values:
             raise PromptError(f"no {name} is given; name at least one")
-    if min(plan.compression) < 1:
-        raise PromptError(f"compression {min(plan.compression):g}: the prompt over what is kept; give at least 1")
+    for rate in (rate for rate in plan.compression if not 1 <= rate < math.inf):
+        raise PromptError(f"compression {rate:g}: the prompt over what is kept; give at least 1")
     if max(plan.lengths) > lm.config.max_positions:
         warnings.warn(
             f"length {max(plan.lengths)} exceeds the model's {lm.config.max_positions} positions; the text may degrade",

@@ -8,6 +8,7 @@ data of the user's the texts are generated prose (bench/prose.py), and the class
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,10 +72,11 @@ def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | No
         PromptError: a plan without sense, data that cannot be read or are too short. PolicyError: a method that can work with
         none of the compressions. RunError: see open_run.
     """
-    if plan.windows < 1 or plan.samples < 1 or min(plan.compression) < 1:
-        raise PromptError(
-            f"windows {plan.windows}, samples {plan.samples}, compression {min(plan.compression):g}: give at least 1"
-        )
+    least = {"length": 2, "tail": 2, "windows": 1, "samples": 1}
+    numbers = [(name, getattr(plan, name), bound) for name, bound in least.items()]
+    for name, value, bound in [*numbers, *(("compression", rate, 1) for rate in plan.compression)]:
+        if not bound <= value < math.inf:
+            raise PromptError(f"{name} {value:g}: give at least {bound}")
     modes, protocol = modes_of(plan.question), Protocol("prefill", plan.tail, plan.length)
     documents = plan.documents or (prose(lm.tokenizer, plan.windows * (plan.length + plan.tail), plan.seed),)
     windows = protocol.windows(lm, documents, plan.windows)

@@ -17,5 +17,9 @@ class TokenizerError(RestKVError):
     """The tokenizer files of a folder are missing or broken, or a chat template fails."""
 
 
+class CompileError(RestKVError):
+    """This machine cannot compile what was to be compiled."""
+
+
 class RestKVWarning(UserWarning):
     """A remark that stops nothing: the run goes on, and the reader should know why it may differ from hopes."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from modeling.compiled import compiled
 from modeling.masks import visible
 from modeling.pages import LayerView
 
@@ -197,4 +198,4 @@ def _block_flex(
 
 
 # K and V keep their length dynamic (mark_dynamic): it is right here, where they are whole inputs of the graph (FLEX §3).
-_compiled = torch.compile(_block_flex, fullgraph=True, dynamic=False)
+_compiled = compiled(_block_flex)

@@ -85,7 +85,10 @@ class Tokenizer:
 
         Spellings of special tokens in the text become those tokens.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise TokenizerError(f"a text {fault(text) or 'is none'}; mend or convert it first") from None
         if not bos or ids[: len(self._prefix)] == self._prefix:
             return ids
         return self._prefix + ids
@@ -170,6 +173,15 @@ class Tokenizer:
         probe = self._tokenizer.encode("a", add_special_tokens=True)
         count = next((i for i, added in enumerate(probe.special_tokens_mask) if not added), 0)
         return probe.ids[:count]
+
+
+def fault(text: str) -> str:
+    """What keeps a text from being one, such as half a surrogate pair, which JSON can spell; "" of a text that is fine."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has {text[error.start]!a} at place {error.start}, which is no character"
+    return ""
 
 
 class Stream:

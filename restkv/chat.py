@@ -68,6 +68,21 @@ class Chat:
         self._session: Session | None = None  # None before the first turn, during each, and after one that failed
         self._turn: Generator[tuple[int, str]] | None = None
 
+    def check(self) -> None:
+        """Refuse now what the first turn would refuse whatever is said.
+
+        Raises:
+            PolicyError: the system prompt does not fit into the budget. TokenizerError: there is no chat template, or it fails.
+        """
+        if self.tokens:
+            return
+        with warnings.catch_warnings(action="ignore"):  # the first turn says again what there is to say
+            self._spared = self._system_tokens(self._rendered("1"), "1")
+        try:
+            self._sparing(self.policy)
+        finally:
+            self._spared = 0
+
     # -- talking
 
     def send(self, text: str, **options: Any) -> TextStream:

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,6 +35,7 @@ from restkv.options import (
     DeviceOption,
     DtypeOption,
     LengthOption,
+    LoadedMethodOption,
     MethodOption,
     MinPOption,
     ModelArgument,
@@ -238,6 +239,8 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt while keeping only part of its KV cache."""
+    if chunk is not None and prefill != "chunked":
+        raise PromptError(f"--chunk {chunk}: only --prefill chunked reads in chunks; give it too, or drop --chunk")
     text = _read_prompt(prompt, prompt_file)
     given = {
         "budget": budget,
@@ -301,6 +304,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # some locales let bytes pass that are no text
     with reading("stdin" if file is None else file):
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     return text.removesuffix("\n").removesuffix("\r")
@@ -359,7 +364,7 @@ def chat(
         bool | None,
         typer.Option(rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"),
     ] = None,
-    method: MethodOption = "restkv",
+    method: LoadedMethodOption = None,
     preset: PresetOption = None,
     budget: BudgetOption = None,
     field: SetOption = None,
@@ -378,7 +383,10 @@ def chat(
 ) -> None:
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
     given: dict[str, Any] = {} if budget is None else {"budget": budget}
-    policy = make_policy(method, preset, given | dict(map(parse_field, field or ())))
+    options = given | dict(map(parse_field, field or ()))
+    policy = None
+    if method or load_file is None:
+        policy = make_policy(method or "restkv", preset, options)  # what cannot be is refused before anything is loaded
     if load_file is not None and (system is not None or template is not None or prefill != "dense"):
         raise PromptError(
             f"{load_file}: a saved chat has its system prompt, template and prefill; drop --system, --template and --prefill"
@@ -386,10 +394,11 @@ def chat(
 
     from restkv.chat import Chat
     from restkv.lm import load
+    from restkv.results import Decoding
     from restkv.talk import Talk
 
     lm = load(model, device=device, dtype=dtype, backend=backend, compile="auto" if compile is None else compile)
-    decoding = {
+    decoding: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -399,11 +408,18 @@ def chat(
         "stop": stop or (),
     }
     if load_file is None:
+        assert policy is not None
         conversation = Chat(lm, policy, system, template=template, prefill=prefill)
     else:
         conversation = Chat.load(load_file, lm)
-        if (given or field or preset or method != "restkv") and policy != conversation.anew().policy:
+        before = conversation.anew().policy
+        if policy is None:  # the saved one, in which what is given is replaced
+            saved = {} if preset else {option.name: getattr(before, option.name) for option in fields(before)}
+            policy = make_policy(before.name, preset, saved | options)
+        if policy != before:
             conversation.change(policy)
+    Decoding(**decoding)  # what no turn could use is refused before a line is read
+    conversation.check()
     Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
 
 
@@ -462,6 +478,8 @@ def methods(
     from restkv.display import bytes_table, methods_table, table_console
 
     if sizes_of is None:
+        if context is not None or budget is not None:
+            raise PromptError("--context and --budget size the caches of a model; give it with --bytes MODEL")
         table, common = methods_table()
         table_console().print(table, common)
         return

@@ -1,9 +1,10 @@
 """Every error a user can cause, in one place: one line that names the value, its place and the mend."""
 
-from modeling.errors import CheckpointError, ConfigError, RestKVError, RestKVWarning, TokenizerError
+from modeling.errors import CheckpointError, CompileError, ConfigError, RestKVError, RestKVWarning, TokenizerError
 
 __all__ = [
     "CheckpointError",
+    "CompileError",
     "ConfigError",
     "OutputError",
     "PolicyError",

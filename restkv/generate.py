@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling.compiled import compiled
 from modeling.forward import step
 from modeling.layers import Decoder
 from modeling.pages import KVCache, LayerView
@@ -55,9 +56,7 @@ class Engine:
             keep_kernels()
             config = torch._dynamo.config
             config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-            # fullgraph: raise, never fall back
-            self.decode = torch.compile(_decode, fullgraph=True, dynamic=False, options=OPTIONS)
-            self.hidden = torch.compile(step, fullgraph=True, dynamic=False, options=OPTIONS)
+            self.decode, self.hidden = compiled(_decode, options=OPTIONS), compiled(step, options=OPTIONS)
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +223,8 @@ class Session:
             layers_done = None if self._chunked else progress
             x_1E = prefill(engine.model, cache, evictor, first, layers_done, self._pattern, engine.backend)
             logits_1V = engine.model.head(x_1E)
+            if self._chunked and progress is not None:
+                progress(len(first), len(ids))
             for start in range(len(first), len(ids), self._chunk):
                 piece = ids[start : start + self._chunk]
                 logits_1V = self._run(cache, [piece], logits_1V)
@@ -324,6 +325,7 @@ class Session:
 
         Raises:
             PolicyError: the text has grown into more protected entries than fit into the budget.
+            CompileError: the step cannot be compiled; the session is as it was, but for the token drawn.
         """
         cache, engine = self.cache, self.engine
         self._drawn_B = None
@@ -332,11 +334,11 @@ class Session:
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
                 self._room = min(self._room, self._planned)
             cache.reserve(self._room)
-        self._room, self._planned = self._room - 1, self._planned - 1
         pos_B1 = torch.where(self._active_B, cache.next_pos, -1)[:, None]
         self.logits_BV = engine.decode(
             engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
         )
+        self._room, self._planned = self._room - 1, self._planned - 1
         if engine.backend == "flex" and not self._marked:
             Mark(engine.model, cache).leave()
             self._marked = True

@@ -18,7 +18,7 @@ from modeling.loading import load_model, resolve
 from modeling.tokenizer import Tokenizer
 from restkv.compiling import EAGER_TOKENS, Mark, repays
 from restkv.context import CompressedContext
-from restkv.errors import PromptError
+from restkv.errors import CompileError, PromptError
 from restkv.generate import CHUNK, Engine, Session
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy, ReSTKV
@@ -113,7 +113,7 @@ class LM:
         self.model, self._tokenizer = model, tokenizer
         self.config = model.config
         self.engine = Engine(model, backend)
-        self._by_job = by_job and backend == "sdpa"
+        self._by_job = by_job and backend == "sdpa" and self.device.type == "cpu"
         self._burst = 1 if self.device.type == "cpu" else BURST
 
     @cached_property
@@ -256,7 +256,14 @@ class LM:
             if not any(session.active):
                 break
             lap = time.perf_counter()
-            session.feed(drawn_NB[-1])
+            try:
+                session.feed(drawn_NB[-1])
+            except CompileError as error:
+                if session.engine is self.engine:
+                    raise
+                warnings.warn(f"{error}; the answer goes on without", RestKVWarning, stacklevel=3)
+                session.engine = self.engine
+                session.feed(drawn_NB[-1])
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:
             stats.tpot_s = sorted(laps)[len(laps) // 2]
@@ -348,8 +355,7 @@ class LM:
         is encoded without a BOS.
         """
         policy = FullCache() if policy is None else policy
-        ids = self.encode(context)
-        targets = [self.encode_continuation(text) for text in continuations]
+        ids, targets = self.encode(context), self._targets(continuations)
         session = Session(self.engine, policy, [len(ids)], max(map(len, targets), default=1), forks=1)
         session.prefill([ids])
         return self.score(session, targets)
@@ -357,19 +363,25 @@ class LM:
     @torch.no_grad()
     def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:
         """Summed log-probability (nats) of each continuation on its own fork of a one-row session."""
-        targets = [self.encode_continuation(text) for text in continuations]
         sums = []
-        for target in targets:
+        for target in self._targets(continuations):
             fork = session.fork()
-            fork.resume(len(target))  # a row that has ended can be judged too
-            total = 0.0
-            for index, token in enumerate(target):
-                total += float(fork.logits_BV[0].log_softmax(-1)[token])  # sync: a score is a number
-                if index + 1 < len(target):
-                    fork.feed(torch.tensor([token], device=self.device))
-            fork.cache.free()
+            try:
+                fork.resume(len(target))  # a row that has ended can be judged too
+                total = 0.0
+                for index, token in enumerate(target):
+                    total += float(fork.logits_BV[0].log_softmax(-1)[token])  # sync: a score is a number
+                    if index + 1 < len(target):
+                        fork.feed(torch.tensor([token], device=self.device))
+            finally:
+                fork.cache.free()
             sums.append(total)
         return sums
+
+    def _targets(self, continuations: Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(continuations, str) or any(isinstance(one, int) for one in continuations):
+            raise PromptError(f"continuations {continuations!r} is one text; give a list of them, if only of one")
+        return [self.encode_continuation(text) for text in continuations]
 
     def encode_continuation(self, continuation: Prompt) -> list[int]:
         """Token ids of text that goes on after other text: like `encode`, without a BOS or a first space."""

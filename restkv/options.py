@@ -64,6 +64,14 @@ DtypeOption = Annotated[
 MethodOption = Annotated[
     str, typer.Option(rich_help_panel=KEEP, help="What decides which entries stay; see `restkv methods`.")
 ]
+LoadedMethodOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=KEEP,
+        help="What decides which entries stay; see `restkv methods`.",
+        show_default="restkv, or that of the chat that is loaded",
+    ),
+]
 PresetOption = Annotated[
     str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
 ]

@@ -16,9 +16,9 @@ class Decoding:
     """How an answer is drawn and where it ends: the options of LM.generate and its kin.
 
     Args:
-        max_new_tokens: at least 1.
+        max_new_tokens: a whole number, at least 1.
         temperature, top_k, top_p, min_p, seed: see Sampling.
-        stop: strings that end the text, themselves left out.
+        stop: a string or strings that end the text, themselves left out; None is none.
         ignore_eos: go on after an end-of-sequence id.
     Raises:
         PromptError: an impossible value.
@@ -30,12 +30,16 @@ class Decoding:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int):
+            raise PromptError(f"max_new_tokens={self.max_new_tokens!r} is no whole number; give one of at least 1")
         if self.max_new_tokens < 1:
             raise PromptError(f"max_new_tokens={self.max_new_tokens} makes nothing; give at least 1")
+        if not isinstance(self.stop, str | Sequence | None) or any(not isinstance(one, str) for one in self.stop or ()):
+            raise PromptError(f"stop={self.stop!r} is no text; give a string, or a list of strings")
         _ = self.sampling
 
     @property
@@ -120,7 +124,8 @@ class Row:
         self.tokens: list[int] = []
         self.text = ""
         self.reason = ""
-        self._stop = [s for s in ([options.stop] if isinstance(options.stop, str) else options.stop) if s]
+        stop = [options.stop] if isinstance(options.stop, str) else options.stop or ()
+        self._stop = [string for string in stop if string]
         self._eos = frozenset(() if options.ignore_eos else eos)
         self._limit = options.max_new_tokens
         self._held = ""  # text that may turn out to be the start of a stop string

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from restkv.errors import PromptError
 
+SEEDS = 1 << 64  # how many a generator tells apart
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,7 +21,8 @@ class Sampling:
     Filters apply in this order, each on what the one before left: temperature, top_k, top_p, min_p.
 
     Args:
-        temperature: divides the logits; 0 is greedy (the lowest id wins a tie).
+        temperature: divides the logits; 0 is greedy (the lowest id wins a tie). At least COLDEST otherwise: less would divide
+            them beyond what float32 holds.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose mass reaches p (the one that crosses p included); 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
@@ -34,10 +38,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         bounds = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or larger"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or larger"),
+            "temperature": (
+                self.temperature == 0 or self.temperature >= COLDEST,
+                f"0 (greedy) or at least {COLDEST:g}",
+            ),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "0 (all tokens) or a larger whole number"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "seed": (self.seed is None or _is_seed(self.seed), "that is a whole number from 0 to 2**64 - 1"),
         }
         for name, (ok, wanted) in bounds.items():
             if not ok:
@@ -48,8 +56,12 @@ class Sampling:
         seeds = [None if self.seed is None else self.seed + row for row in range(rows)]
         generators = [torch.Generator() for _ in seeds]
         for generator, seed in zip(generators, seeds, strict=True):
-            generator.seed() if seed is None else generator.manual_seed(seed)
+            generator.seed() if seed is None else generator.manual_seed(seed % SEEDS)
         return generators
+
+
+def _is_seed(seed: object) -> bool:
+    return isinstance(seed, int) and 0 <= seed < SEEDS
 
 
 def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:

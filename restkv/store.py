@@ -77,9 +77,11 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
 
     Raises:
         OutputError: the file cannot be written.
-        PolicyError: the policy's memory is no dataclass of tensors.
+        PolicyError: the policy's memory is no dataclass of tensors; or its class, or its allocation's, is none that its name
+            stands for: the file could not be read again, or would be read as another policy.
     """
     path = Path(path)
+    _require_known(session.policy)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(session).items()}
     meta = json.dumps(
         {
@@ -97,6 +99,19 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
         with contextlib.suppress(OSError):
             part.unlink()
         raise OutputError(f"{path}: cannot be written ({error}); choose another place") from None
+
+
+def _require_known(policy: Policy) -> None:
+    kinds: list[tuple[Policy | Allocation, type | None]] = [
+        (policy, policy_class(policy.name)),
+        (policy.allocation, ALLOCATIONS.get(policy.allocation.name)),
+    ]
+    for one, known in kinds:
+        if type(one) is not known:
+            raise PolicyError(
+                f"{type(one).__name__} is not what the name {one.name!r} stands for, and would be read back as something else; "
+                "register it under a name of its own (docs/policies.md)"
+            )
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
@@ -149,6 +164,8 @@ def load_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, A
         PromptError: no such file, a damaged one, not one of ours, or one of another model (both are named).
     """
     path = Path(path)
+    if path.is_dir():
+        raise PromptError(f"{path}: is a folder; give the file that was saved")
     try:
         with safe_open(path, "pt") as file:
             labels = file.metadata() or {}
@@ -190,9 +207,9 @@ def _revived(
         ring.copy_(here[f"queries.{index}"])
     cache.next_pos.copy_(here["next_pos"])
     cache.lag.copy_(here["lag"])
-    session.logits_BV = here["logits"]
+    session.logits_BV = here["logits"].clone()  # what is read from the file would change with it
     session.evictor.counted_B.copy_(here["counted"])
     for row, state in enumerate(session.evictor.states):
         for name in _state_fields(session.policy, state):
-            setattr(state, name, here[f"state.{row}.{name}"])
+            setattr(state, name, here[f"state.{row}.{name}"].clone())
     return session, meta["about"]

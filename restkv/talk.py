@@ -25,6 +25,9 @@ HELP = """\
 Ctrl-C stops an answer; at the prompt it ends the chat, as Ctrl-D does."""
 
 
+NEEDED = {"save": "one file", "load": "one file", "method": "NAME [OPTION=VALUE ...]"}
+
+
 class Talk:
     """One person's conversation on stdin, stdout and stderr.
 
@@ -41,7 +44,7 @@ class Talk:
     def run(self) -> None:
         """Answer line after line until /quit or the end of input. A user's error costs one line, not the conversation."""
         for line in _lines():
-            if line.strip() == "/quit":
+            if line.rstrip() == "/quit":
                 break
             try:
                 if line.startswith("/"):
@@ -86,6 +89,8 @@ class Talk:
             _remark(f"a new conversation, with {self._chat.policy.name}")
         elif name == "help":
             _remark(HELP)
+        elif name in NEEDED:
+            raise PromptError(f"/{' '.join((name, *words))}: give {NEEDED[name]}")
         else:
             raise PromptError(f"/{' '.join((name, *words))}: no such command; /help lists them")
 

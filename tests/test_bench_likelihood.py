@@ -321,9 +321,11 @@ def test_odd_rows_of_texts_are_named_with_file_and_line(tmp_path: Path, rows: li
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"a\xff")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
     for path, message in (
         (tmp_path / "x.txt", r"x\.txt: not UTF-8 text \(byte 1\)"),
         (tmp_path / "none.txt", r"none\.txt: cannot be read"),
+        (tmp_path / "none.parquet", r"none\.parquet: cannot be read"),
         (tmp_path / "x.parquet", r"x\.parquet: not \.txt or \.jsonl"),
     ):
         with pytest.raises(PromptError, match=message):

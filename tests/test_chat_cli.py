@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from test_chat import SYSTEM, TURNS, say
 
 import restkv
@@ -61,7 +63,8 @@ def test_a_pipe_gets_answers_and_no_prompt(talk, lm):
     lines = "\n".join(turn.strip() for turn in TURNS)
     assert talk(lines, "--budget", 64, "--system", SYSTEM) == (0, expected, [])
     assert talk("", "--budget", 64) == (0, "", [])
-    assert talk("\n\n/quit\nTom\n") == (0, "", [])
+    assert talk("\n\n/quit \nTom\n") == (0, "", [])
+    assert len(talk(" /quit\nTom\n")[1].splitlines()) == 2  # behind a space it is a message
 
 
 def test_commands_of_a_chat(talk, lm, tmp_path):
@@ -90,7 +93,7 @@ def test_mistakes_cost_a_line_each(talk, tmp_path):
     mistakes = {
         "/dance": "/dance: no such command; /help lists them",
         "/": "",
-        "/method": "/method: no such command",
+        "/method": "/method: give NAME [OPTION=VALUE ...]",
         "/method magic": "method 'magic' is unknown",
         "/method snapkv colour=red": "option 'colour' is unknown",
         "/method snapkv budget": "is not NAME=VALUE",
@@ -99,7 +102,9 @@ def test_mistakes_cost_a_line_each(talk, tmp_path):
         f"/load {tmp_path}/junk": "cannot be read as a saved context",
         f"/save {tmp_path}": "cannot be written",
         f"/save {tmp_path}/no/file": "cannot be written",
-        "/save": "/save: no such command",
+        "/method snapkv budget_by=1": "budget_by 1: choose from uniform",
+        "/save": "/save: give one file",
+        f"/load {tmp_path}": "is a folder",
         "/stats now": "no such command",
         "/save 'half": "No closing quotation",
     }
@@ -111,6 +116,37 @@ def test_mistakes_cost_a_line_each(talk, tmp_path):
     for line, words in zip(errors, expected, strict=True):
         assert words in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["junk"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("-n", "0"), "max_new_tokens=0"),
+        (("--temperature", "-1"), "temperature=-1.0"),
+        (("--seed", str(1 << 64)), f"seed={1 << 64}"),
+        (("--template",), "no chat template"),
+        (("--budget", "33", "--system", "word " * 30), "no room for the system prompt"),
+    ],
+)
+def test_what_no_turn_could_use_is_refused_before_the_first(talk, options, words):
+    code, out, err = talk("Tom\n", *options)
+    assert (code, out, len(err)) == (2, "", 1) and words in err[0]
+
+
+def test_a_saved_chat_keeps_its_method_and_options_unless_others_are_given(talk, tmp_path):
+    place = tmp_path / "talk"
+    talk(f"Tom\n/save {place}\n", "--method", "snapkv", "--budget", 48, "--set", "window=16", "--set", "kernel_size=3")
+    for options, told in (
+        ((), {"name": "snapkv", "budget": 48, "window": 16, "kernel_size": 3}),
+        (("--budget", 64), {"name": "snapkv", "budget": 64, "window": 16, "kernel_size": 3}),
+        (("--set", "window=8"), {"name": "snapkv", "budget": 48, "window": 8, "kernel_size": 3}),
+        (("--method", "restkv", "--budget", 48), {"name": "restkv", "budget": 48, "window": 32, "kernel_size": 5}),
+    ):
+        again = tmp_path / "again"
+        assert talk(f"/save {again}\n", "--load", place, *options)[0] == 0
+        with safe_open(again, "pt") as file:
+            policy = json.loads(file.metadata()["about"])["policy"]
+        assert {name: policy[name] for name in told} == told
 
 
 def test_beginning_with_a_saved_chat(talk, tmp_path):

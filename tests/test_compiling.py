@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +96,43 @@ def test_a_long_answer_goes_on_compiled(monkeypatch):
     assert [tokens for tokens, _ in asked] == [40 - EAGER_TOKENS - 1] * 2 and asked[1][1]
     assert lm.backend == "sdpa" and eager[0].stats.graphs == 0
     torch._dynamo.reset()
+
+
+WITHOUT_COMPILER = """
+import sys, warnings
+import torch
+from small import small_ids, small_model
+from restkv.errors import CompileError
+from restkv.lm import LM
+from restkv.policies import ReSTKV
+import restkv.lm
+
+restkv.lm.repays = lambda *_: True
+policy = ReSTKV(budget=20, window=4, interval=8)
+model, ids = small_model(group=3, head_dim=16), small_ids(33)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    lm = LM(model, None, by_job=True)
+    said = [lm.generate(ids, policy, max_new_tokens=30) for _ in range(2)]
+told = [str(one.message) for one in seen if "compiled" in str(one.message)]
+assert len(told) == 2 and all("there is no working C++ compiler (g++)" in one and "\\n" not in one for one in told), told
+want = LM(model, None).generate(ids, policy, max_new_tokens=30)
+assert [one.tokens for one in said] == [want.tokens] * 2 and said[0].stats.kept == want.stats.kept
+try:
+    LM(model, None, "flex").generate(ids, policy, max_new_tokens=3)
+except CompileError as error:
+    assert "'decode' cannot be compiled here: there is no working C++ compiler (g++)" in str(error), error
+else:
+    raise AssertionError("compiled without a compiler")
+"""
+
+
+def test_without_a_compiler_an_answer_goes_on_as_it_began(tmp_path):
+    environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    environment.pop("CXX", None)
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 def test_short_answers_and_fixed_backends_stay_as_they_are(monkeypatch):

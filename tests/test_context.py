@@ -17,6 +17,7 @@ from test_schedules import engine_kept
 import restkv
 from modeling.layers import Decoder
 from restkv import store
+from restkv.budgets import Allocation
 from restkv.context import CompressedContext
 from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.generate import Session
@@ -261,7 +262,7 @@ DAMAGE = {
     "a later format": (lambda place: edited(place, restkv="7"), "has format 7, this version of restkv reads 1"),
     "edited": (lambda place: edited(place, about=json.dumps({"model": "mine"})), "damaged since it was saved"),
     "gone": (lambda place: place.unlink(), "no such file"),
-    "a folder": (lambda place: place.unlink() or place.mkdir(), "cannot be read as a saved context"),
+    "a folder": (lambda place: place.unlink() or place.mkdir(), "is a folder"),
 }
 
 
@@ -327,14 +328,75 @@ def test_policies_that_this_version_does_not_know_are_refused():
             store.policy_from_dict(saved | change)
 
 
-def test_a_memory_that_cannot_be_saved_is_refused(lm, tmp_path):
+def test_a_memory_that_cannot_be_saved_is_refused(lm, tmp_path, monkeypatch):
     class Diary(ReSTKV):
+        name = "diary"
+
         def start(self):
             return ["dear diary"]
 
+    monkeypatch.setitem(POLICIES, "diary", Diary)
     context = lm.compress(CONTEXT, Diary(20, window=4))
-    with pytest.raises(PolicyError, match="restkv: its memory is no dataclass of tensors"):
+    with pytest.raises(PolicyError, match="diary: its memory is no dataclass of tensors"):
         context.save(tmp_path / "context")
+
+
+def test_what_would_be_read_back_as_something_else_is_refused(lm, tmp_path):
+    class Mine(ReSTKV):
+        name = "mine"
+
+    class Other(ReSTKV):
+        def importance(self, obs):
+            return -super().importance(obs)
+
+    class Flat(Allocation):
+        pass
+
+    for policy, words in (
+        (Mine(20, window=4), "method 'mine' is unknown"),
+        (Other(20, window=4), "Other is not what the name 'restkv' stands for"),
+        (ReSTKV(20, window=4, budget_by=Flat()), "Flat is not what the name 'uniform' stands for"),
+    ):
+        with pytest.raises(PolicyError, match=words):
+            lm.compress(CONTEXT, policy).save(tmp_path / "context")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", [ReSTKV(20, window=4), LaCache(24, window=4)], ids=lambda policy: policy.name)
+def test_what_was_loaded_does_not_change_with_the_file(lm, tmp_path, policy):
+    path = tmp_path / "context"
+    lm.compress(CONTEXT, policy).save(path)
+    loaded = CompressedContext.load(path, lm)
+    want = CompressedContext.load(path, lm).logprobs([SECOND])
+    path.write_bytes(bytes(path.stat().st_size))
+    assert loaded.logprobs([SECOND]) == want
+    with open("/proc/self/maps") as maps:
+        assert str(path) not in maps.read()  # and the file's memory is given back
+
+
+def test_one_continuation_that_is_not_in_a_list_is_refused(lm):
+    context = lm.compress(CONTEXT, ReSTKV(20, window=4))
+    for one in ("text", SECOND):
+        with pytest.raises(PromptError, match="is one text; give a list of them"):
+            context.logprobs(one)
+        with pytest.raises(PromptError, match="is one text; give a list of them"):
+            lm.logprobs(CONTEXT, one)
+
+
+def test_a_judgement_that_is_broken_off_gives_its_pages_back(lm, monkeypatch):
+    context = lm.compress(CONTEXT, ReSTKV(20, window=4))
+    pool = context._session.cache.layers[0].pool
+    free, feed = pool.free_pages, Session.feed
+
+    def broken(self, ids_B):
+        feed(self, ids_B)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "feed", broken)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            context.logprobs([SECOND])
+    assert pool.free_pages == free
 
 
 STORY = " ".join(

@@ -77,7 +77,10 @@ def test_chunks_make_the_tokens_of_a_dense_prefill():
     lm, ids = small_lm(windows=(6, None)), small_ids(40)
     dense = lm.generate(ids, FullCache(), max_new_tokens=10)
     for chunk in (1, 7, 40, 100):
-        assert lm.generate(ids, FullCache(), max_new_tokens=10, prefill="chunked", chunk=chunk).tokens == dense.tokens
+        steps: list[tuple[int, int]] = []
+        chunked = {"prefill": "chunked", "chunk": chunk, "progress": lambda *step, steps=steps: steps.append(step)}
+        assert lm.generate(ids, FullCache(), max_new_tokens=10, **chunked).tokens == dense.tokens
+        assert steps == [(min(done, len(ids)), len(ids)) for done in range(chunk, len(ids) + chunk, chunk)]
 
 
 def test_rows_end_on_their_own_and_the_others_go_on():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restkv.errors import PromptError
-from restkv.sampling import Sampling, filter_logits, sample
+from restkv.sampling import COLDEST, Sampling, filter_logits, sample
 
 logits_lists = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12)
 samplings = st.builds(
@@ -121,12 +121,22 @@ def test_without_a_seed_every_call_draws_anew():
     assert draws() != draws()
 
 
+def test_the_largest_seed_and_the_coldest_temperature_do_draw():
+    logits_BV = torch.tensor([[5.0, 900.0, -3.0]]).expand(2, 3)
+    sampling = Sampling(COLDEST, seed=(1 << 64) - 1)  # the second row's seed begins again at 0
+    assert sample(logits_BV, sampling, sampling.generators(2)).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("temperature", -0.1),
         ("temperature", math.nan),
+        ("temperature", 1e-39),
         ("top_k", -1),
+        ("top_k", 2.5),
+        ("seed", -1),
+        ("seed", 0.5),
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("min_p", -0.01),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling.tokenizer import fault
 from restkv.errors import RestKVError
 
 
@@ -38,6 +39,8 @@ class Row:
         value = self.get(name)
         if not isinstance(value, str):
             raise DataError(f"{self.place}: field {name!r} is {_show(value)}, not text")
+        if wrong := fault(value):
+            raise DataError(f"{self.place}: field {name!r} {wrong}; mend or delete the row")
         return value
 
     def texts(self, name: str) -> list[str]:

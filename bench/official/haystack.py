@@ -87,10 +87,12 @@ def _repeat(words: Tokenizer, essays: Sequence[str], length: int) -> list[int]:
 
 
 def _essays(folder: Path) -> list[str]:
-    try:
-        essays = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder}: an essay cannot be read ({error}); give UTF-8 text files") from None
+    essays = []
+    for path in sorted(folder.glob("*.txt")):
+        try:
+            essays.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); give UTF-8 text files") from None
     if not "".join(essays).strip():
         raise DataError(f"{folder}: no *.txt with text; give a folder of essays")
     return essays

@@ -17,6 +17,8 @@ from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
 
+TOO_MANY = 1 << 31  # for positions and numbers of entries, which are int32
+
 
 @dataclass(frozen=True)
 class Policy(ABC):
@@ -68,6 +70,7 @@ class Policy(ABC):
         if isinstance(self.budget_by, str):
             self._one_of("budget_by", tuple(ALLOCATIONS))
             object.__setattr__(self, "budget_by", ALLOCATIONS[self.budget_by]())
+        self._require(isinstance(self.budget_by, Allocation), "budget_by", f"choose from {', '.join(ALLOCATIONS)}")
         self._one_of("granularity", self.granularities)
         self._one_of("gqa", self.reductions)
         spans = self.protect if isinstance(self.protect, (tuple, list)) else ()
@@ -214,7 +217,10 @@ class Policy(ABC):
 
     def _require(self, condition: bool, option: str, mend: str) -> None:
         if not condition:
-            raise PolicyError(f"{self.name}: {option} {getattr(self, option)!r}: {mend}")
+            value = getattr(self, option)
+            if isinstance(value, int) and value >= TOO_MANY:
+                mend = f"give a number below {TOO_MANY}"
+            raise PolicyError(f"{self.name}: {option} {value!r}: {mend}")
 
     def _one_of(self, option: str, values: tuple[str, ...]) -> None:
         if getattr(self, option) is None and "none" in values:  # what an option written as none has been read as
@@ -223,4 +229,4 @@ class Policy(ABC):
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < TOO_MANY
