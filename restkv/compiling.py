@@ -18,7 +18,7 @@ from modeling.pages import KVCache
 
 # Seconds until the first compiled token: with kernels to be made, and with kernels that a process before has left.
 COLD, WARM = 40.0, 6.0
-GAIN = 0.5  # share of an eager step that compiling is taken to save: a guess, not yet measured
+GAIN = 0.5  # share of an eager step that compiling is taken to save; docs/performance.md has what it saved where it was measured
 EAGER_TOKENS = 8  # after so many the time of an eager step is known
 
 
