@@ -5,7 +5,6 @@ torch is imported inside the functions, so that --help answers at once.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,16 +87,16 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def parse_compression(text: str) -> tuple[float, ...]:
-    """Numbers of at least 1.
+    """Numbers; that they are at least 1 is for the plan to say, which knows what they are of.
 
     Raises:
-        PromptError: anything else.
+        PromptError: no numbers.
     """
     try:
         rates = tuple(map(float, split_names(text)))
     except ValueError:
         rates = ()
-    if not rates or not all(1 <= rate < math.inf for rate in rates):
+    if not rates:
         raise PromptError(f"--compression {text!r}: give numbers of at least 1, separated by commas")
     return rates
 

@@ -191,8 +191,9 @@ def _check(lm: LM, plan: Plan) -> None:
     for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
         if not values:
             raise PromptError(f"no {name} is given; name at least one")
-    for rate in (rate for rate in plan.compression if not 1 <= rate < math.inf):
-        raise PromptError(f"compression {rate:g}: the prompt over what is kept; give at least 1")
+    wrong = [rate for rate in plan.compression if not 1 <= rate < math.inf]
+    if wrong:
+        raise PromptError(f"compression {wrong[0]:g}: the prompt over what is kept; give at least 1")
     if max(plan.lengths) > lm.config.max_positions:
         warnings.warn(
             f"length {max(plan.lengths)} exceeds the model's {lm.config.max_positions} positions; the text may degrade",

@@ -77,11 +77,8 @@ class Chat:
         if self.tokens:
             return
         with warnings.catch_warnings(action="ignore"):  # the first turn says again what there is to say
-            self._spared = self._system_tokens(self._rendered("1"), "1")
-        try:
-            self._sparing(self.policy)
-        finally:
-            self._spared = 0
+            spared = self._system_tokens(self._rendered("1"), "1")
+        self._sparing(self.policy, spared)
 
     # -- talking
 
@@ -136,7 +133,7 @@ class Chat:
         if self._session is None:
             if not self.tokens:
                 self._spared = self._system_tokens(new, text)
-            policy = self._sparing(self.policy)
+            policy = self._sparing(self.policy, self._spared)
             session = self._prefilled(policy, self.tokens + new, max_new_tokens)
             self.policy = policy
             return session
@@ -198,21 +195,21 @@ class Chat:
             )
         return same
 
-    def _sparing(self, policy: Policy) -> Policy:
-        """The policy with the system prompt among its protected spans.
+    def _sparing(self, policy: Policy, spared: int) -> Policy:
+        """The policy with the system prompt, so many leading tokens, among its protected spans.
 
         Raises:
             PolicyError: it does not fit into the budget.
         """
-        span = (0, self._spared)
-        if policy.budget is None or not self._spared or span in policy.protect:
+        span = (0, spared)
+        if policy.budget is None or not spared or span in policy.protect:
             return policy
         policy = replace(policy, protect=(*policy.protect, span))
         least = min(policy.layer_budgets(EVER, self.lm.config.num_layers))
         newest = policy.newest(least)
-        if self._spared + newest > least:
+        if spared + newest > least:
             raise PolicyError(
-                f"budget {policy.budget}: no room for the system prompt's {self._spared} tokens and the {newest} newest entries "
+                f"budget {policy.budget}: no room for the system prompt's {spared} tokens and the {newest} newest entries "
                 f"in a layer of {least}; raise the budget, or shorten the prompt"
             )
         return policy
@@ -227,7 +224,7 @@ class Chat:
             PolicyError: a fractional budget, or one without room for the system prompt; the chat stays as it was.
         """
         self.stop()
-        policy = self._sparing(_unbroken(policy))
+        policy = self._sparing(_unbroken(policy), self._spared)
         if self.tokens:
             self._session = self._prefilled(policy, self.tokens, 1)
         self.policy = policy

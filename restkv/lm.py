@@ -262,7 +262,7 @@ class LM:
                 if session.engine is self.engine:
                     raise
                 warnings.warn(f"{error}; the answer goes on without", RestKVWarning, stacklevel=3)
-                session.engine = self.engine
+                session.engine, self._by_job = self.engine, False  # nor will the next answer's
                 session.feed(drawn_NB[-1])
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:

@@ -146,7 +146,9 @@ class Observation:
             return 0  # asking would wait for the device
         if self.window is not None or self.keep is not None:
             return 0
-        hidden_C = ((self.pos < 0) | (self.pos > self.q_pos.amin(-1)[:, None, None])).flatten(0, 1).any(0).numpy()
+        hidden_C = (
+            ((self.pos < 0) | (self.pos > self.q_pos.amin(-1)[:, None, None])).flatten(0, 1).any(0).numpy()
+        )  # no sync: a CPU
         return int(hidden_C.argmax()) if hidden_C.any() else len(hidden_C)
 
     def attention(self, lse_BHW: Tensor, columns: slice = slice(None)) -> Tensor:

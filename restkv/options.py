@@ -61,14 +61,13 @@ DtypeOption = Annotated[
     str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
 ]
 
-MethodOption = Annotated[
-    str, typer.Option(rich_help_panel=KEEP, help="What decides which entries stay; see `restkv methods`.")
-]
+WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
+MethodOption = Annotated[str, typer.Option(rich_help_panel=KEEP, help=WHAT_STAYS)]
 LoadedMethodOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=KEEP,
-        help="What decides which entries stay; see `restkv methods`.",
+        help=WHAT_STAYS,
         show_default="restkv, or that of the chat that is loaded",
     ),
 ]

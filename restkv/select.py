@@ -69,6 +69,7 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
     above_XC = score_XC > lowest_X1  # not -inf, so `among`
     tied_XC = among_XC & (score_XC == lowest_X1)
     left_X1 = count_X1 - above_XC.sum(-1, keepdim=True)
+    # No sync, here and below: numpy sees what is on a CPU only.
     if _numpy_sees(tied_XC) and (tied_XC.numpy().sum(-1, keepdims=True) <= left_X1.numpy()).all():
         return (above_XC | tied_XC) & (count_X1 > 0)
     later_first_C = torch.arange(columns - 1, -1, -1, device=pos_XC.device)
@@ -144,7 +145,7 @@ def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:
     """The n-th largest of each line, n in 1..most (the largest for a smaller n); no value is NaN."""
     if not _numpy_sees(value_XC):
         return value_XC.topk(most, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
-    lines_NC = value_XC.detach().flatten(0, -2).numpy()
+    lines_NC = value_XC.detach().flatten(0, -2).numpy()  # no sync: a CPU
     place_N = lines_NC.shape[-1] - n_X1.flatten().clamp(1).numpy()
     if (place_N == place_N[:1]).all():
         nth_N = np.partition(lines_NC, place_N[:1], axis=-1)[:, place_N[0]]

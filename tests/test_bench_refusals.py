@@ -31,10 +31,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("bench ruler --compression nan", "--compression 'nan': give numbers of at least 1"),
-        ("bench ruler --compression 8,0.5", "--compression '8,0.5': give numbers"),
+        ("bench ruler --compression nan", "compression nan: the prompt over what is kept; give at least 1"),
+        ("bench ruler --compression 8,0.5", "compression 0.5: the prompt over what is kept"),
         ("bench needle --compression nan --samples 1", "compression nan"),
-        ("bench smoothing --compression inf", "--compression 'inf'"),
+        ("bench smoothing --compression inf", "compression inf: give at least 1"),
         ("bench smoothing --length 1", "length 1: give at least 2"),
         ("bench smoothing --tail 0", "tail 0: give at least 2"),
         ("bench smoothing --samples 0", "samples 0: give at least 1"),

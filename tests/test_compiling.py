@@ -115,7 +115,7 @@ with warnings.catch_warnings(record=True) as seen:
     lm = LM(model, None, by_job=True)
     said = [lm.generate(ids, policy, max_new_tokens=30) for _ in range(2)]
 told = [str(one.message) for one in seen if "compiled" in str(one.message)]
-assert len(told) == 2 and all("there is no working C++ compiler (g++)" in one and "\\n" not in one for one in told), told
+assert len(told) == 1 and "there is no working C++ compiler (g++)" in told[0] and "\\n" not in told[0], told  # tried once
 want = LM(model, None).generate(ids, policy, max_new_tokens=30)
 assert [one.tokens for one in said] == [want.tokens] * 2 and said[0].stats.kept == want.stats.kept
 try:
