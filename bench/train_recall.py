@@ -491,6 +491,8 @@ def main() -> None:
     if args.show is not None:
         show(Lessons(tokenizer, args.show))
         return
+    # Sharp attention's gradients are full of numbers below 1e-38, for which Intel's processors take 2 to 4 times as long.
+    torch.set_flush_denormal(True)  # before the first parallel work: its threads inherit it
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = Decoder(config)
