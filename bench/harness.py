@@ -318,7 +318,7 @@ class RestKVHarness(TemplateLM):
         wanted = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         eos = None if self.eot_token_id is None else self.tok.decode([self.eot_token_id], skip_special=False)
         decoding = {
-            "stop": handle_stop_sequences(wanted.pop("until"), eos),
+            "stop": [text for text in handle_stop_sequences(wanted.pop("until"), eos) if text],
             "max_new_tokens": wanted.pop("max_gen_toks"),
             "temperature": 0.0,
             **{name: wanted.pop(name) for name in SAMPLING if name in wanted},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -73,10 +73,14 @@ def markdown(folder: Path) -> str:
     run = as_json(folder)
     blocks = [_how_made(run)]
     for table in run["tables"]:
-        lines = [table["columns"], [":--", *["--:"] * (len(table["columns"]) - 1)], *table["lines"]]
-        blocks.append(f"**{table['caption']}**")
-        blocks.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
+        blocks += [f"**{table['caption']}**", markdown_table(table["columns"], table["lines"])]
     return "\n\n".join(blocks) + "\n"
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left and the others to the right."""
+    rows = [columns, [":--", *["--:"] * (len(columns) - 1)], *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def latex(folder: Path) -> str:

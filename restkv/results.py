@@ -40,7 +40,15 @@ class Decoding:
             raise PromptError(f"max_new_tokens={self.max_new_tokens} makes nothing; give at least 1")
         if not isinstance(self.stop, str | Sequence | None) or any(not isinstance(one, str) for one in self.stop or ()):
             raise PromptError(f"stop={self.stop!r} is no text; give a string, or a list of strings")
+        if "" in self.stops:
+            raise PromptError(
+                f"stop={self.stop!r}: an empty string would end every answer before it begins; leave it out"
+            )
         _ = self.sampling
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def sampling(self) -> Sampling:
@@ -124,8 +132,7 @@ class Row:
         self.tokens: list[int] = []
         self.text = ""
         self.reason = ""
-        stop = [options.stop] if isinstance(options.stop, str) else options.stop or ()
-        self._stop = [string for string in stop if string]
+        self._stops = options.stops
         self._eos = frozenset(() if options.ignore_eos else eos)
         self._limit = options.max_new_tokens
         self._held = ""  # text that may turn out to be the start of a stop string
@@ -147,11 +154,11 @@ class Row:
         return self._release()
 
     def _release(self) -> str:
-        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        ends = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if ends:
             self.reason, piece, self._held = "stop", self._held[: min(ends)], ""
         else:
-            hold = 0 if self.reason else max((_overlap(self._held, stop) for stop in self._stop), default=0)
+            hold = 0 if self.reason else max((_overlap(self._held, stop) for stop in self._stops), default=0)
             cut = len(self._held) - hold
             piece, self._held = self._held[:cut], self._held[cut:]
         self.text += piece

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.train_recall import make_tokenizer
+from bench.lessons import make_tokenizer
 from modeling.families import read_config
 from modeling.layers import Decoder
 from modeling.loading import tensor_slots

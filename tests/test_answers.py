@@ -79,7 +79,7 @@ def test_text_held_back_for_a_stop_comes_out_when_it_does_not_follow(lm, story):
     pieces = list(lm.stream(PROMPT, FullCache(), max_new_tokens=48, stop=almost))
     assert "".join(pieces) == story.text
     ending = story.text[-3:] + "#"  # held back until the very end
-    done = lm.generate(PROMPT, FullCache(), max_new_tokens=48, stop=[ending, ""])
+    done = lm.generate(PROMPT, FullCache(), max_new_tokens=48, stop=[ending])
     assert done.text == story.text
     assert done.finish_reason == "length"
 

@@ -37,6 +37,7 @@ def lm(stories260k) -> LM:
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"temperature": 1.0, "seed": 1 << 64}, "seed=18446744073709551616"),
         ([1], {"stop": 7}, "stop=7 is no text"),
+        ([1], {"stop": ""}, "stop='': an empty string"),
         ([1], {"stop": ["a", 7]}, r"stop=\['a', 7\] is no text"),
         ([1], {"prefill": "sparse"}, "prefill 'sparse'"),
         ([1], {"prefill": "chunked", "chunk": 0}, "chunk=0"),
