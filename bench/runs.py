@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -229,6 +230,7 @@ def versions() -> dict[str, str]:
     return {"restkv": __version__} | {name: version(name) for name in ("torch", "tokenizers", "numpy")}
 
 
+@cache  # every row says them, and looking them up reads files
 def versions_text() -> str:
     """The versions as every row says them."""
     return ", ".join(f"{name} {number}" for name, number in versions().items())

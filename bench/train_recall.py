@@ -111,7 +111,7 @@ class Stage:
         enough: share of right answers (running mean, of the worst of all ASKS but COUNTED) at which the next stage begins.
         steps: at most so many.
         reach: positions up to which STRETCHED of the lessons are stretched, 0 for none.
-        falls: whether the pace falls to nothing in the stage.
+        falls: whether the pace falls to nothing in the stage. At full pace the noise of small batches hides what has been learnt.
     """
 
     lengths: tuple[int, ...]
@@ -121,14 +121,14 @@ class Stage:
     enough: float
     steps: int
     reach: int = 0
-    falls: bool = False
+    falls: bool = True
 
 
 FACTS = {"codes": 0.68, "boxes": 0.27, "counts": 0.05}
 LOOKED_UP = {"codes": 0.7, "boxes": 0.27, "counts": 0.03}
 STAGES = (
     # Random sequences that repeat make the heads that copy. Without them answers were still guesses after ten times the steps.
-    Stage((64,), {"repeats": 1.0}, 0.0, 1.0, 0.9, 1500),
+    Stage((64,), {"repeats": 1.0}, 0.0, 1.0, 0.9, 1500, falls=False),
     # All kinds of questions at once: after single codes alone it was luck whether the several codes of one thing were learnt.
     Stage((128,), {"repeats": 0.3, "codes": 0.5, "boxes": 0.2}, 0.3, 1.0, 0.9, 800),
     Stage((128, 256), {"repeats": 0.1, "codes": 0.6, "boxes": 0.25, "counts": 0.05}, 0.7, 1.0, 0.9, 500, reach=512),
@@ -137,8 +137,8 @@ STAGES = (
     Stage((1024, 2048), FACTS, 0.9, 0.6, 0.95, 400, reach=8192),
     Stage((1024, 2048, 4096), FACTS, 0.9, 0.5, 0.95, 300, reach=8192),
     # One lesson of 8,192 tokens is a whole step, and takes as long as five of 1,024.
-    Stage((1024, 2048, 4096, 8192), FACTS, 0.9, 0.5, 2.0, 250, reach=8192, falls=True),
-    Stage((2048, 4096, 8192, 8192), LOOKED_UP, 0.9, 0.4, 2.0, 180, reach=8192, falls=True),
+    Stage((1024, 2048, 4096, 8192), FACTS, 0.9, 0.5, 2.0, 250, reach=8192),
+    Stage((2048, 4096, 8192, 8192), LOOKED_UP, 0.9, 0.4, 2.0, 180, reach=8192),
 )
 LEAST = 40  # steps in a stage, for the running mean to mean something
 
