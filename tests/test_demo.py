@@ -45,11 +45,11 @@ def test_it_tells_the_needles_the_answers_and_what_they_cost(capsys: pytest.Capt
 
 def test_a_text_that_is_read_sparsely_is_answered_from_what_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
     prefill = "a-shape:sinks=16:local=16:block=32"
-    assert main([*SMALL, "--seed", "2", "--methods", "restkv", "--prefill", prefill]) == 0
+    assert main([*SMALL, "--seed", "1", "--methods", "restkv", "--prefill", prefill]) == 0
     rows = table(capsys.readouterr().out)
     lm = restkv.load(RECALL)
     frame = Frame(lm.tokenizer)
-    sample = make_sample("niah_multiquery", 512, 2, 0, frame)
+    sample = make_sample("niah_multiquery", 512, 1, 0, frame)
     prompt = [token for part in frame.ids(sample.context, sample.question, sample.answer_prefix) for token in part]
     for label, policy in (("full", restkv.FullCache()), ("restkv", restkv.ReSTKV(budget=64, interval=None))):
         said = lm.generate(prompt, policy, max_new_tokens=sample.max_new_tokens, stop=".", prefill=prefill)
