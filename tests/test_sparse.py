@@ -111,9 +111,16 @@ def test_sparse_attention_is_attention_under_an_explicit_mask(shape, chunk):
 
 
 @settings(max_examples=60)
-@given(shape=SHAPES, chunk=st.integers(1, 70), elements=st.sampled_from([1, 400, 4000, 1 << 21]))
-def test_attention_that_columns_collect_in_blocks_of_any_size(shape, chunk, elements):
+@given(
+    shape=SHAPES,
+    chunk=st.integers(1, 70),
+    elements=st.sampled_from([1, 400, 4000, 1 << 21]),
+    sharpness=st.sampled_from([1, 30]),
+)
+def test_attention_that_columns_collect_in_blocks_of_any_size(shape, chunk, elements, sharpness):
+    """Sharp attention too, most of whose weights are no normal float32."""
     q_HLD, k_KLD, _ = tensors(**shape)
+    q_HLD = q_HLD * sharpness
     length, window = shape["length"], shape["window"]
     q_L1, k_L = torch.arange(length)[:, None], torch.arange(length)
     seen_LL = (k_L <= q_L1) & (k_L > q_L1 - (length if window is None else window))
