@@ -48,14 +48,12 @@ def table(wish: Mapping[str, Any], results: Path) -> str:
     Raises:
         ValueError: see quoted.
     """
-    tables = json.loads((results / wish["from"]).read_text())["tables"]
-    captions = [table["caption"] for table in tables]
-    found = [table for table in tables if table["caption"] == wish["table"]] or [
-        table for table in tables if table["caption"].startswith(wish["table"])
-    ]
-    if len(found) != 1:
-        raise ValueError(f"{wish['from']}: {wish['table']!r} begins {len(found)} captions of {captions}; name one")
-    columns, lines = found[0]["columns"], found[0]["lines"]
+    tables = {part["caption"]: part for part in json.loads((results / wish["from"]).read_text("utf-8"))["tables"]}
+    begun = [caption for caption in tables if caption.startswith(wish["table"])]
+    if wish["table"] not in tables and len(begun) != 1:
+        raise ValueError(f"{wish['from']}: {wish['table']!r} begins {len(begun)} captions; give one of {list(tables)}")
+    found = tables.get(wish["table"]) or tables[begun[0]]
+    columns, lines = found["columns"], found["lines"]
 
     def place(column: str) -> int:
         if column not in columns:
@@ -94,12 +92,15 @@ def main() -> None:
     check = parser.parse_args().check
     stale = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = path.read_text()
-        fresh = quoted(text, ROOT / "bench" / "results")
+        text = path.read_text("utf-8")
+        try:
+            fresh = quoted(text, ROOT / "bench" / "results")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path.relative_to(ROOT)}: {error}") from None
         if fresh != text:
             stale.append(path.relative_to(ROOT))
             if not check:
-                path.write_text(fresh)
+                path.write_text(fresh, "utf-8")
     for path in stale:
         print(f"{path}: {'is not what bench/results says' if check else 'written'}")
     if check and stale:

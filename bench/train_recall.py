@@ -111,7 +111,7 @@ class Stage:
         enough: share of right answers (running mean, of the worst of all ASKS but COUNTED) at which the next stage begins.
         steps: at most so many.
         reach: positions up to which STRETCHED of the lessons are stretched, 0 for none.
-        falls: whether the pace falls to nothing in the stage. At full pace the noise of small batches hides what has been learnt.
+        falls: whether the pace falls to nothing in the stage (docs/recall-mini.md compares).
     """
 
     lengths: tuple[int, ...]

@@ -232,7 +232,7 @@ class LM:
         laps: list[float] = []
         lap, left = 0.0, decoding.max_new_tokens
         while True:
-            ahead = stats.ttft_s > 0 and not decoding.stop  # a stop string is seen in the text alone
+            ahead = stats.ttft_s > 0 and not decoding.stops  # a stop string is seen in the text alone
             most = min(burst, left) if ahead else 1
             drawn_NB = session.draw(most, decoding.sampling, generators, ends_E)
             tokens_NB = drawn_NB.tolist()  # sync: once per burst; a row that has ended is not fed

@@ -26,11 +26,12 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_what_documents_quote_is_what_was_measured(path: Path) -> None:
-    assert quoted(path.read_text(), ROOT / "bench" / "results") == path.read_text(), "python -m bench.quote mends it"
+    text = path.read_text("utf-8")
+    assert quoted(text, ROOT / "bench" / "results") == text, "python -m bench.quote mends it"
 
 
 def test_the_results_page_quotes() -> None:
-    assert (ROOT / "docs" / "results.md").read_text().count("<!-- quote ") > 15
+    assert (ROOT / "docs" / "results.md").read_text("utf-8").count("<!-- quote ") > 15
 
 
 def test_a_quoted_table_is_written_anew_and_nothing_else(results: Path) -> None:

@@ -118,7 +118,7 @@ def test_sparse_attention_is_attention_under_an_explicit_mask(shape, chunk):
     sharpness=st.sampled_from([1, 30]),
 )
 def test_attention_that_columns_collect_in_blocks_of_any_size(shape, chunk, elements, sharpness):
-    """Sharp attention too, most of whose weights are no normal float32."""
+    """Sharp attention too, whose smallest weights are no normal float32."""
     q_HLD, k_KLD, _ = tensors(**shape)
     q_HLD = q_HLD * sharpness
     length, window = shape["length"], shape["window"]
