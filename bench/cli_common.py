@@ -67,8 +67,8 @@ def load_model(model: str, dtype: str, device: str, backend: str) -> LM:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+    """What stands between commas, nothing twice."""
+    return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ def parse_compression(text: str) -> tuple[float, ...]:
         PromptError: no numbers.
     """
     try:
-        rates = tuple(map(float, split_names(text)))
+        rates = tuple(dict.fromkeys(map(float, split_names(text))))
     except ValueError:
         rates = ()
     if not rates:
@@ -108,7 +108,8 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
         PromptError: anything else.
     """
     try:
-        budgets = tuple(float(part) if "." in part else int(part) for part in split_names(text))
+        numbers = (float(part) if "." in part else int(part) for part in split_names(text))
+        budgets = tuple({repr(number): number for number in numbers}.values())  # 1 entry is not 1.0, which is all
     except ValueError:
         budgets = ()
     if not all(0 < budget <= 1 if isinstance(budget, float) else budget > 0 for budget in budgets) or not budgets:

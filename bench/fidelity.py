@@ -32,7 +32,7 @@ from bench.kept import kept_masks
 from bench.methods import Method, check, equal_bytes
 from bench.oracle import Oracle
 from bench.outputs import LayerTrace, full_pass, observation, relative_error
-from bench.plans import Asked, Cell, cells_of, share
+from bench.plans import Asked, Cell, cells_of, distinct, share
 from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
 from bench.tasks import Frame, make_sample, parted
 from bench.together import kept_mean, pattern_of, prefill_together
@@ -93,12 +93,13 @@ class FidelityPlan:
 
     @property
     def cells(self) -> list[Cell]:
-        return cells_of(self.methods, self.budgets)
+        return distinct(cells_of(self.methods, self.budgets), self.context)
 
     @property
     def oracle_cells(self) -> list[Cell]:
         """Those that evict something of an oracle's context."""
-        return [cell for cell in self.cells if share(cell.asked, self.oracle_context) < self.oracle_context]
+        cells = distinct(cells_of(self.methods, self.budgets), self.oracle_context)
+        return [cell for cell in cells if share(cell.asked, self.oracle_context) < self.oracle_context]
 
     @property
     def results(self) -> int:
@@ -189,10 +190,9 @@ def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Passage]:
     room = len(ids) - size
     if room + 1 < plan.windows:
         raise PromptError(f"the text has room for {room + 1} different windows, not for {plan.windows}; give more text")
-    if room < (plan.windows - 1) * plan.tail:
+    if room < (plan.windows - 1) * size:
         warnings.warn(
-            f"the text has {len(ids)} tokens: {plan.windows} windows share some of the tokens compared, so that intervals come "
-            "out too narrow",
+            f"the text has {len(ids)} tokens: {plan.windows} windows of {size} overlap, so that intervals come out too narrow",
             RestKVWarning,
             stacklevel=3,
         )

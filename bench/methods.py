@@ -12,10 +12,13 @@ Letters: L prompt length, H query heads, K KV heads, G = H / K.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+from bench.runs import digest
 from bench.together import kept_mean, prefill_together
 from restkv.errors import PolicyError
 from restkv.evict import Evictor
@@ -71,7 +74,7 @@ class Method:
         """The policy with a budget of so many entries per head.
 
         A default window longer than half of that shrinks to it, or there would be nothing to choose among; and a pyramid
-        spends its budget exactly. What an option or a preset says stays as it is.
+        spends its budget exactly, unless it is the preset's. What an option or a preset says stays as it is.
 
         Raises:
             PolicyError: unknown name, preset or option, or a budget they do not fit into.
@@ -87,13 +90,23 @@ class Method:
         if self.once and "interval" not in given:
             options["interval"] = None
         policy = get_policy(self.name, self.preset, **options)
-        if self.preset is None and getattr(policy.allocation, "exact", True) is False:
+        as_preset = self.preset is not None and "budget_by" not in self.options
+        if not as_preset and getattr(policy.allocation, "exact", True) is False:
             policy = replace(policy, budget_by=replace(policy.allocation, exact=True))  # type: ignore[call-arg]
         return policy
 
     def describe(self, entries: int) -> dict[str, Any]:
-        """JSON-ready: what a manifest says of the method, for a budget of so many entries."""
-        return {"preset": self.preset, "policy": policy_to_dict(self.policy(entries))}
+        """JSON-ready: what a manifest says of the method, for a budget of so many entries, and of the code it runs."""
+        policy = self.policy(entries)
+        return {"preset": self.preset, "policy": policy_to_dict(policy), "source": _source(type(policy))}
+
+
+def _source(cls: type[Policy]) -> str | None:
+    """A name for exactly the module that a policy is written in; None where it is not in a file."""
+    try:
+        return digest(inspect.getsource(sys.modules[cls.__module__]))
+    except (OSError, TypeError):
+        return None
 
 
 def parse_methods(text: str, once: bool = False) -> list[Method]:

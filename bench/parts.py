@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from bench import tables_likelihood
 from bench.official import tables as official
+from bench.runs import SAMPLES, RunError
 from bench.tables import Part, Row, fidelity_parts, needle_parts, ruler_parts
 
 MAKERS = {
@@ -18,12 +20,22 @@ MAKERS = {
 
 
 def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
-    """Tables and figures of a run, in reading order."""
+    """Tables and figures of a run, in reading order.
+
+    Raises:
+        RunError: a row lacks something (it is named).
+    """
     if not rows:
         return []
-    if kind in official.TITLES:
-        return official.parts(kind, arguments, rows)
-    return MAKERS[kind](arguments, rows)
+    make = partial(official.parts, kind) if kind in official.TITLES else MAKERS[kind]
+    try:
+        return make(arguments, rows)
+    except KeyError as error:
+        whole = [row for row in rows if error.args[0] in row]
+        if not whole or len(whole) == len(rows):
+            raise  # not a row that lacks what others have
+        broken = next(row["key"] for row in rows if error.args[0] not in row)
+        raise RunError(f"result {broken!r} has no {error}; delete its line of {SAMPLES} and run again") from None
 
 
 def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tuple[int, int]:

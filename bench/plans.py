@@ -25,7 +25,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        return f"{self.method.label}/{self.asked:g}"
+        """Short where that tells it from all others: six digits may not, and 1.0 (everything) is not 1 (an entry)."""
+        short = f"{self.asked:g}"
+        clear = self.method.full or (float(short) == self.asked and repr(self.asked) != "1.0")
+        return f"{self.method.label}/{short if clear else repr(self.asked)}"
 
     def about(self, entries: int, policy: Policy) -> dict[str, Any]:
         """What a row says of it: what was asked for, and the policy it became."""
@@ -45,6 +48,11 @@ def cells_of(methods: Sequence[Method], budgets: Sequence[Asked]) -> list[Cell]:
     return [Cell(method, asked) for method in methods for asked in ((1.0,) if method.full else budgets)]
 
 
+def distinct(cells: Sequence[Cell], length: int) -> list[Cell]:
+    """Without cells that come to as many entries of `length` tokens as an earlier one of their method."""
+    return list({(cell.method.label, share(cell.asked, length)): cell for cell in reversed(cells)}.values())[::-1]
+
+
 def share(asked: Asked, length: int) -> int:
     """Entries per KV head: a whole number is that many, a fraction is one of the prompt."""
     return max(1, round(asked * length)) if isinstance(asked, float) else asked
@@ -53,6 +61,19 @@ def share(asked: Asked, length: int) -> int:
 def compressed(asked: Asked, length: int) -> int:
     """Entries per KV head at a compression, which is the prompt's length over them."""
     return max(1, round(length / asked))
+
+
+def check_compression(rates: Sequence[float], length: int) -> None:
+    """Refuse compressions that are none, or leave less than an entry of the shortest prompt.
+
+    Raises:
+        PromptError: names the first.
+    """
+    for rate in rates:
+        if not 1 <= rate <= length:
+            raise PromptError(
+                f"compression {rate:g}: the prompt over what is kept; give at least 1, and at most its {length} tokens"
+            )
 
 
 def policy_of(lm: LM, cell: Cell, entries: int, prompt: Sequence[int], once: bool) -> Policy:

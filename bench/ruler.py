@@ -6,7 +6,6 @@ context is compressed first and asked afterwards (restkv.LM.compress). Rankings 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods import Method, check, equal_bytes
-from bench.plans import Cell, cells_of, compressed, modes_of
+from bench.plans import Cell, cells_of, check_compression, compressed, modes_of
 from bench.runs import Report, Run, describe, digest, open_run, setting, versions_text
 from bench.tasks import Frame, Sample, make_sample, score
 from bench.together import answer_all, pattern_of
@@ -191,9 +190,7 @@ def _check(lm: LM, plan: Plan) -> None:
     for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
         if not values:
             raise PromptError(f"no {name} is given; name at least one")
-    wrong = [rate for rate in plan.compression if not 1 <= rate < math.inf]
-    if wrong:
-        raise PromptError(f"compression {wrong[0]:g}: the prompt over what is kept; give at least 1")
+    check_compression(plan.compression, min(plan.lengths))
     if max(plan.lengths) > lm.config.max_positions:
         warnings.warn(
             f"length {max(plan.lengths)} exceeds the model's {lm.config.max_positions} positions; the text may degrade",

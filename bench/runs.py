@@ -108,7 +108,7 @@ def open_run(
         report: called after every row.
         may_grow: a number among the arguments that may be larger than it was: what it adds comes after all that is there.
     Raises:
-        RunError: the folder cannot be written, is in use, or holds a run with other arguments (the difference is named).
+        RunError: the folder cannot be written, is in use, or holds a run with other arguments or policies (named).
     """
     made = {"kind": kind, "arguments": dict(arguments), "versions": versions()}
     try:
@@ -131,6 +131,7 @@ def open_run(
             if grown:
                 manifest = {**manifest, "arguments": {**before, may_grow: now["arguments"][may_grow]}}
             _require_same(folder, manifest, now)
+            _require_same_policies(folder, manifest.get("methods", {}), details.get("methods", {}))
             if grown:
                 _write_manifest(path, manifest)
         else:
@@ -192,14 +193,14 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """All finished rows of a folder, also of one that is being written to.
 
     Raises:
-        RunError: a line is no JSON object with a key (it is named).
+        RunError: a line is no JSON object with a key, or has the key of an earlier one (it is named).
     """
     path = folder / SAMPLES
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
         try:
             row = json.loads(line)
@@ -207,8 +208,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict) or "key" not in row:
             raise RunError(f"{path}: line {number} is not a result; delete it and run again")
-        rows.append(row)
-    return rows
+        if row["key"] in rows:
+            raise RunError(f"{path}: line {number} repeats the result {row['key']!r}; delete it")
+        rows[row["key"]] = row
+    return list(rows.values())
 
 
 def chosen_rows(count: int, fraction: float, limit: int | None) -> list[int]:
@@ -272,6 +275,18 @@ def _require_same(folder: Path, manifest: Mapping[str, Any], made: Mapping[str, 
         if before.get(name) != now.get(name):
             was, is_ = (json.dumps(part.get(name), ensure_ascii=False) for part in (before, now))
             raise RunError(f"{folder}: holds a run with {name} {was}, this one has {is_}; choose another --out")
+
+
+def _require_same_policies(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on where defaults or the code of a policy have changed: a plugin's version is not among the versions."""
+    for label, method in json.loads(json.dumps(now)).items():
+        was, is_ = (
+            {**part.get("policy", {}), "source": part.get("source")} for part in (before.get(label, {}), method)
+        )
+        for name, value in is_.items():
+            if label in before and was.get(name) != value:
+                pair = f"{json.dumps(was.get(name))}, this one has {json.dumps(value)}"
+                raise RunError(f"{folder}: holds a run with {label}'s {name} {pair}; choose another --out")
 
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ data of the user's the texts are generated prose (bench/prose.py), and the class
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from bench.choice import choice_rows, fill_choices, shortest, told_items
 from bench.corpus import Document, prose
 from bench.methods import Method, check
 from bench.perplexity import Protocol, fill_perplexity, texts_digest
-from bench.plans import Cell, cells_of, compressed, modes_of
+from bench.plans import Cell, cells_of, check_compression, compressed, modes_of
 from bench.runs import Report, describe, digest, open_run, setting
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
@@ -73,10 +72,10 @@ def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | No
         none of the compressions. RunError: see open_run.
     """
     least = {"length": 2, "tail": 2, "windows": 1, "samples": 1}
-    numbers = [(name, getattr(plan, name), bound) for name, bound in least.items()]
-    for name, value, bound in [*numbers, *(("compression", rate, 1) for rate in plan.compression)]:
-        if not bound <= value < math.inf:
-            raise PromptError(f"{name} {value:g}: give at least {bound}")
+    for name, bound in least.items():
+        if getattr(plan, name) < bound:
+            raise PromptError(f"{name} {getattr(plan, name)}: give at least {bound}")
+    check_compression(plan.compression, plan.length)
     modes, protocol = modes_of(plan.question), Protocol("prefill", plan.tail, plan.length)
     documents = plan.documents or (prose(lm.tokenizer, plan.windows * (plan.length + plan.tail), plan.seed),)
     windows = protocol.windows(lm, documents, plan.windows)

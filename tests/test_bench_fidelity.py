@@ -271,6 +271,15 @@ def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None
     assert (part / SAMPLES).read_bytes() == (tmp_path / "whole" / SAMPLES).read_bytes()
 
 
+def test_budgets_that_come_to_the_same_entries_are_one(text: str, tmp_path: Path) -> None:
+    lm, methods = restkv.load(RECALL), tuple(parse_methods("snapkv"))
+    plan = FidelityPlan(text, methods, (20, 0.5, 0.25), context=80, tail=8, windows=2, oracle=1, oracle_context=40)
+    rows = read_rows(run_fidelity(lm, plan, tmp_path))
+    assert len(rows) == plan.results == 2 * 3 + 1 * 2
+    ours = sorted((row["part"], row["entries"]) for row in rows if row["method"] == "snapkv")
+    assert ours == [("oracle", 10), ("oracle", 20), *[("text", 20)] * 2, *[("text", 40)] * 2]
+
+
 def test_a_run_on_questions_judges_the_answers(tmp_path: Path) -> None:
     lm = restkv.load(RECALL)
     source = Questions(("niah_single", "vt"), seed=5)
@@ -316,7 +325,7 @@ def test_senseless_plans_are_refused(text: str, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             run_fidelity(lm, replace(few, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.warns(RestKVWarning, match="windows share some of the tokens compared"):
+    with pytest.warns(RestKVWarning, match="3 windows of .* overlap, so that intervals come out too narrow"):
         run_fidelity(lm, replace(few, windows=3, context=len(lm.encode(text)) - 20), tmp_path)
 
 

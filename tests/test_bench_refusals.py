@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.parts import progress
+from bench.runs import read_manifest, read_rows
 from restkv.cli import main
 
 LONE = {"text": "half a pair \ud800 here"}  # JSON can spell it, UTF-8 cannot
@@ -34,7 +36,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("bench ruler --compression nan", "compression nan: the prompt over what is kept; give at least 1"),
         ("bench ruler --compression 8,0.5", "compression 0.5: the prompt over what is kept"),
         ("bench needle --compression nan --samples 1", "compression nan"),
-        ("bench smoothing --compression inf", "compression inf: give at least 1"),
+        (
+            "bench ruler --lengths 256 --compression 500",
+            "compression 500: the prompt over what is kept; give at least 1, and at most its 256 tokens",
+        ),
+        ("bench smoothing --compression inf", "compression inf: the prompt over what is kept; give at least 1"),
         ("bench smoothing --length 1", "length 1: give at least 2"),
         ("bench smoothing --tail 0", "tail 0: give at least 2"),
         ("bench smoothing --samples 0", "samples 0: give at least 1"),
@@ -79,6 +85,8 @@ def test_one_entry_per_head_is_a_budget(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_is_named_twice_is_run_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = "--lengths 256,256 --tasks niah_single --samples 1 --methods restkv --compression 8 --question aware"
-    assert main(["bench", "ruler", *sizes.split(), "--out", "run"]) == 0
-    assert len((place / "run" / "samples.jsonl").read_text().splitlines()) == 2  # the full cache's and ours
+    tasks = "--lengths 256,256 --tasks vt,vt --samples 1 --methods restkv --compression 8,8 --question aware"
+    assert main(["bench", "ruler", *tasks.split(), "--out", "run"]) == 0
+    assert progress("ruler", read_manifest(place / "run")["arguments"], read_rows(place / "run")) == (2, 2)
+    assert main(["bench", "perplexity", "--budgets", "8,8,0.5,0.50", *TINY, "--out", "texts"]) == 0
+    assert read_manifest(place / "texts")["arguments"]["budgets"] == [8, 0.5]

@@ -265,6 +265,11 @@ def test_the_tables_of_a_fidelity_run(folder: Callable[..., Path]) -> None:
     assert len(by_layer) == 4 * 3  # two budgets of two methods; positions renumbered have none
 
 
+def test_a_result_that_lacks_something_is_named() -> None:
+    with pytest.raises(RunError, match=r"result 'foo' has no 'question'; delete its line of samples\.jsonl"):
+        parts("ruler", RULER, [*ruler_rows(RULER), {"key": "foo"}])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_progress_counts_the_rows_of_a_whole_run(kind: str) -> None:
     arguments, make_rows = KINDS[kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ import torch
 import restkv
 from bench.methods import Method, equal_bytes, parse_methods
 from bench.needle import needle_plan, run_needle
+from bench.plans import cells_of
 from bench.ruler import Plan, answer, run
-from bench.runs import SAMPLES, RunError, read_manifest, read_rows
+from bench.runs import SAMPLES, RunError, digest, read_manifest, read_rows
 from bench.tasks import TASKS, Frame, Sample, make_sample
 from bench.together import Held, answer_together, kept_mean, prefill_all, prefill_together
 from restkv.cli import main
@@ -154,6 +156,30 @@ def test_methods_are_written_with_presets_and_options() -> None:
     assert Method.parse("restkv").describe(64)["policy"]["budget"] == 64
     once = [method.policy(64).interval for method in parse_methods("h2o,snapkv@official,tova:interval=4", once=True)]
     assert once == [128, None, None, 4]  # the full cache has nothing to evict; what an option says stays
+
+
+@pytest.mark.parametrize(
+    ("text", "mean"),
+    [
+        ("restkv:budget_by=pyramid", 128),
+        ("restkv@paper:budget_by=pyramid", 128),
+        ("pyramidkv", 128),
+        ("pyramidkv@official", 142.5),
+    ],
+)
+def test_a_pyramid_spends_its_budget_exactly_unless_a_preset_is_one(text: str, mean: float) -> None:
+    assert sum(Method.parse(text).policy(128).layer_budgets(8192, 32)) / 32 == mean
+
+
+def test_a_method_says_which_code_it_runs() -> None:
+    code = inspect.getsource(sys.modules[restkv.SnapKV.__module__])
+    assert Method.parse("snapkv").describe(64)["source"] == digest(code) != digest(code + " ")
+
+
+def test_no_two_cells_share_a_key() -> None:
+    budgets = (1, 1.0, 3.333333, 3.3333333, 1_234_567, 1_234_568, 8.0, 0.5)
+    keys = [cell.key for cell in cells_of(parse_methods("restkv"), budgets)]
+    assert len(set(keys)) == 9 and {"full/1", "restkv/1", "restkv/8", "restkv/0.5"} < set(keys)
 
 
 @pytest.mark.parametrize(

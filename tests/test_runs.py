@@ -125,6 +125,27 @@ def test_an_argument_that_is_gone_another_kind_and_another_version_are_differenc
         fill(tmp_path, "a", seed=1)
 
 
+@pytest.mark.parametrize(
+    ("policy", "source", "named"),
+    [
+        ({"power": 3.0}, "abc", "vatp's power 1.0, this one has 3.0"),
+        ({"power": 1.0, "floor": 0}, "abc", "vatp's floor null, this one has 0"),
+        ({"power": 1.0}, "def", """vatp's source "abc", this one has "def\""""),
+    ],
+)
+def test_a_policy_whose_defaults_or_code_have_changed_is_another_run(
+    tmp_path: Path, policy: dict, source: str, named: str
+) -> None:
+    def run(policy: dict, source: str) -> None:
+        with open_run(tmp_path, "ruler", ARGUMENTS, {"methods": {"vatp": {"policy": policy, "source": source}}}):
+            pass
+
+    run({"power": 1.0}, "abc")
+    run({"power": 1.0}, "abc")
+    with pytest.raises(RunError, match=f"holds a run with {named}; choose another --out"):
+        run(policy, source)
+
+
 def test_tuples_and_lists_are_the_same_arguments(tmp_path: Path) -> None:
     fill(tmp_path, "a")
     assert fill(tmp_path, "a b", lengths=(256, 512)) == ["b"]
@@ -160,6 +181,9 @@ def test_broken_folders_are_named_with_file_and_line(tmp_path: Path) -> None:
         (tmp_path / SAMPLES).write_text(f'{{"key": "a"}}\n{line}\n{{"key": "b"}}\n')
         with pytest.raises(RunError, match=r"samples\.jsonl: line 2 is not a result"):
             read_rows(tmp_path)
+    (tmp_path / SAMPLES).write_text('{"key": "a"}\n{"key": "b"}\n{"key": "a"}\n')
+    with pytest.raises(RunError, match=r"samples\.jsonl: line 3 repeats the result 'a'; delete it"):
+        read_rows(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
