@@ -20,10 +20,12 @@ import restkv
 from bench import train_recall
 from bench.lessons import ASKS, COUNTED, EOS, KINDS, Lesson, Lessons, make_tokenizer
 from bench.prose import ADJECTIVES, CODED_WORDS, MEN, NOUNS, WOMEN
+from bench.quote import ROOT
 from bench.ruler import answer
 from bench.tasks import ORDINALS, Frame, make_sample
 from bench.train_recall import MOST_GAPS, Marks, Stage, stretched
 from restkv.options import RECALL
+from restkv.store import fingerprint
 
 FACT = re.compile(r"The (?:(?:(?:first|second|third|fourth) )?code of the \w+ \w+|box around \w+) is \w+\.")
 
@@ -268,3 +270,15 @@ def test_it_finds_what_it_is_asked_for_and_so_does_its_compressed_cache(lm: rest
     assert full >= 0.9
     assert rest >= least
     assert streaming <= 0.6  # most of what is asked for has left its window
+
+
+def test_what_was_measured_on_it_was_measured_on_the_weights_that_ship(lm: restkv.LM) -> None:
+    measured = {
+        path.name: json.loads(path.read_text("utf-8")).get("manifest", {}).get("arguments", {}).get("model")
+        for path in (ROOT / "bench" / "results").glob("*.json")
+    }
+    here = fingerprint(lm.model)
+    family = here[: here.rindex("-")]
+    of_recall_mini = {name: model for name, model in measured.items() if model and model.startswith(family)}
+    assert len(of_recall_mini) >= 7
+    assert {name: model for name, model in of_recall_mini.items() if model != here} == {}, "measure again"
