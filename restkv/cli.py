@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,7 +21,7 @@ import typer
 
 from modeling.errors import RestKVError, RestKVWarning
 from restkv import __version__
-from restkv.errors import OutputError, PromptError
+from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.options import (
     KEEP,
     MODEL,
@@ -52,10 +52,13 @@ from restkv.options import (
     parse_interval,
     parse_span,
     reading,
+    sizing_policy,
+    with_fields,
 )
 
 if TYPE_CHECKING:
     from restkv.lm import LM
+    from restkv.policies import Policy
 
 
 app = typer.Typer(
@@ -72,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
     """
+    _open_closed_streams()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -99,6 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _silence_stdout()
             return _fail(str(error))
     return 0
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that was closed, as with `<&-`, is None: read nothing from it, and write to it in vain."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
 
 
 @cache
@@ -256,7 +267,7 @@ def generate(
         options["protect"] = tuple(map(parse_span, protect))
     if interval is not None:
         options["interval"] = parse_interval(interval)
-    policy = make_policy(method, preset, options | dict(map(parse_field, field or ())))
+    policy = make_policy(method, preset, with_fields(options, field))
     sink = _Sink(output)
 
     from restkv.display import prefill_bar, summary
@@ -273,7 +284,7 @@ def generate(
     )
     with prefill_bar() as progress:
         stream = lm.stream(
-            _encode(lm, text, chat),
+            _encode(lm, model, text, chat),
             policy,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -305,17 +316,21 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # some locales let bytes pass that are no text
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # some locales let bytes pass that are no text
     with reading("stdin" if file is None else file):
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        text = (
+            sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
+        )  # a byte-order mark is no text
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _encode(lm: LM, text: str, chat: bool | None) -> str | list[int]:
+def _encode(lm: LM, model: str, text: str, chat: bool | None) -> str | list[int]:
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
     if chat is None:
         chat = lm.tokenizer.has_chat_template
+    elif chat and not lm.tokenizer.has_chat_template:
+        raise PromptError(f"{model}: has no chat template; drop --chat")
     return lm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
 
 
@@ -326,8 +341,11 @@ class _Sink:
         self._path = path
         self._mode = "w"
         if path is not None:
+            new = not path.exists()
             try:
                 path.open("a").close()
+                if new:  # a run that is refused leaves nothing behind
+                    path.resolve().unlink()
             except OSError as error:
                 raise self._refuse(error) from None
         elif isinstance(sys.stdout, io.TextIOWrapper):
@@ -382,8 +400,7 @@ def chat(
     compile: CompileOption = None,
 ) -> None:
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
-    given: dict[str, Any] = {} if budget is None else {"budget": budget}
-    options = given | dict(map(parse_field, field or ()))
+    options = with_fields({} if budget is None else {"budget": budget}, field)
     policy = None
     if method or load_file is None:
         policy = make_policy(method or "restkv", preset, options)  # what cannot be is refused before anything is loaded
@@ -407,6 +424,8 @@ def chat(
         "seed": seed,
         "stop": stop or (),
     }
+    if template and not lm.tokenizer.has_chat_template:
+        raise PromptError(f"{model}: has no chat template; drop --template, and turns are lines")
     if load_file is None:
         assert policy is not None
         conversation = Chat(lm, policy, system, template=template, prefill=prefill)
@@ -414,13 +433,24 @@ def chat(
         conversation = Chat.load(load_file, lm)
         before = conversation.anew().policy
         if policy is None:  # the saved one, in which what is given is replaced
-            saved = {} if preset else {option.name: getattr(before, option.name) for option in fields(before)}
-            policy = make_policy(before.name, preset, saved | options)
+            policy = make_policy(before.name, preset, _kept_options(before, preset, options) | options)
         if policy != before:
             conversation.change(policy)
     Decoding(**decoding)  # what no turn could use is refused before a line is read
     conversation.check()
     Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
+
+
+def _kept_options(saved: Policy, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a saved policy's options: all of them; beside a preset the budget alone, unless the preset has one."""
+    if preset:
+        return {} if "budget" in saved.PRESETS.get(preset, {}) else {"budget": saved.budget}
+    kept = {option.name: getattr(saved, option.name) for option in fields(saved)}
+    # A default that goes by the budget was saved as what it came to; another kind of budget may mean another.
+    by_default = type(saved).budget_by is None and replace(saved, budget_by=None) == saved
+    if by_default and isinstance(given.get("budget"), tuple):
+        del kept["budget_by"]
+    return kept
 
 
 # -- restkv warmup
@@ -446,9 +476,7 @@ def warmup(
     device: DeviceOption = "auto",
 ) -> None:
     """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
-    policy = make_policy(
-        method, preset, ({} if budget is None else {"budget": budget}) | dict(map(parse_field, field or ()))
-    )
+    policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
 
     from restkv.compiling import keep_kernels
     from restkv.lm import load
@@ -475,7 +503,7 @@ def methods(
     budget: BudgetOption = None,
 ) -> None:
     """List the methods with their options, defaults and presets; or, with --bytes, what their caches hold."""
-    from restkv.display import bytes_table, methods_table, table_console
+    from restkv.display import bytes_table, layer_entries, methods_table, table_console
 
     if sizes_of is None:
         if context is not None or budget is not None:
@@ -484,13 +512,28 @@ def methods(
         table_console().print(table, common)
         return
     from modeling.loading import load_outline, resolve
-    from restkv.policies import known_policies
+    from restkv.policies import FullCache, known_policies
 
     outline = load_outline(resolve(sizes_of))
     context = context or outline.config.max_positions
-    given = {} if budget is None else {"budget": budget}
-    policies = [make_policy(name, None, {} if name == "full" else given) for name in known_policies()]
-    table_console().print(bytes_table(sizes_of, outline, context, policies))
+    policies: list[Policy] = []
+    refusals: list[PolicyError] = []
+    for name in known_policies():
+        if name == FullCache.name:
+            continue
+        try:
+            policy = sizing_policy(name, budget)
+            layer_entries(policy, context, outline.config.num_layers)
+            policies.append(policy)
+        except (
+            PolicyError
+        ) as error:  # a method that cannot take the budget, or a broken plugin, costs its own line only
+            refusals.append(error)
+    if not policies:
+        raise refusals[0]
+    for refusal in refusals:
+        warnings.warn(f"left out: {refusal}", RestKVWarning, stacklevel=2)
+    table_console().print(bytes_table(sizes_of, outline, context, [*policies, FullCache()]))
 
 
 @app.command()
@@ -506,12 +549,12 @@ def inspect(
 ) -> None:
     """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
     from modeling.loading import load_outline, resolve
-    from restkv.display import checkpoint_table, table_console
+    from restkv.display import checkpoint_table, layer_entries, table_console
 
     outline = load_outline(resolve(model), dtype)
     context = context or outline.config.max_positions
-    policy = make_policy("restkv", None, {} if budget is None else {"budget": budget})
-    table_console().print(checkpoint_table(model, outline, context, min(context, policy.budget_for(context))))
+    entries = layer_entries(sizing_policy("restkv", budget), context, outline.config.num_layers)
+    table_console().print(checkpoint_table(model, outline, context, entries))
 
 
 if __name__ == "__main__":

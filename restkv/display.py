@@ -108,6 +108,17 @@ def methods_table() -> tuple[Table, str]:
     return table, f"Every method takes {', '.join(map(_option, common))}."
 
 
+def layer_entries(policy: Policy, context: int, num_layers: int) -> list[int]:
+    """What a policy leaves of a prompt of `context` tokens: entries per head of every layer.
+
+    Raises:
+        PolicyError: the policy cannot have its budget in a model of so many layers.
+    """
+    if policy.budget is None:
+        return [context] * num_layers
+    return [min(budget, context) for budget in policy.layer_budgets(context, num_layers)]
+
+
 def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Policy]) -> Group:
     """What the cache of each policy holds after a prompt of `context` tokens.
 
@@ -126,9 +137,7 @@ def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Po
     for policy in policies:
         companions = companions_of(policy, outline).values()
         slot = pair + int32.itemsize + sum(math.prod(shape) * kind.itemsize for shape, kind in companions)
-        budgets = [context] * config.num_layers
-        if policy.budget is not None:
-            budgets = [min(budget, context) for budget in policy.layer_budgets(context, config.num_layers)]
+        budgets = layer_entries(policy, context, config.num_layers)
         union = config.group if policy.granularity == "query" and policy.budget is not None else 1
         entries = [min(budget * union, context) for budget in budgets]
         held, copied = sum(entries) * config.num_kv_heads * slot, sum(budgets) * config.num_heads * pair
@@ -141,11 +150,12 @@ def _option(field: Field[Any]) -> str:
     return field.name if field.default is MISSING else f"{field.name}={field.default}"
 
 
-def checkpoint_table(name: str, outline: Decoder, context: int, kept: int) -> Group:
-    """Shapes and sizes of a model; `kept` entries per KV head against a full cache of `context` tokens."""
+def checkpoint_table(name: str, outline: Decoder, context: int, entries: Sequence[int]) -> Group:
+    """Shapes and sizes of a model; so many entries per KV head of each layer against a full cache of `context` tokens."""
     config = outline.config
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     per_token = config.kv_bytes_per_token(outline.dtype)
+    kept = sum(entries) / len(entries)
     windows = [window for window in config.windows if window is not None]
     rows = {
         "family": config.family,
@@ -161,7 +171,7 @@ def checkpoint_table(name: str, outline: Decoder, context: int, kept: int) -> Gr
         "sliding window": f"{windows[0]:,} in {len(windows)} layers" if windows else "none",
         "cache per token": byte_text(per_token),
         f"full cache at {context:,} tokens": byte_text(per_token * context),
-        f"cache at {kept:,} entries per KV head": f"{byte_text(per_token * kept)} ({kept / context:.1%})",
+        f"cache at {kept:,.0f} entries per KV head": f"{byte_text(per_token * kept)} ({kept / context:.1%})",
     }
     table = Table(show_header=False)
     for row in rows.items():

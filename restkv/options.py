@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -156,6 +156,19 @@ def parse_field(text: str) -> tuple[str, Any]:
         return name, None if value.lower() == "none" else value
 
 
+def with_fields(options: dict[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
+    """What options with flags of their own say, and what --set says of others.
+
+    Raises:
+        PolicyError: not NAME=VALUE, or an option that has been given by its own flag too.
+    """
+    named = dict(map(parse_field, fields or ()))
+    for name in named:
+        if name in options:
+            raise PolicyError(f"--{name.replace('_', '-')} and --set {name}: one option given twice; drop one of them")
+    return options | named
+
+
 def parse_interval(text: str) -> int | None:
     """A number of tokens, or "none"."""
     if text.lower() == "none":
@@ -176,3 +189,21 @@ def make_policy(method: str, preset: str | None, options: dict[str, Any]) -> Pol
         if by_name["budget"].default is MISSING:
             options = {"budget": DEFAULT_BUDGET, **options}
     return get_policy(method, preset, **options)
+
+
+def sizing_policy(method: str, budget: Any) -> Policy:
+    """A method under a budget (the default one for None) to size its cache by, where nobody could choose a window: a default
+    one longer than half of the budget shrinks to that, as in the benches.
+
+    Raises:
+        PolicyError: unknown method, or one that cannot have this budget.
+    """
+    from restkv.policies import policy_class
+
+    if budget is None:
+        return make_policy(method, None, {})
+    options: dict[str, Any] = {"budget": budget}
+    entries = min(budget) if isinstance(budget, tuple) else budget
+    if isinstance(entries, int):
+        options["window"] = min(policy_class(method).window, max(1, entries // 2))
+    return make_policy(method, None, options)

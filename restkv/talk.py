@@ -128,7 +128,7 @@ def _lines() -> Iterator[str]:
             return
         if not terminal and not line:
             return
-        yield line.removesuffix("\n")
+        yield line.removeprefix("\ufeff").removesuffix("\n")  # a byte-order mark is no text
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def test_mistakes_cost_a_line_each(talk, tmp_path):
         (("-n", "0"), "max_new_tokens=0"),
         (("--temperature", "-1"), "temperature=-1.0"),
         (("--seed", str(1 << 64)), f"seed={1 << 64}"),
-        (("--template",), "no chat template"),
+        (("--template",), "no chat template; drop --template"),
+        (("--budget", "64", "--set", "budget=40"), "--budget and --set budget: one option given twice"),
         (("--budget", "33", "--system", "word " * 30), "no room for the system prompt"),
     ],
 )
@@ -141,12 +142,34 @@ def test_a_saved_chat_keeps_its_method_and_options_unless_others_are_given(talk,
         (("--budget", 64), {"name": "snapkv", "budget": 64, "window": 16, "kernel_size": 3}),
         (("--set", "window=8"), {"name": "snapkv", "budget": 48, "window": 8, "kernel_size": 3}),
         (("--method", "restkv", "--budget", 48), {"name": "restkv", "budget": 48, "window": 32, "kernel_size": 5}),
+        (("--preset", "official"), {"name": "snapkv", "budget": 48, "window": 32, "granularity": "query"}),
+        (("--preset", "official", "--budget", 64), {"name": "snapkv", "budget": 64, "window": 32}),
     ):
-        again = tmp_path / "again"
-        assert talk(f"/save {again}\n", "--load", place, *options)[0] == 0
-        with safe_open(again, "pt") as file:
-            policy = json.loads(file.metadata()["about"])["policy"]
+        policy = saved_again(talk, place, *options)
         assert {name: policy[name] for name in told} == told
+
+
+def saved_again(talk, place: Path, *options: object) -> dict:
+    """The policy with which a saved chat goes on under these options."""
+    again = place.with_name("again")
+    assert talk(f"/save {again}\n", "--load", place, *options)[0] == 0
+    with safe_open(again, "pt") as file:
+        return json.loads(file.metadata()["about"])["policy"]
+
+
+def test_a_preset_that_names_a_budget_replaces_the_saved_one(talk, tmp_path):
+    place = tmp_path / "talk"
+    talk(f"Tom\n/save {place}\n", "--method", "h2o", "--budget", 48)
+    assert saved_again(talk, place, "--preset", "paper")["budget"] == 48
+    assert saved_again(talk, place, "--preset", "official")["budget"] == 516
+
+
+def test_a_saved_chat_takes_a_budget_per_layer(talk, tmp_path):
+    """The default way to share a budget out goes by what kind of budget it is."""
+    place = tmp_path / "talk"
+    talk(f"Tom\n/save {place}\n", "--budget", 48)
+    policy = saved_again(talk, place, "--budget", "40,40,40,40")
+    assert (policy["budget"], policy["budget_by"]) == ([40] * 4, {"name": "uniform"})
 
 
 def test_beginning_with_a_saved_chat(talk, tmp_path):
@@ -171,6 +194,7 @@ def test_beginning_with_a_saved_chat(talk, tmp_path):
 def test_lines_that_are_no_text(talk):
     code, out, err = talk(b"Tom \xff\xfe ran\n\xf0\x9f\x98\x80\n")
     assert (code, err) == (0, []) and len(out.splitlines()) >= 2
+    assert talk(b"\xef\xbb\xbfTom\n") == talk(b"Tom\n")
 
 
 def test_two_interrupts_stop_at_once_and_the_chat_goes_on(talk, monkeypatch):

@@ -90,6 +90,8 @@ def test_prompt_from_option_file_and_stdin_are_one(run: Callable[..., Ran], tmp_
     assert by_option.out.strip()
     assert run("generate", "--prompt-file", file, *options).out == by_option.out
     assert run("generate", *options, stdin=STORY + "\n").out == by_option.out
+    file.write_text(STORY, encoding="utf-8-sig")
+    assert run("generate", "--prompt-file", file, *options).out == by_option.out
 
 
 def test_json_holds_text_tokens_policy_and_stats(run: Callable[..., Ran], rambler: Path, lm: restkv.LM) -> None:
@@ -189,6 +191,8 @@ def test_a_failed_run_leaves_the_output_file_alone(run: Callable[..., Ran], tmp_
     place.write_text("precious")
     assert run("generate", tmp_path / "none", "-p", STORY, "-o", place).code == 2
     assert place.read_text() == "precious"
+    assert run("generate", tmp_path / "none", "-p", STORY, "-o", tmp_path / "new").code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_remarks_are_one_line_each(run: Callable[..., Ran], lm: restkv.LM) -> None:
@@ -293,6 +297,24 @@ def test_inspect_counts_parameters_and_bytes(run: Callable[..., Ran], rambler: P
     per_token = 2 * lm.config.num_layers * lm.config.num_kv_heads * lm.config.head_dim * 4
     assert re.search(rf"full cache at 1,000 tokens\s*│ {per_token / 1000:.3g} MB", ran.out)
     assert re.search(r"cache at 250 entries per KV head .*\(25\.0%\)", ran.out)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [("8000,32,32,32", 152), ("16", 16)])
+def test_inspect_sizes_what_restkv_keeps(run: Callable[..., Ran], budget: str, kept: int) -> None:
+    assert f"cache at {kept} entries per KV head" in run("inspect", "--budget", budget, "--context", 512).out
+
+
+@pytest.mark.parametrize(
+    ("budget", "without"),
+    [("64,64,64,64", {"pyramidkv", "streamingllm", "lacache"}), ("16", set()), ("8", {"lacache"})],
+)
+def test_methods_bytes_leaves_out_what_cannot_have_the_budget(
+    run: Callable[..., Ran], budget: str, without: set[str]
+) -> None:
+    ran = run("methods", "--bytes", RECALL, "--budget", budget)
+    assert ran.code == 0
+    assert set(re.findall(r"│ ([\w-]+) +│", ran.out)) & POLICIES.keys() == POLICIES.keys() - without
+    assert {re.findall(r"^restkv: note: left out: ([\w-]+): ", line)[0] for line in ran.lines()} == without
 
 
 def test_a_title_is_not_broken_at_the_width_of_its_table() -> None:
@@ -428,7 +450,9 @@ def test_damaged_checkpoints_are_refused(run: Callable[..., Ran], copy: Path, na
         (("-p", STORY, "--device", "abacus"), ("'abacus'", "cpu")),
         (("-p", STORY, "--device", "cuda:99"), ("'cuda:99'",)),
         (("-p", STORY, "--backend", "magic"), ("'magic'", "flex")),
-        (("-p", STORY, "--chat"), ("no chat template",)),
+        (("-p", STORY, "--chat"), ("no chat template; drop --chat",)),
+        (("-p", STORY, "--budget", "64", "--set", "budget=40"), ("--budget and --set budget", "given twice")),
+        (("-p", STORY, "--budget-by", "adakv", "--set", "budget_by=uniform"), ("--budget-by and --set budget_by",)),
         (("-p", STORY, "-o", "no/such/folder/answer"), ("no/such/folder/answer", "cannot be written")),
         (("-p", STORY, "--budgit", "9"), ("--budgit",)),
     ],
@@ -444,7 +468,9 @@ def test_prompt_file_must_be_text(run: Callable[..., Ran], tmp_path: Path) -> No
 
 def test_inspect_refuses_too(run: Callable[..., Ran], tmp_path: Path) -> None:
     refused(run("inspect", tmp_path / "none"), "none", "no such folder")
-    refused(run("inspect", RECALL, "--budget", 3), "budget 3")
+    refused(run("inspect", RECALL, "--budget", 0), "budget 0")
+    refused(run("inspect", RECALL, "--budget", "64,64"), "budget (64, 64)", "4 layers")
+    refused(run("methods", "--bytes", RECALL, "--budget", "64,64"), "budget (64, 64)", "4 layers")
 
 
 # -- a process of its own: pipes, signals, terminals, time
@@ -487,6 +513,25 @@ def test_full_disk_is_one_line(start: Callable[..., subprocess.Popen[bytes]], ar
         _, err = process.communicate(timeout=60)
     (line,) = err.decode().splitlines()
     assert process.returncode == 2 and "No space left on device" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code", "words"),
+    [
+        (("generate", "-n", "3"), "<&-", 2, "prompt is empty"),
+        (("chat", "-n", "3"), "<&-", 0, ""),
+        (("generate", "-n", "3", "-p", STORY), ">&-", 0, "first token after"),
+        (("chat", "-n", "3"), ">&-", 0, ""),
+        (("generate", "-n", "3", "-p", STORY), "2>&-", 0, ""),
+    ],
+)
+def test_a_closed_stream_is_an_empty_one(
+    rambler: Path, arguments: tuple[str, ...], closed: str, code: int, words: str
+) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *to_rambler(rambler, arguments)]
+    ran = subprocess.run(command, input="hi\n", capture_output=True, text=True, timeout=60)
+    assert ran.returncode == code and words in ran.stderr and "Traceback" not in ran.stderr
+    assert bool(ran.stdout) == (closed == "2>&-")
 
 
 def test_progress_shows_on_a_terminal_only(start: Callable[..., subprocess.Popen[bytes]]) -> None:
