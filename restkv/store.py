@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -75,12 +77,14 @@ def _tuples(value: Any) -> Any:
 def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -> None:
     """Write a session and JSON-ready remarks about it to one safetensors file; an older one is replaced at the very end.
 
+    Links are followed, and the file gets the mode of the one it replaces, or that of any new file.
+
     Raises:
         OutputError: the file cannot be written.
         PolicyError: the policy's memory is no dataclass of tensors; or its class, or its allocation's, is none that its name
             stands for: the file could not be read again, or would be read as another policy.
     """
-    path = Path(path)
+    place = _writable(path)
     _require_known(session.policy)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(session).items()}
     meta = json.dumps(
@@ -91,14 +95,39 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
             "about": dict(about),
         }
     )
-    part = path.parent / f"{path.name}.part"
+    part = place.parent / f"{place.name}.part"
     try:
+        part.touch()
+        mode = (place if place.exists() else part).stat().st_mode & 0o7777  # save_file's own would be 0600
         save_file(tensors, part, {"restkv": FORMAT, "about": meta, "checksum": _checksum(meta, tensors)})
-        part.replace(path)
+        part.chmod(mode)
+        part.replace(place)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise OutputError(f"{path}: cannot be written ({error}); choose another place") from None
+        raise OutputError(f"{path}: cannot be written ({_reason(error)}); choose another place") from None
+
+
+def _writable(path: str | Path) -> Path:
+    """Where a file of this name lies, all links followed; refuses what is there already and is no file."""
+    if not str(path):
+        raise OutputError("'': cannot be written (the name is empty); choose another place")
+    place = Path(os.path.realpath(path))
+    with contextlib.suppress(OSError):  # a place that cannot be looked at cannot be written either
+        if place.is_symlink() or (
+            Path(path).exists() and not Path(path).is_file()
+        ):  # a link still: they go round in circles
+            what = "a folder" if place.is_dir() else "no regular file"
+            raise OutputError(f"{path}: cannot be written (it is {what}); choose another place")
+    return place
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """Why, without the names of temporary files, which the libraries' own sentences contain."""
+    number = error.errno if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(number, re.Match):
+        number = int(number[1])
+    return str(error) if number is None else os.strerror(number)
 
 
 def _require_known(policy: Policy) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small import small_ids, small_model
 from test_schedules import engine_kept
@@ -281,6 +283,8 @@ def test_places_that_cannot_be_written_are_named(lm, tmp_path):
     context = lm.compress(CONTEXT, ReSTKV(20, window=4))
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
     for place in (
         tmp_path / "no" / "such",
         tmp_path / "folder",
@@ -288,14 +292,43 @@ def test_places_that_cannot_be_written_are_named(lm, tmp_path):
         "/proc/context",
         "",
         "/",
+        tmp_path / "pipe",
+        "/dev/null",
+        tmp_path / "loop",
     ):
-        with pytest.raises(OutputError, match=f"^{place or '.'}: cannot be written") as error:
+        with pytest.raises(OutputError, match=f"^{place or repr('')}: cannot be written") as error:
             context.save(place)
-        assert "\n" not in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+        assert "\n" not in str(error.value) and "tmp" not in str(error.value).partition(": ")[2]
+        assert ".part" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "loop", "pipe"]
 
 
-def test_a_failed_save_costs_nothing(lm, tmp_path, monkeypatch):
+def test_a_saved_file_follows_links_and_has_the_mode_of_any_other(lm, tmp_path):
+    context = lm.compress(CONTEXT, ReSTKV(20, window=4))
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to("real")
+    umask = os.umask(0o027)
+    try:
+        context.save(link)
+        assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o640
+        real.chmod(0o604)
+        context.save(link)
+    finally:
+        os.umask(umask)
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o604
+    assert CompressedContext.load(link, lm).kept == context.kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", ".part", None, "elsewhere"),
+        SafetensorError('Error while serializing: I/O error: No space left (os error 28) at path "/some/.tmp3"'),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_failed_save_costs_nothing(error, lm, tmp_path, monkeypatch):
     place = tmp_path / "context"
     context = lm.compress(CONTEXT, ReSTKV(20, window=4))
     context.save(place)
@@ -303,10 +336,10 @@ def test_a_failed_save_costs_nothing(lm, tmp_path, monkeypatch):
 
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(store, "save_file", full_disk)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match=f"^{place}: cannot be written \\(No space left on device\\);"):
         lm.compress(SECOND, ReSTKV(20, window=4)).save(place)
     assert place.read_bytes() == before
     assert list(tmp_path.iterdir()) == [place]
