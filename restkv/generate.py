@@ -20,7 +20,7 @@ from modeling.pages import KVCache, LayerView
 from restkv.compiling import Mark, keep_kernels
 from restkv.errors import PromptError
 from restkv.evict import Evictor, Roots, companions_of
-from restkv.policies.base import Policy
+from restkv.policies.base import Policy, require_policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
 from restkv.sparse import Pattern, parse_prefill
@@ -129,7 +129,8 @@ class Session:
         extends: more tokens than one at a time will be appended later (`extend`).
         forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.
     Raises:
-        PolicyError: the protected entries of a row do not fit into its budget.
+        PolicyError: the policy is none, or the protected entries of a row do not fit into its budget.
+        PromptError: there is no such prefill or chunk.
     """
 
     def __init__(
@@ -146,9 +147,9 @@ class Session:
     ) -> None:
         prefill = str(prefill)
         self._pattern = parse_prefill(prefill)
-        if chunk < 1:
-            raise PromptError(f"chunk={chunk}: a chunk has at least 1 token")
-        self.engine, self.policy = engine, policy
+        if not isinstance(chunk, int) or chunk < 1:
+            raise PromptError(f"chunk={chunk!r}: give the tokens of a chunk, a whole number of at least 1")
+        self.engine, self.policy = engine, require_policy(policy)
         self._job = {
             "lengths": list(lengths),
             "max_new_tokens": max_new_tokens,

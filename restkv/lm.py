@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,6 +23,7 @@ from restkv.errors import CompileError, PromptError
 from restkv.generate import CHUNK, Engine, Session
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy, ReSTKV
+from restkv.policies.base import require_policy
 from restkv.prefill import Progress, dense_hidden
 from restkv.results import Decoding, Generation, Row, Stats, TextStream
 from restkv.sparse import Pattern
@@ -73,10 +75,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in names:
+    if not isinstance(dtype, str) or dtype not in names:
         raise PromptError(f"dtype {dtype!r} is not known; give auto, {', '.join(names)}")
     return names[dtype]
 
@@ -159,7 +161,8 @@ class LM:
         """Continue one prompt, or a batch of ragged ones.
 
         Args:
-            prompts: a string, a list of token ids, or a list of either (then a list comes back, in the same order).
+            prompts: a string, token ids (a list, a tensor or an array of whole numbers), or a list of either (then a list
+                comes back, in the same order).
             policy: what to keep of the cache; ReSTKV(budget=1024) when none is given.
             options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense", "chunked" or a sparse
                 pattern) and chunk (see Session); progress (called with what is done and what there is in all: layers, or
@@ -167,10 +170,12 @@ class LM:
         Returns:
             Generation: text, tokens (the new ids), finish_reason and stats; rows of a batch share the stats object.
         Raises:
-            PromptError: empty prompt, token id out of range, impossible sampling value.
-            PolicyError: protected entries exceed the budget.
+            PromptError: empty prompt, neither text nor token ids, token id out of range, impossible sampling value.
+            PolicyError: protected entries exceed the budget, or the policy is none.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)) or len(prompts) == 0
+        prompts = _listed(prompts)
+        single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0
+        single = single or isinstance(prompts[0], Integral)
         results: list[Generation] = []
         for _ in self._run([prompts] if single else list(prompts), policy, results, **options):
             pass
@@ -194,7 +199,7 @@ class LM:
         **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """Yield (row, piece of text); fill `results` at the end."""
-        policy = ReSTKV(budget=1024) if policy is None else policy
+        policy = ReSTKV(budget=1024) if policy is None else require_policy(policy)
         decoding = Decoding(**options)
         ids = [self.encode(prompt) for prompt in prompts]
         self._remark(ids, policy, decoding.max_new_tokens)
@@ -306,7 +311,7 @@ class LM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, all of them in the vocabulary (a tokenizer may know more words than the model)."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         for index, token in enumerate(ids):
             if not 0 <= token < self.config.vocab_size:
                 raise PromptError(
@@ -379,7 +384,8 @@ class LM:
         return sums
 
     def _targets(self, continuations: Sequence[Prompt]) -> list[list[int]]:
-        if isinstance(continuations, str) or any(isinstance(one, int) for one in continuations):
+        continuations = _listed(continuations)
+        if isinstance(continuations, str | bytes) or any(isinstance(one, Integral) for one in continuations):
             raise PromptError(f"continuations {continuations!r} is one text; give a list of them, if only of one")
         return [self.encode_continuation(text) for text in continuations]
 
@@ -388,3 +394,24 @@ class LM:
         if isinstance(continuation, str):
             return self.encode(self.tokenizer.encode_more(continuation))
         return self.encode(continuation)
+
+
+def _listed(prompt: Any) -> Any:
+    """A tensor or an array as lists; anything else as it is."""
+    return prompt.tolist() if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview) else prompt
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """Whole numbers, in whatever they came, as a list."""
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        raise PromptError(f"a prompt of {len(prompt)} bytes is neither text nor token ids; decode it first")
+    try:
+        ids = list(_listed(prompt))
+    except TypeError:
+        raise PromptError(f"prompt {prompt!r} is neither text nor token ids; give a string, or a list of ids") from None
+    for index, token in enumerate(ids):
+        if not isinstance(token, Integral):
+            raise PromptError(
+                f"token id {token!r} at place {index} of the prompt is no whole number; give ids, or text"
+            )
+    return [int(token) for token in ids]

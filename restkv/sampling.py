@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,17 +40,17 @@ class Sampling:
     def __post_init__(self) -> None:
         bounds = {
             "temperature": (
-                self.temperature == 0 or self.temperature >= COLDEST,
+                _is_number(self.temperature) and (self.temperature == 0 or self.temperature >= COLDEST),
                 f"0 (greedy) or at least {COLDEST:g}",
             ),
             "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "0 (all tokens) or a larger whole number"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (_is_number(self.min_p) and 0 <= self.min_p < 1, "in [0, 1)"),
             "seed": (self.seed is None or _is_seed(self.seed), "that is a whole number from 0 to 2**64 - 1"),
         }
         for name, (ok, wanted) in bounds.items():
             if not ok:
-                raise PromptError(f"sampling: {name}={getattr(self, name)} is not possible; give a value {wanted}")
+                raise PromptError(f"sampling: {name}={getattr(self, name)!r} is not possible; give a value {wanted}")
 
     def generators(self, rows: int) -> list[torch.Generator]:
         """One seeded CPU generator per row."""
@@ -58,6 +59,10 @@ class Sampling:
         for generator, seed in zip(generators, seeds, strict=True):
             generator.seed() if seed is None else generator.manual_seed(seed % SEEDS)
         return generators
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
 
 
 def _is_seed(seed: object) -> bool:

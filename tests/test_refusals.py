@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from small import small_ids, small_lm
@@ -41,12 +42,57 @@ def lm(stories260k) -> LM:
         ([1], {"stop": ["a", 7]}, r"stop=\['a', 7\] is no text"),
         ([1], {"prefill": "sparse"}, "prefill 'sparse'"),
         ([1], {"prefill": "chunked", "chunk": 0}, "chunk=0"),
+        ([1], {"chunk": 1.5}, "chunk=1.5"),
+        ([1], {"chunk": "a"}, "chunk='a'"),
+        (b"abc", {}, "a prompt of 3 bytes"),
+        ([b"abc"], {}, "a prompt of 3 bytes"),
+        (bytearray(b"abc"), {}, "a prompt of 3 bytes"),
+        (memoryview(b"abc"), {}, "a prompt of 3 bytes"),
+        (None, {}, "prompt None is neither text nor token ids"),
+        ([1, 2.5], {}, "token id 2.5 at place 1"),
+        (torch.tensor([0.5]), {}, "0.5 is neither text nor token ids"),
+        ([torch.tensor([0.5])], {}, "token id 0.5 at place 0"),
+        ([1, "a"], {}, "token id 'a' at place 1"),
     ],
 )
 def test_impossible_calls_are_refused_in_one_line(lm, prompt, options, words):
     with pytest.raises(PromptError, match=words) as error:
         lm.generate(prompt, FullCache(), **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [list, tuple, np.array, torch.tensor, lambda ids: list(np.array(ids))])
+def test_token_ids_may_come_in_what_holds_numbers(lm, given):
+    ids, options = [1, 20, 30, 40], {"policy": FullCache(), "max_new_tokens": 4}
+    expected = lm.generate(ids, **options).tokens
+    assert lm.generate(given(ids), **options).tokens == expected
+    assert [one.tokens for one in lm.generate([given(ids)] * 2, **options)] == [expected] * 2
+    assert [one.tokens for one in lm.generate(given([ids] * 2), **options)] == [expected] * 2
+    assert (
+        lm.compress(given(ids)).ask(given(ids), max_new_tokens=4).tokens
+        == lm.compress(ids).ask(ids, max_new_tokens=4).tokens
+    )
+    assert lm.logprobs(given(ids), [given(ids)]) == lm.logprobs(ids, [ids])
+    with pytest.raises(PromptError, match="is one text"):
+        lm.logprobs(ids, given(ids))
+
+
+@pytest.mark.parametrize("policy", ["snapkv", ReSTKV, {"budget": 64}])
+def test_what_is_no_policy_is_refused_in_one_line(lm, policy):
+    calls = (
+        lambda: lm.generate("Once", policy),
+        lambda: lm.compress("Once", policy),
+        lambda: lm.logprobs("Once", ["a"], policy),
+        lambda: restkv.Chat(lm, policy),
+    )
+    for call in calls:
+        with pytest.raises(
+            PolicyError, match=r"^policy .* is no Policy; give one, such as restkv.get_policy\('"
+        ) as error:
+            call()
+        assert "\n" not in str(error.value)
+    with pytest.raises(PolicyError, match="policy None"):
+        restkv.Chat(lm, None)
 
 
 def test_text_needs_a_tokenizer():
@@ -117,6 +163,7 @@ def test_remarks_say_what_may_surprise(lm):
         ({"backend": "cuda"}, "backend 'cuda'"),
         ({"backend": "sdpa", "compile": True}, "sdpa"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"dtype": torch.int32}, "dtype torch.int32"),
         ({"device": "tpu9"}, "device 'tpu9'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -141,9 +142,14 @@ def test_the_largest_seed_and_the_coldest_temperature_do_draw():
         ("top_p", 1.01),
         ("min_p", -0.01),
         ("min_p", 1.0),
+        ("temperature", None),
+        ("temperature", "a"),
+        ("top_p", "x"),
+        ("min_p", None),
+        ("min_p", [0.5]),
     ],
 )
 def test_impossible_values_are_named(option, value):
-    with pytest.raises(PromptError, match=rf"{option}={value}") as error:
+    with pytest.raises(PromptError, match=re.escape(f"{option}={value!r}")) as error:
         Sampling(**{option: value})
     assert "\n" not in str(error.value)

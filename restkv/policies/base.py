@@ -228,5 +228,17 @@ class Policy(ABC):
         self._require(getattr(self, option) in values, option, f"choose from {', '.join(values)}")
 
 
+def require_policy(policy: object) -> Policy:
+    """What is given as a policy.
+
+    Raises:
+        PolicyError: it is none, as the name of one.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    example = f"restkv.get_policy({policy if isinstance(policy, str) else 'restkv'!r}, budget=1024)"
+    raise PolicyError(f"policy {policy!r} is no Policy; give one, such as {example}")
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < TOO_MANY
