@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
+from restkv.policies.base import require_policy
 from restkv.results import Decoding, Generation, Stats, TextStream
 from restkv.sparse import Pattern, parse_prefill
 from restkv.store import load_session, save_session
@@ -38,7 +40,7 @@ class Chat:
         template: use the checkpoint's chat template. None: if there is one.
         prefill, chunk: how the first turn is read, and everything again after a change of policy (see Session).
     Raises:
-        PolicyError: a fractional budget.
+        PolicyError: a fractional budget, or no policy at all.
         PromptError: the model has no tokenizer, or there is no such prefill.
     Attributes:
         lm, policy: from the first turn on, the policy protects the system prompt.
@@ -85,12 +87,16 @@ class Chat:
     def send(self, text: str, **options: Any) -> TextStream:
         """Say something; the answer comes as pieces of text. One that is broken off is kept as far as it came.
 
+        The message is read when the first piece is asked for; if none ever is, when the answer is broken off.
+
         Args:
             options: the fields of Decoding. A stop string that ends an answer stays in the cache.
         Raises:
             PromptError: an empty message, an impossible option, or a template that cannot show this turn.
             PolicyError: the system prompt does not fit into the budget.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"the message {text!r} is no text; give a string")
         if not text.strip():
             raise PromptError("the message is empty; say something")
         self.stop()
@@ -99,8 +105,14 @@ class Chat:
         return TextStream(self._turn, results)
 
     def stop(self) -> None:
-        """Break off the answer under way, if there is one."""
+        """Break off the answer under way, if there is one; a message whose answer nobody has asked for is read first.
+
+        Raises:
+            PromptError, PolicyError: such a message cannot be read (see send); it is not part of the chat then.
+        """
         if self._turn is not None:
+            if getgeneratorstate(self._turn) == GEN_CREATED:
+                next(self._turn)
             self._turn.close()
 
     @torch.no_grad()
@@ -114,6 +126,7 @@ class Chat:
         self.tokens += new
         stats = Stats(self.policy.name, self.policy.budget, [len(self.tokens)], question=known)
         try:
+            yield 0, ""  # the message is read, and an answer can be broken off before its first token
             yield from lm.decode(session, decoding, stats, meter, results, [answer])
             self._session = session
         except GeneratorExit:  # nobody listens any more; we are between two tokens
@@ -290,7 +303,7 @@ class Chat:
 
 def _unbroken(policy: Policy) -> Policy:
     """The policy, unless its budget is a fraction: a conversation has no length to take it of."""
-    if isinstance(policy.budget, float):
+    if isinstance(require_policy(policy).budget, float):
         raise PolicyError(
             f"budget {policy.budget}: a chat grows, and has no length to keep a fraction of; give a number of entries"
         )

@@ -116,7 +116,8 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         for _, piece in self._pieces:
-            yield piece
+            if piece:
+                yield piece
 
     @property
     def generation(self) -> Generation:

@@ -186,8 +186,13 @@ def test_other_ends_of_an_answer(lm):
 
 def test_turns_that_cannot_be_said(lm, templated):
     chat = Chat(lm, ReSTKV(64))
-    for text in ("", "  \n"):
-        with pytest.raises(PromptError, match="the message is empty"):
+    for text, words in (
+        ("", "is empty"),
+        ("  \n", "is empty"),
+        (b"Tom", "b'Tom' is no text"),
+        (None, "None is no text"),
+    ):
+        with pytest.raises(PromptError, match=f"the message {words}"):
             chat.send(text)
     with pytest.raises(PromptError, match="max_new_tokens=0"):
         chat.send("Tom", max_new_tokens=0)
@@ -383,12 +388,30 @@ def test_an_answer_broken_off_is_kept_as_far_as_it_came(stops, pieces, lm):
         _ = stream.generation
 
 
-def test_a_stream_never_heard_says_nothing(lm):
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_message_whose_answer_nobody_hears_is_read(stops, before, lm):
     chat = Chat(lm, FullCache())
+    for _ in range(before):
+        say(chat, TURNS[2])
     chat.send(TURNS[0])
-    assert say(chat, TURNS[1]).stats.question == "aware"
-    assert [m["content"] for m in chat.messages[:1]] == [TURNS[1]]
+    if stops:
+        chat.stop()
+        chat.stop()
+        holds_what_was_said(chat)
+    assert say(chat, TURNS[1]).stats.question == "agnostic"
+    assert [m["content"] for m in chat.messages[2 * before :][:3]] == [TURNS[0], "", TURNS[1]]
     holds_what_was_said(chat)
+
+
+def test_a_message_never_heard_that_cannot_be_read_is_not_said(lm):
+    chat = Chat(lm, ReSTKV(20, window=8), SYSTEM)
+    chat.send(TURNS[0])
+    with pytest.raises(PolicyError, match="no room for the system prompt"):
+        chat.change(ReSTKV(64))
+    chat.change(ReSTKV(64))
+    say(chat, TURNS[1])
+    assert [m["content"] for m in chat.messages[:2]] == [SYSTEM, TURNS[1]]
 
 
 @pytest.mark.parametrize("failing", [1, 2, 5])
