@@ -318,9 +318,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # some locales let bytes pass that are no text
     with reading("stdin" if file is None else file):
-        text = (
-            sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
-        )  # a byte-order mark is no text
+        # -sig: a byte-order mark is no text.
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -525,9 +524,7 @@ def methods(
             policy = sizing_policy(name, budget)
             layer_entries(policy, context, outline.config.num_layers)
             policies.append(policy)
-        except (
-            PolicyError
-        ) as error:  # a method that cannot take the budget, or a broken plugin, costs its own line only
+        except PolicyError as error:  # what cannot take the budget, or is broken, costs its own line only
             refusals.append(error)
     if not policies:
         raise refusals[0]

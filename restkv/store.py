@@ -114,9 +114,8 @@ def _writable(path: str | Path) -> Path:
         raise OutputError("'': cannot be written (the name is empty); choose another place")
     place = Path(os.path.realpath(path))
     with contextlib.suppress(OSError):  # a place that cannot be looked at cannot be written either
-        if place.is_symlink() or (
-            Path(path).exists() and not Path(path).is_file()
-        ):  # a link still: they go round in circles
+        circular = place.is_symlink()  # a link still
+        if circular or (place.exists() and not place.is_file()):
             what = "a folder" if place.is_dir() else "no regular file"
             raise OutputError(f"{path}: cannot be written (it is {what}); choose another place")
     return place
