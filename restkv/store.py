@@ -123,10 +123,10 @@ def _writable(path: str | Path) -> Path:
 
 def _reason(error: OSError | SafetensorError) -> str:
     """Why, without the names of temporary files, which the libraries' own sentences contain."""
-    number = error.errno if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
-    if isinstance(number, re.Match):
-        number = int(number[1])
-    return str(error) if number is None else os.strerror(number)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number else str(error)
 
 
 def _require_known(policy: Policy) -> None:
