@@ -6,8 +6,9 @@ windows shorter than POSITIONS, and ropes whose trained length is far below it.
 
 from __future__ import annotations
 
+import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -205,6 +206,12 @@ def reference_logits(model: transformers.PreTrainedModel, ids_L: Tensor, prompt:
     model(ids_L[None, :1], use_cache=False)
     if prompt is None:
         return model(ids_L[None], use_cache=False).logits[0].float()
+    return logits_of_pieces(model, [ids_L[:prompt], *ids_L[prompt:].split(1)]).float()
+
+
+@torch.no_grad()
+def logits_of_pieces(model: transformers.PreTrainedModel, pieces: Iterable[Tensor]) -> Tensor:
+    """transformers' logits [L, V], piece after piece over one cache."""
     cache = transformers.DynamicCache(config=model.config)
-    pieces = [ids_L[:prompt], *ids_L[prompt:].split(1)]
-    return torch.cat([model(piece[None], past_key_values=cache).logits[0] for piece in pieces]).float()
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
+    return torch.cat([model(piece[None], **{name: cache}).logits[0] for piece in pieces])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import transformers
-from families import CASES, POSITIONS, prompt_ids, reference_logits
+from families import CASES, POSITIONS, logits_of_pieces, prompt_ids, reference_logits
 from small import small_ids, small_model
 from torch import Tensor
 
@@ -53,9 +53,7 @@ def reference(tiny) -> Callable[..., Tensor]:
         if pieces is None:
             return reference_logits(model, ids)
         model(ids[None, :1], use_cache=False)  # a dynamic rope keeps the longest length it has met: make it forget
-        cache = transformers.DynamicCache(config=model.config)
-        parts = [model(part[None], past_key_values=cache).logits[0] for part in ids.split(list(pieces))]
-        return torch.cat(parts).float()
+        return logits_of_pieces(model, ids.split(list(pieces))).float()
 
     def get(name: str, pieces: Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         key = name, tuple(pieces) if pieces and name == DYNAMIC else None, dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 from typing import Any
@@ -36,6 +37,8 @@ class Transformers(Worker):
         self._static = arguments["cache"] == "static"
         self._step: Any = torch.compile(self._model, fullgraph=False, dynamic=False) if self._static else self._model
         self._cache: Any = None
+        named = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"  # before transformers 5.24
         self._next_B1 = torch.zeros(1, 1, dtype=torch.long)
         self._seen = 0
 
@@ -85,8 +88,9 @@ class Transformers(Worker):
 
     def _run(self, step: Any, ids_BT: torch.Tensor, first: int) -> None:
         pos_1T = torch.arange(first, first + ids_BT.shape[1], device=self.device)[None]
-        more = {"cache_position": pos_1T[0]} if self._static else {}
-        out = step(ids_BT, past_key_values=self._cache, position_ids=pos_1T, use_cache=True, logits_to_keep=1, **more)
+        more: dict[str, Any] = {"cache_position": pos_1T[0]} if self._static else {}
+        more[self._cache_name] = self._cache
+        out = step(ids_BT, position_ids=pos_1T, use_cache=True, logits_to_keep=1, **more)
         self._next_B1 = out.logits[:, -1:].argmax(-1)
 
     def describe(self) -> dict[str, Any]:
