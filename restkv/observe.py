@@ -116,11 +116,13 @@ class Observation:
                 grouped = slice(some.start * self.group, some.stop * self.group)
                 yield Rows(grouped, which, self.logits(heads=some, queries=which), self._seen_by_all > 0)
 
-    def logits(self, columns: slice = slice(None), queries: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+    def logits(self, columns: slice | None = None, queries: slice | None = None, heads: slice | None = None) -> Tensor:
         """Attention logits [B, H, W, C] of some columns, queries and KV heads (with their groups); -inf for what a query may
         not see: the future, what has left a sliding window, padding, and entries its head does not hold.
         """
         G = self.group
+        # Not as default arguments: dynamo of torch 2.11 knows no slice there.
+        columns, queries, heads = columns or slice(None), queries or slice(None), heads or slice(None)
         q_BKGWD = self.q.unflatten(1, (-1, G))[:, heads, :, queries].to(self.dtype) * self.scale
         B, K, _, W, D = q_BKGWD.shape
         q_BKQD = q_BKGWD.reshape(B, K, G * W, D)
@@ -151,7 +153,7 @@ class Observation:
         )  # no sync: a CPU
         return int(hidden_C.argmax()) if hidden_C.any() else len(hidden_C)
 
-    def attention(self, lse_BHW: Tensor, columns: slice = slice(None)) -> Tensor:
+    def attention(self, lse_BHW: Tensor, columns: slice | None = None) -> Tensor:
         """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns."""
         return torch.exp(self.logits(columns) - lse_BHW[..., None])
 
