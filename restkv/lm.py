@@ -397,7 +397,7 @@ class LM:
 
 
 def _listed(prompt: Any) -> Any:
-    """A tensor or an array as lists; anything else as it is."""
+    """A tensor or an array as lists (on the host, where ids are checked); anything else as it is."""
     return prompt.tolist() if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview) else prompt
 
 
