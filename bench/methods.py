@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.runs import digest
@@ -73,8 +73,8 @@ class Method:
     def policy(self, entries: int) -> Policy:
         """The policy with a budget of so many entries per head.
 
-        A default window longer than half of that shrinks to it, or there would be nothing to choose among; and a pyramid
-        spends its budget exactly, unless it is the preset's. What an option or a preset says stays as it is.
+        A default window fits into it (Policy.window_within), and a pyramid spends it exactly, unless it is the preset's. What
+        an option or a preset says stays as it is.
 
         Raises:
             PolicyError: unknown name, preset or option, or a budget they do not fit into.
@@ -84,9 +84,8 @@ class Method:
         cls = policy_class(self.name)
         given = {**cls.PRESETS.get(self.preset or "", {}), **self.options}
         options = {**self.options, "budget": entries}
-        window = next(option.default for option in fields(cls) if option.name == "window")
-        if "window" not in given and window is not MISSING:
-            options["window"] = min(window, max(1, entries // 2))
+        if "window" not in given:
+            options |= cls.window_within(entries)
         if self.once and "interval" not in given:
             options["interval"] = None
         policy = get_policy(self.name, self.preset, **options)
@@ -105,7 +104,7 @@ def _source(cls: type[Policy]) -> str | None:
     """A name for exactly the module that a policy is written in; None where it is not in a file."""
     try:
         return digest(inspect.getsource(sys.modules[cls.__module__]))
-    except (OSError, TypeError):
+    except (KeyError, OSError, TypeError):
         return None
 
 

@@ -192,8 +192,8 @@ def make_policy(method: str, preset: str | None, options: dict[str, Any]) -> Pol
 
 
 def sizing_policy(method: str, budget: Any) -> Policy:
-    """A method under a budget (the default one for None) to size its cache by, where nobody could choose a window: a default
-    one longer than half of the budget shrinks to that, as in the benches.
+    """A method under a budget (the default one for None) to size its cache by, where nobody could choose a window
+    (Policy.window_within).
 
     Raises:
         PolicyError: unknown method, or one that cannot have this budget.
@@ -205,5 +205,5 @@ def sizing_policy(method: str, budget: Any) -> Policy:
     options: dict[str, Any] = {"budget": budget}
     entries = min(budget) if isinstance(budget, tuple) else budget
     if isinstance(entries, int):
-        options["window"] = min(policy_class(method).window, max(1, entries // 2))
+        options |= policy_class(method).window_within(entries)
     return make_policy(method, None, options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +102,14 @@ class Policy(ABC):
         least = self.window + self.sinks
         mend = f"window ({self.window}) + sinks ({self.sinks}) are always kept; give at least {least} or lower them"
         self._require(min(budgets) >= least, "budget", mend)
+
+    @classmethod
+    def window_within(cls, entries: int) -> dict[str, int]:
+        """The option `window` for a budget of so many entries, where nobody has chosen one: the default, or half of the budget if
+        that is less, or there would be nothing to choose among. Empty for a policy without a default.
+        """
+        default = next(option.default for option in fields(cls) if option.name == "window")
+        return {} if default is MISSING else {"window": min(default, max(1, entries // 2))}
 
     def budget_for(self, length: int) -> int:
         """Entries per head (the mean over layers) for a prompt of `length` tokens.
