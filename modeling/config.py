@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,45 @@ from typing import Any
 import torch
 
 from modeling.errors import ConfigError, RestKVError
+from modeling.fields import FULL, MAX_HEAD_DIM, MAX_INTEGER, MAX_LAYERS, MAX_VOCAB, SLIDING, Fields, shown
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Other names under which transformers knows the same function or dtype.
+SAME_ACTIVATION = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+}
+SAME_DTYPE = {"float": "float32", "half": "float16"}
+
+# What numbers of a rotary embedding may be: all tables stay finite in float32, at every position below 2^31.
+THETA = (1.0, 1e15)
+FACTOR = (1e-3, 1e6)
+EPSILON = (1e-30, 1.0)
+
+# Keys that transformers obeys in every family and we do not: the values they may have, and what any other would mean.
+_ALONE = "the text model is one part of a larger model; use a checkpoint of the text model alone"
+REFUSED_UNLESS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "is_causal": ((True,), "only causal models can generate"),
+    "is_encoder_decoder": ((None, False), "only models without an encoder are known"),
+    "text_config": ((None,), _ALONE),
+    "text_encoder": ((None,), _ALONE),
+    "decoder": ((None,), _ALONE),
+    "generator": ((None,), _ALONE),
+    "per_layer_config": ((None, {}), "all layers must have one shape"),
+    "attention_chunk_size": ((None,), "attention in chunks is not known"),
+    "kv_sharing_modes": ((None,), "every layer must have keys and values of its own"),
+    "num_kv_shared_layers": ((None, 0), "every layer must have keys and values of its own"),
+    "fusion_config": ((None, {}), "modules as the checkpoint has them are all that is known"),
+    "transformers_weights": ((None,), "weights are read from model.safetensors or its index"),
+    "configuration_files": (([], ["config.json"]), "only config.json is read"),
+}
 
 
 @dataclass(frozen=True)
@@ -87,9 +122,9 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions")
         if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+            raise ConfigError(f"activation {shown(self.activation)} is unknown; known are {', '.join(ACTIVATIONS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not supported; known are {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype {shown(self.dtype)} is not supported; known are {', '.join(DTYPES)}")
 
     @property
     def group(self) -> int:
@@ -104,9 +139,13 @@ class ModelConfig:
 def read_json(path: Path, error: type[RestKVError] = ConfigError) -> dict[str, Any]:
     """The object in a JSON file; raises `error` with one line when it cannot be read, is no JSON, or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole_number)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    except RecursionError:
+        raise error(
+            f"{path}: its lists and objects are nested too deeply; no file of a checkpoint needs that"
+        ) from None
     except ValueError as problem:
         raise error(f"{path}: not valid JSON ({problem}); copy or download the file again") from None
     if not isinstance(value, dict):
@@ -114,99 +153,60 @@ def read_json(path: Path, error: type[RestKVError] = ConfigError) -> dict[str, A
     return value
 
 
-class Fields:
-    """The keys of a config.json, read with their types. A missing or ill-typed one is named with its place.
+def _whole_number(digits: str) -> int:
+    if len(digits) > 4300:  # more than Python converts
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
-    A key that is null counts as absent, except where null means "none" (window, softcap).
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model: a family's defaults for keys that its config.json leaves out, and what is read in the end."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None  # None: as many as query heads
+    max_positions: int
+    head_dim: int | None = None  # None: hidden_size / num_heads
+
+
+@dataclass(frozen=True)
+class Shape(Sizes):
+    """Sizes without a None."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+def read_shape(fields: Fields, default: Sizes) -> Shape:
+    """The sizes that config.json gives, each within its bound, and the family's where it leaves one out.
+
+    A null means what it means to transformers: as many KV heads as query heads, and no other size may be null but those
+    that have a default which follows from the rest.
     """
 
-    def __init__(self, raw: Mapping[str, Any], place: str = "config.json"):
-        self.raw = raw
-        self.place = place
+    def size(key: str, otherwise: int, maximum: int = MAX_INTEGER) -> int:
+        return fields.integer(key, None if key in fields.raw else otherwise, maximum=maximum)
 
-    def refuse(self, text: str) -> ConfigError:
-        return ConfigError(f"{self.place}: {text}")
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`; ConfigError when absent and without default."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise self.refuse(f"{key!r} is missing; it must be a whole number")
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refuse(f"{key!r} is {value!r}; it must be a whole number of at least {minimum}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero; ConfigError when absent and without default."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise self.refuse(f"{key!r} is missing; it must be a number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.refuse(f"{key!r} is {value!r}; it must be a number above 0")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.refuse(f"{key!r} is {value!r}; it must be true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str | None:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is not None and not isinstance(value, str):
-            raise self.refuse(f"{key!r} is {value!r}; it must be a string")
-        return value
-
-    def section(self, key: str) -> dict[str, Any]:
-        """A nested object, {} when absent or null."""
-        value = self.raw.get(key) or {}
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key!r} is {value!r}; it must be an object")
-        return value
-
-    def softcap(self, key: str, default: float | None) -> float | None:
-        """A softcap: absent means the family's default, null means none."""
-        if key in self.raw and self.raw[key] is None:
-            return None
-        return default if key not in self.raw else self.number(key)
-
-    def window(self, default: int | None) -> int | None:
-        """`sliding_window`: absent means the family's default, null means none."""
-        if "sliding_window" in self.raw and self.raw["sliding_window"] is None:
-            return None
-        return default if "sliding_window" not in self.raw else self.integer("sliding_window")
-
-    def token_ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """One id or a list of ids; absent or null means the default."""
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise self.refuse(f"{key!r} is {value!r}; it must be a token id or a list of them")
-        return tuple(ids)
-
-    def layer_windows(
-        self, num_layers: int, window: int | None, is_sliding: Callable[[int], bool]
-    ) -> tuple[int | None, ...]:
-        """Window of each layer: by `layer_types` when given, else where is_sliding(layer) says so.
-
-        Raises ConfigError for an unknown layer type, a wrong count, or a sliding layer without a window.
-        """
-        names = {True: "sliding_attention", False: "full_attention"}
-        types = self.raw.get("layer_types") or [names[is_sliding(i)] for i in range(num_layers)]
-        unknown = sorted({str(t) for t in types} - set(names.values()))
-        if unknown:
-            raise self.refuse(f"layer type {unknown[0]!r} is unknown; known are {', '.join(names.values())}")
-        if len(types) != num_layers:
-            raise self.refuse(f"'layer_types' has {len(types)} entries for {num_layers} layers; give one per layer")
-        if names[True] in types and window is None:
-            raise self.refuse("a layer has sliding attention but 'sliding_window' is not set; give its length")
-        return tuple(window if t == names[True] else None for t in types)
+    heads = size("num_attention_heads", default.num_heads)
+    hidden = size("hidden_size", default.hidden_size)
+    kv_heads = heads if "num_key_value_heads" in fields.raw else default.num_kv_heads or heads
+    head_dim = default.head_dim or hidden // heads
+    if default.head_dim is None and fields.raw.get("head_dim") is None and hidden % heads:
+        raise fields.refuse(f"'hidden_size' {hidden} is not a multiple of {heads} heads and 'head_dim' is not given")
+    return Shape(
+        vocab_size=size("vocab_size", default.vocab_size, MAX_VOCAB),
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size", default.intermediate_size),
+        num_layers=size("num_hidden_layers", default.num_layers, MAX_LAYERS),
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", kv_heads),
+        max_positions=fields.integer("max_position_embeddings", default.max_positions),
+        head_dim=fields.integer("head_dim", head_dim, maximum=MAX_HEAD_DIM),
+    )
 
 
 def rope_config(
@@ -215,34 +215,38 @@ def rope_config(
     """Translate one rotary entry (`rope_scaling`, `rope_parameters`, or one layer type's part of it).
 
     `theta` holds when the entry has no `rope_theta` of its own. Raises ConfigError for a kind we do not know, for a
-    missing parameter, and for partial rotary embeddings.
+    missing or senseless parameter, and for partial rotary embeddings.
     """
     read = Fields(entry, f"{fields.place}: rope parameters")
-    kind = read.text("rope_type") or read.text("type") or "default"
+    kind, older = read.text("rope_type"), read.text("type")
+    if kind is not None and older is not None and kind != older:
+        raise read.refuse(f"'rope_type' is {shown(kind)} and 'type' is {shown(older)}; leave one of them out")
+    kind = kind or older or "default"
     if kind not in ROPE_KINDS:
-        raise read.refuse(f"rope type {kind!r} is unknown; known are {', '.join(ROPE_KINDS)}")
+        raise read.refuse(f"rope type {shown(kind)} is unknown; known are {', '.join(ROPE_KINDS)}")
     partial = read.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise read.refuse(f"'partial_rotary_factor' is {partial}; only whole heads can be rotated (1.0)")
-    theta = read.number("rope_theta", theta)
+    theta = read.number("rope_theta", theta, THETA)
     if kind == "default":
         return RopeConfig(kind, theta, head_dim)
     if kind == "linear":
-        return RopeConfig(kind, theta, head_dim, factor=read.number("factor"))
+        return RopeConfig(kind, theta, head_dim, factor=read.number("factor", limits=FACTOR))
     if kind == "dynamic":
         if head_dim <= 2:
             raise read.refuse(f"dynamic rope needs a head_dim above 2, got {head_dim}")
-        return RopeConfig(kind, theta, head_dim, factor=read.number("factor"), original_positions=max_positions)
-    # Some configs keep the trained length beside the rope parameters; that one wins, as in transformers.
-    inner = read.integer("original_max_position_embeddings", max_positions)
-    original = fields.integer("original_max_position_embeddings", inner)
+        factor = read.number("factor", limits=FACTOR)
+        return RopeConfig(kind, theta, head_dim, factor=factor, original_positions=max_positions)
+    original = read.integer("original_max_position_embeddings", max_positions)
     if kind == "llama3":
         low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
         if low >= high:
             raise read.refuse(f"'low_freq_factor' {low} must be below 'high_freq_factor' {high}")
-        factor = read.number("factor")
+        factor = read.number("factor", limits=FACTOR)
         return RopeConfig(kind, theta, head_dim, factor, original, low_freq_factor=low, high_freq_factor=high)
-    factor = read.number("factor", max_positions / original)
+    if theta == 1.0:
+        raise read.refuse("'rope_theta' is 1.0, with which all dimensions turn alike; yarn needs more")
+    factor = read.number("factor", min(max(max_positions / original, FACTOR[0]), FACTOR[1]), FACTOR)
     return RopeConfig(
         kind,
         theta,
@@ -251,7 +255,8 @@ def rope_config(
         original,
         beta_fast=read.number("beta_fast", 32.0),
         beta_slow=read.number("beta_slow", 1.0),
-        truncate=read.flag("truncate", True),
+        # To transformers a null here is a false.
+        truncate=read.flag("truncate", "truncate" not in entry),
         attention_factor=_yarn_attention_factor(read, factor),
     )
 
@@ -268,11 +273,27 @@ def _yarn_attention_factor(read: Fields, factor: float) -> float:
     return read.number("attention_factor", default)
 
 
+def single_rope(fields: Fields, shape: Shape) -> RopeConfig:
+    """The one rotary embedding of a model: `rope_scaling` if it says anything, else `rope_parameters`."""
+    entry = fields.section("rope_scaling") or fields.section("rope_parameters")
+    parts = sorted({SLIDING, FULL} & entry.keys())
+    if parts:
+        raise fields.refuse(
+            f"the rope parameters have a part {parts[0]!r}, but all layers of this family share one rope"
+        )
+    # Some configs keep the trained length beside the rope parameters; that one wins, as in transformers.
+    trained = fields.raw.get("original_max_position_embeddings")
+    if trained is not None:
+        entry = entry | {"original_max_position_embeddings": trained}
+    theta = fields.number("rope_theta", 10_000.0, THETA)
+    return rope_config(fields, entry, theta=theta, head_dim=shape.head_dim, max_positions=shape.max_positions)
+
+
 def decoder_config(
     fields: Fields,
+    shape: Shape,
     *,
     family: str,
-    head_dim: int | None = None,
     activation: str | None = None,
     tie_embeddings: bool = False,
     bos_token_id: int | None = None,
@@ -285,49 +306,48 @@ def decoder_config(
 ) -> ModelConfig:
     """The part of a translation that all families share.
 
-    Keyword arguments are the family's own defaults (head_dim, tie_embeddings, token ids) and what makes it different
-    (`features` go to ModelConfig as they are). Without `windows` every layer sees everything; without `ropes` there is
-    one, read from `rope_parameters` or `rope_scaling` and `rope_theta`. Raises ConfigError as ModelConfig does.
+    Keyword arguments are the family's own defaults (tie_embeddings, token ids) and what makes it different (`features`
+    go to ModelConfig as they are). Without `windows` every layer sees everything, and a file that asks for a window is
+    refused; without `ropes` there is one (single_rope). Raises ConfigError as ModelConfig does, and for each key of
+    REFUSED_UNLESS.
     """
-    raw = fields.raw
     quantized = fields.section("quantization_config")
     if quantized:
         raise fields.refuse(
-            f"the weights are quantised ({quantized.get('quant_method', 'unknown method')!r}); "
+            f"the weights are quantised ({shown(quantized.get('quant_method', 'unknown method'))}); "
             "use the float16, bfloat16 or float32 checkpoint"
         )
-    hidden, heads, layers = (fields.integer(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    if head_dim is None and raw.get("head_dim") is None and hidden % heads:
-        raise fields.refuse(f"'hidden_size' {hidden} is not a multiple of {heads} heads and 'head_dim' is not given")
-    head_dim = fields.integer("head_dim", head_dim or hidden // heads)
-    max_positions = fields.integer("max_position_embeddings")
-    if ropes is None:
-        entry = fields.section("rope_scaling") or fields.section("rope_parameters")
-        theta = fields.number("rope_theta", 10_000.0)
-        ropes = (rope_config(fields, entry, theta=theta, head_dim=head_dim, max_positions=max_positions),)
+    for key, (allowed, why) in REFUSED_UNLESS.items():
+        if key in fields.raw and fields.raw[key] not in allowed:
+            raise fields.refuse(f"{key!r} is {shown(fields.raw[key])}; {why}")
+    if windows is None:
+        fields.no_windows(family, shape.num_layers)
+    activation = activation or fields.text("hidden_act", "silu") or "silu"
+    dtype = (fields.text("dtype") or fields.text("torch_dtype") or "").removeprefix("torch.") or None
     bos = fields.token_ids("bos_token_id", () if bos_token_id is None else (bos_token_id,))
     try:
         return ModelConfig(
             family=family,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=fields.integer("intermediate_size"),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads),
-            head_dim=head_dim,
-            max_positions=max_positions,
-            ropes=ropes,
-            layer_rope=layer_rope or (0,) * layers,
-            windows=windows or (None,) * layers,
-            attn_scale=head_dim**-0.5 if attn_scale is None else attn_scale,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
-            activation=activation or fields.text("hidden_act", "silu") or "silu",
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_positions=shape.max_positions,
+            ropes=ropes or (single_rope(fields, shape),),
+            layer_rope=layer_rope or (0,) * shape.num_layers,
+            windows=windows or (None,) * shape.num_layers,
+            attn_scale=shape.head_dim**-0.5 if attn_scale is None else attn_scale,
+            norm_eps=fields.number("rms_norm_eps", 1e-6, EPSILON),
+            activation=SAME_ACTIVATION.get(activation, activation),
             tie_embeddings=fields.flag("tie_word_embeddings", tie_embeddings),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=fields.token_ids("eos_token_id", eos_token_ids),
-            dtype=fields.text("dtype") or fields.text("torch_dtype"),
+            dtype=None if dtype is None else SAME_DTYPE.get(dtype, dtype),
             **features,
         )
     except ConfigError as error:
-        raise fields.refuse(str(error)) from None
+        text = str(error)
+        raise error if text.startswith(f"{fields.place}: ") else fields.refuse(text) from None

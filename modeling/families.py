@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modeling import gemma, llama, mistral, qwen2
-from modeling.config import Fields, ModelConfig, read_json
+from modeling.config import ModelConfig, read_json
 from modeling.errors import ConfigError
+from modeling.fields import Fields, shown
 
 # model_type -> (architecture, translation)
 FAMILIES: dict[str, tuple[str, Callable[[Fields], ModelConfig]]] = {
@@ -26,23 +27,30 @@ def config_from_dict(raw: Mapping[str, Any], place: str = "config.json") -> Mode
     fields = Fields(raw, place)
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list):
-        raise fields.refuse(f"'architectures' is {architectures!r}; it must be a list")
+        raise fields.refuse(f"'architectures' is {shown(architectures)}; it must be a list")
     model_type = fields.text("model_type")
     if model_type is None:
         model_type = next((name for name, (arch, _) in FAMILIES.items() if arch in architectures), None)
     if model_type not in FAMILIES:
-        what = f"model_type {model_type!r}" if model_type else f"no model_type, and architectures {architectures}"
+        what = (
+            f"model_type {shown(model_type)}"
+            if model_type
+            else f"no model_type, and architectures {shown(architectures)}"
+        )
         raise fields.refuse(f"{what} is not a known family; known are {', '.join(FAMILIES)}")
     architecture, translate = FAMILIES[model_type]
     if architectures and architecture not in architectures:
         raise fields.refuse(
-            f"architecture {architectures[0]!r} is not supported for {model_type!r}; need {architecture}"
+            f"architecture {shown(architectures[0])} is not supported for {model_type!r}; need {architecture}"
         )
     return translate(fields)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of a checkpoint folder. EOS ids of generation_config.json, where given, override config.json's.
+
+    A null there means that nothing ends an answer; where the key is absent, config.json's ids hold (transformers' generate
+    would know no end at all).
 
     Raises ConfigError as config_from_dict does, and when there is no readable config.json.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modeling.config import DTYPES, ModelConfig, read_json
 from modeling.errors import CheckpointError, ConfigError
+from modeling.expected import expected_shapes
 from modeling.families import read_config
 from modeling.layers import Decoder
 
@@ -82,9 +83,9 @@ def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decod
         raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
     config = read_config(folder)
     stored = _stored_tensors(folder)
+    _check_fit(folder, config, expected_shapes(config), stored)
     with torch.device("meta"):
         model = Decoder(config, fused)
-    _check_fit(folder, config, {name: slot.shape for name, slot in tensor_slots(model).items()}, stored)
     model.requires_grad_(False).eval()
     return model.to(_wanted_dtype(dtype, config, stored)), stored
 
@@ -193,7 +194,7 @@ def _header(file: Path) -> list[StoredTensor]:
 
 
 def _check_fit(
-    folder: Path, config: ModelConfig, expected: dict[str, torch.Size], stored: dict[str, StoredTensor]
+    folder: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
 ) -> None:
     """Raise one CheckpointError that lists everything in which the files and config.json disagree."""
     missing = [name for name in expected if name not in stored]
@@ -205,7 +206,7 @@ def _check_fit(
         and not tensor.name.endswith("rotary_emb.inv_freq")  # a buffer that old transformers saved
         and not (config.tie_embeddings and tensor.name == "lm_head.weight" and tensor.shape == embedding_shape)
     ]
-    both = [(stored[name], tuple(shape)) for name, shape in expected.items() if name in stored]
+    both = [(stored[name], shape) for name, shape in expected.items() if name in stored]
     misshapen = [f"{t.name} {list(t.shape)} for {list(shape)}" for t, shape in both if t.shape != shape]
     alien = [f"{t.name} {t.dtype}" for t in stored.values() if t.dtype not in STORED_DTYPES]
     kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen, "not floating point": alien}

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from modeling.config import Fields, ModelConfig, decoder_config
+import dataclasses
+
+from modeling.config import ModelConfig, Sizes, decoder_config, read_shape
+from modeling.fields import Fields
+
+SIZES = Sizes(
+    vocab_size=151_936,
+    hidden_size=4096,
+    intermediate_size=22_016,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    max_positions=32_768,
+)
 
 
-def _windows(fields: Fields) -> tuple[int | None, ...]:
+def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide, and only with `use_sliding_window`."""
     window = fields.window(default=4096) if fields.flag("use_sliding_window", False) else None
     first = fields.integer("max_window_layers", 28, minimum=0)
-    return fields.layer_windows(
-        fields.integer("num_hidden_layers"), window, lambda layer: window is not None and layer >= first
-    )
+    return fields.layer_windows(num_layers, window, lambda layer: window is not None and layer >= first)
 
 
 def qwen2(fields: Fields) -> ModelConfig:
     """config.json of model_type "qwen2" (Qwen2, Qwen2.5)."""
-    return decoder_config(fields, family="qwen2", windows=_windows(fields), qkv_bias=True)
+    shape = read_shape(fields, SIZES)
+    windows = _windows(fields, shape.num_layers)
+    return decoder_config(fields, shape, family="qwen2", windows=windows, qkv_bias=True)
 
 
 def qwen3(fields: Fields) -> ModelConfig:
     """config.json of model_type "qwen3"."""
+    shape = read_shape(fields, dataclasses.replace(SIZES, head_dim=128))
+    windows = _windows(fields, shape.num_layers)
     bias = fields.flag("attention_bias", False)
-    return decoder_config(
-        fields, family="qwen3", head_dim=128, windows=_windows(fields), qk_norm=True, qkv_bias=bias, o_bias=bias
-    )
+    return decoder_config(fields, shape, family="qwen3", windows=windows, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
 MODEL_TYPES = {"qwen2": ("Qwen2ForCausalLM", qwen2), "qwen3": ("Qwen3ForCausalLM", qwen3)}

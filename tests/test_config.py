@@ -132,7 +132,8 @@ def test_both_rope_layouts_mean_the_same(name):
         parameters = parameters["full_attention"]
     old["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
-    old["rope_scaling"] = None if kind == "default" else parameters | {"type": kind}
+    key = "rope_type" if new["model_type"] == "gemma3_text" else "type"  # "type" alone is passed over in Gemma 3
+    old["rope_scaling"] = None if kind == "default" else parameters | {key: kind}
     assert config_from_dict(old) == config_from_dict(new)
 
 
@@ -198,7 +199,7 @@ REFUSED = [
     (GEMMA3 | {"sliding_window": 0}, "'sliding_window' is 0"),
     (GEMMA3 | {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is set"),
     (GEMMA3 | {"use_bidirectional_attention": True}, "only causal models can generate"),
-    (GEMMA3 | {"rope_parameters": {"rope_type": "default"}}, "must have the parts 'full_attention'"),
+    (GEMMA3 | {"rope_scaling": {"type": "linear", "factor": 8.0}}, "'type' of 'rope_scaling' is 'linear'"),
 ]
 
 
