@@ -53,6 +53,7 @@ REFUSED_UNLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_kv_shared_layers": ((None, 0), "every layer must have keys and values of its own"),
     "fusion_config": ((None, {}), "modules as the checkpoint has them are all that is known"),
     "transformers_weights": ((None,), "weights are read from model.safetensors or its index"),
+    "attribute_map": ((None, {}), "keys are read under their own names"),
     "configuration_files": (([], ["config.json"]), "only config.json is read"),
 }
 
