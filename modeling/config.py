@@ -247,7 +247,7 @@ def rope_config(
         return RopeConfig(kind, theta, head_dim, factor, original, low_freq_factor=low, high_freq_factor=high)
     if theta == 1.0:
         raise read.refuse("'rope_theta' is 1.0, with which all dimensions turn alike; yarn needs more")
-    factor = read.number("factor", min(max(max_positions / original, FACTOR[0]), FACTOR[1]), FACTOR)
+    factor = read.number("factor", max_positions / original, FACTOR)
     return RopeConfig(
         kind,
         theta,

@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 VALID = {family: {"model_type": family, "architectures": [name], **TINY} for family, name in ARCHITECTURES.items()}
+VALID["gemma3_text"]["sliding_window_pattern"] = 2  # so that there are layers of both types
 ABSENT = object()  # drawn for a key that is to be left out
 
 
@@ -87,7 +88,7 @@ KEYS: dict[str, st.SearchStrategy[Any]] = {
     "layer_types": TYPES | TYPES | st.none() | _pick([], ["full_attention"]),
     "use_sliding_window": st.booleans(),
     "max_window_layers": _pick(0, 1, 2, 28),
-    "sliding_window_pattern": _pick(1, 2, 3, 2.0, 6),
+    "sliding_window_pattern": _pick(ABSENT, 1, 2, 3, 2.0),
     "_sliding_window_pattern": _pick(1, 2),
     "query_pre_attn_scalar": _pick(4, 24, 256),
     "final_logit_softcapping": _pick(None, 0.5, 3.0),

@@ -101,7 +101,7 @@ def test_many_drawn_configs_give_transformers_logits_or_are_refused(family):
 
 
 HALVES = ["sliding_attention", "full_attention", "sliding_attention"]
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 50.0}
 EQUAL = {
     "mistral, layers of both types": ("mistral", {"layer_types": HALVES, "sliding_window": 8}),
     "mistral, layer_types null": ("mistral", {"layer_types": None, "sliding_window": 8}),
@@ -116,10 +116,12 @@ EQUAL = {
     "gemma, hidden_activation is not read": ("gemma", {"hidden_activation": "silu"}),
     "gemma3, _sliding_window_pattern is not read": (
         "gemma3_text",
-        {"_sliding_window_pattern": 2, "sliding_window": 8},
+        {"_sliding_window_pattern": 2, "sliding_window_pattern": ABSENT, "sliding_window": 8},
     ),
     "gemma3, sliding_window_pattern": ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 8}),
     "gemma3, a pattern as float": ("gemma3_text", {"sliding_window_pattern": 2.0, "sliding_window": 8}),
+    "gemma3, rope_scaling": ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 50}),
+    "gemma3, rope_local_base_freq": ("gemma3_text", {"rope_local_base_freq": 50}),
     "gemma3, types over pattern": (
         "gemma3_text",
         {"sliding_window_pattern": 3, "layer_types": HALVES, "sliding_window": 8},
@@ -145,7 +147,10 @@ EQUAL = {
     "llama, empty rope_scaling": ("llama", {"rope_scaling": {}, "rope_parameters": {"rope_theta": 50.0}}),
     "rope_scaling of type default": ("mistral", {"rope_scaling": {"type": "default"}, "rope_theta": 50.0}),
     "yarn, null factor": ("llama", {"rope_scaling": YARN | {"factor": None}}),
-    "yarn, null truncate": ("llama", {"rope_scaling": YARN | {"truncate": None, "beta_fast": 7.0}}),
+    "yarn, null truncate": (
+        "llama",
+        {"rope_scaling": YARN | {"truncate": None, "original_max_position_embeddings": 24}},
+    ),
     "yarn, one bound": ("llama", {"rope_scaling": YARN | {"beta_fast": 4.0, "beta_slow": 4.0}}),
     "yarn, bounds exchanged": ("llama", {"rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 4.0}}),
     "llama3 with whole numbers": (
