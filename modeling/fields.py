@@ -31,7 +31,7 @@ class _Short(reprlib.Repr):
 
 _SHORT = _Short()
 _SHORT.maxlevel = 3
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = SHOWN
+_SHORT.maxstring = _SHORT.maxother = SHOWN
 
 
 def shown(value: object) -> str:

@@ -220,7 +220,15 @@ def test_a_config_must_give_every_layer_its_window_and_rope():
 
 
 @pytest.mark.parametrize(
-    ("generation", "want"), [(None, (2,)), ({}, (2,)), ({"eos_token_id": 5}, (5,)), ({"eos_token_id": [5, 9]}, (5, 9))]
+    ("generation", "want"),
+    [
+        (None, (2,)),
+        ({}, (2,)),
+        ({"eos_token_id": 5}, (5,)),
+        ({"eos_token_id": [5, 9]}, (5, 9)),
+        ({"eos_token_id": None}, ()),
+        ({"eos_token_id": []}, ()),
+    ],
 )
 def test_generation_config_overrides_the_eos_ids(tmp_path, generation, want):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
