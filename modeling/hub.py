@@ -1,0 +1,183 @@
+"""Names of the hub, `org/name` and `org/name@revision`, and their download through huggingface_hub.
+
+The library keeps what it has downloaded, resumes within a run, and turns to its cache when the network is away. Added
+here: no request waits for ever, and whatever it raises, in any of its versions, is one line with the mend.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeling.errors import CheckpointError, RestKVWarning
+from modeling.files import shortened
+from modeling.folders import find_shards
+
+PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+IGNORED = ["*/*", "consolidated*"]  # Mistral's folders hold all weights a second time in their own layout
+PATIENCE = 3  # requests in a row that may go unanswered
+NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>\w[\w.+/-]*))?", re.ASCII)
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository of the hub, and the branch, tag or commit that is wanted of it (None: its main branch)."""
+
+    repo: str
+    revision: str | None
+
+
+def hub_name(text: str) -> HubName | None:
+    """`org/name` or `org/name@revision`, None for anything else."""
+    match = NAME.fullmatch(text)
+    if match is None or ".." in text or text.endswith(("/", ".lock")):
+        return None
+    return HubName(match["repo"], match["revision"])
+
+
+def download(name: HubName) -> Path:
+    """The folder with a repository's configuration, tokenizer and safetensors, downloaded unless it is in the cache.
+
+    Raises CheckpointError when huggingface_hub is not installed or the download fails.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointError(
+            f'{name.repo}: no such folder; to download it as a hub name, pip install "restkv[hub]" first'
+        ) from None
+    except Exception as error:  # it reads its environment variables when imported
+        raise CheckpointError(f"{name.repo}: huggingface_hub cannot be used ({shortened(str(error), 300)})") from None
+    revision = {} if name.revision is None else {"revision": name.revision}
+    get: Callable[..., str] = huggingface_hub.snapshot_download
+
+    def folder(**options: Any) -> Path:
+        return Path(get(name.repo, **revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED, **options))
+
+    try:
+        with _ONE_AT_A_TIME, _no_endless_waiting():
+            return folder()
+    except CheckpointError:
+        raise
+    except Exception as error:  # of huggingface_hub, requests, httpx, the file system, by version
+        what, mend, network = _explained(error, name)
+        if network:
+            try:
+                kept = folder(local_files_only=True)
+                find_shards(kept)  # older versions also return what an earlier run left unfinished
+            except Exception:
+                pass
+            else:
+                warnings.warn(f"{name.repo}: taken from the cache ({what}; {mend})", RestKVWarning, stacklevel=3)
+                return kept
+        raise CheckpointError(f"{name.repo}: no such folder, and not downloaded ({what}); {mend}") from None
+
+
+# -- time limits
+
+
+@contextmanager
+def _no_endless_waiting() -> Iterator[None]:
+    """Gives the library's HTTP client time limits where it sets none: it lists repositories without.
+
+    Both of its clients, that of requests before version 1 and that of httpx since, hand every request to `send`.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    client: Any = get_session()
+    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    client.send = _Impatient(client.send, seconds)  # on this object only, while it downloads
+    try:
+        yield
+    finally:
+        del client.send
+
+
+class _Impatient:
+    """`send` of an HTTP client that waits at most `seconds` for a byte, and gives up on a server that stays silent."""
+
+    def __init__(self, send: Callable[..., Any], seconds: float) -> None:
+        self._send = send
+        self._seconds = seconds
+        self._unanswered = threading.local()  # files are downloaded in threads
+
+    def __call__(self, request: Any, **options: Any) -> Any:
+        extensions = getattr(request, "extensions", None)
+        if extensions is None:  # requests
+            options["timeout"] = options.get("timeout") or self._seconds
+        else:  # httpx
+            asked = extensions.get("timeout", {})
+            parts = ("connect", "read", "write", "pool")
+            extensions["timeout"] = {part: min(asked.get(part) or self._seconds, self._seconds) for part in parts}
+        try:
+            response = self._send(request, **options)
+        except Exception as error:
+            if "Timeout" in type(error).__name__:
+                count = getattr(self._unanswered, "count", 0) + 1
+                self._unanswered.count = count
+                if count >= PATIENCE:
+                    raise _Silence(error) from error  # none of those that the library tries again on
+            raise
+        self._unanswered.count = 0
+        return response
+
+
+class _Silence(Exception):
+    """A server that does not answer."""
+
+
+# -- why it failed
+
+
+def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
+    """What happened, the mend, and whether the network or the server is to blame (the cache may then do)."""
+    from huggingface_hub import constants
+
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
+    numbers = {one.errno for one in chain if isinstance(one, OSError)}
+    status = next((r.status_code for one in chain if (r := getattr(one, "response", None)) is not None), None)
+    text = " ".join(map(str, chain))
+    again = "run again, which goes on with the files that are missing"
+    log_in = "log in (`hf auth login`, or set HF_TOKEN)"
+
+    if numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in text:
+        return "the disk is full", f"free space or set HF_HOME to a folder on another disk, and {again}", False
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
+        return f"the cache folder {constants.HF_HUB_CACHE} cannot be written", "set HF_HOME to one of your own", False
+    if "RevisionNotFoundError" in kinds:
+        return f"it has no revision {name.revision or 'main'!r}", "give a branch, tag or commit of it", False
+    if "GatedRepoError" in kinds or status == 403:
+        return "access is gated", f"accept its terms on its page, then {log_in}", False
+    if "RepositoryNotFoundError" in kinds or status in (401, 404):
+        return "no such repository, or a private one", f"check the name; for a private one {log_in}", False
+    if "OfflineModeIsEnabled" in kinds or constants.HF_HUB_OFFLINE:
+        return "not in the cache, and HF_HUB_OFFLINE forbids to download", "unset it, or give a folder", False
+    if kinds & {"SSLError", "SSLCertVerificationError"} or "CERTIFICATE_VERIFY_FAILED" in text:
+        mend = "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to your network's certificates"
+        return "the server's certificate is not trusted", mend, True
+    if "ProxyError" in kinds:
+        return "the proxy does not answer", "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY", True
+    if any("Timeout" in kind for kind in kinds) or "_Silence" in kinds:
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        return f"the server was silent for {seconds} s", f"{again}; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer", True
+    if status == 429:
+        return "too many requests", f"wait a few minutes and {again}", True
+    if status is not None and status >= 500:
+        return f"the server fails, status {status}", f"{again}, later", True
+    if any(word in kind for kind in kinds for word in ("Connect", "Protocol", "ReadError", "ChunkedEncoding")):
+        return "the connection failed or broke off", f"check the network and {again}", True
+    if "Consistency check failed" in text:
+        return "a file came incomplete", again, True
+    return shortened(str(error), 300) or type(error).__name__, "check name, network and access", False
