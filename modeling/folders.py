@@ -110,8 +110,8 @@ def _why_no_weights(folder: Path) -> str:
         return f"only an adapter ({adapters[0]}), no full weights; merge it: {MERGE}"
     if consolidated := [name for name in names if name.startswith("consolidated") and name.endswith(".safetensors")]:
         return (
-            f"{consolidated[0]} has the weights in the layout of its maker's own program, and there is no {SINGLE} and no {INDEX}; "
-            "download those of the same repository"
+            f"{consolidated[0]} has the weights in the layout of its maker's own program; there is no {SINGLE} "
+            f"and no {INDEX}, download those of the same repository"
         )
     if shards := _ending(names, (".safetensors",)):
         return (

@@ -63,7 +63,7 @@ def download(name: HubName) -> Path:
         return Path(get(name.repo, **revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED, **options))
 
     try:
-        with _ONE_AT_A_TIME, _no_endless_waiting():
+        with _ONE_AT_A_TIME, _patiently():
             return folder()
     except CheckpointError:
         raise
@@ -85,20 +85,22 @@ def download(name: HubName) -> Path:
 
 
 @contextmanager
-def _no_endless_waiting() -> Iterator[None]:
-    """Gives the library's HTTP client time limits where it sets none: it lists repositories without.
+def _patiently() -> Iterator[None]:
+    """The library's HTTP client gets time limits where it sets none: it lists repositories without.
 
     Both of its clients, that of requests before version 1 and that of httpx since, hand every request to `send`.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session, logging
 
     client: Any = get_session()
-    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    client.send = _Impatient(client.send, seconds)  # on this object only, while it downloads
+    client.send = _Impatient(client.send, constants.HF_HUB_DOWNLOAD_TIMEOUT)  # on this object, while it downloads
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it tells of every single attempt in several lines
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         del client.send
 
 
@@ -157,7 +159,7 @@ def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
         return f"the cache folder {constants.HF_HUB_CACHE} cannot be written", "set HF_HOME to one of your own", False
     if "RevisionNotFoundError" in kinds:
-        return f"it has no revision {name.revision or 'main'!r}", "give a branch, tag or commit of it", False
+        return f"no revision {name.revision or 'main'!r} there", "give a branch, tag or commit of it", False
     if "GatedRepoError" in kinds or status == 403:
         return "access is gated", f"accept its terms on its page, then {log_in}", False
     if "RepositoryNotFoundError" in kinds or status in (401, 404):
@@ -169,7 +171,8 @@ def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
         return "the server's certificate is not trusted", mend, True
     if "ProxyError" in kinds:
         return "the proxy does not answer", "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY", True
-    if any("Timeout" in kind for kind in kinds) or "_Silence" in kinds:
+    # By their own names: a connection that is refused is a kind of timeout to urllib3.
+    if any("Timeout" in type(one).__name__ or isinstance(one, _Silence) for one in chain):
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         return f"the server was silent for {seconds} s", f"{again}; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer", True
     if status == 429:
@@ -178,6 +181,8 @@ def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
         return f"the server fails, status {status}", f"{again}, later", True
     if any(word in kind for kind in kinds for word in ("Connect", "Protocol", "ReadError", "ChunkedEncoding")):
         return "the connection failed or broke off", f"check the network and {again}", True
+    if status is not None:
+        return f"the server answers with status {status}", "check name, network and access", True
     if "Consistency check failed" in text:
         return "a file came incomplete", again, True
     return shortened(str(error), 300) or type(error).__name__, "check name, network and access", False
