@@ -7,7 +7,9 @@ here: no request waits for ever, and whatever it raises, in any of its versions,
 from __future__ import annotations
 
 import errno
+import os
 import re
+import ssl
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +51,7 @@ def download(name: HubName) -> Path:
     Raises CheckpointError when huggingface_hub is not installed or the download fails.
     """
     try:
-        import huggingface_hub
+        from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
             f'{name.repo}: no such folder; to download it as a hub name, pip install "restkv[hub]" first'
@@ -57,10 +59,10 @@ def download(name: HubName) -> Path:
     except Exception as error:  # it reads its environment variables when imported
         raise CheckpointError(f"{name.repo}: huggingface_hub cannot be used ({shortened(str(error), 300)})") from None
     revision = {} if name.revision is None else {"revision": name.revision}
-    get: Callable[..., str] = huggingface_hub.snapshot_download
 
     def folder(**options: Any) -> Path:
-        return Path(get(name.repo, **revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED, **options))
+        options |= {"allow_patterns": PATTERNS, "ignore_patterns": IGNORED, **revision}
+        return Path(snapshot_download(name.repo, **options))
 
     try:
         with _ONE_AT_A_TIME, _patiently():
@@ -68,8 +70,8 @@ def download(name: HubName) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # of huggingface_hub, requests, httpx, the file system, by version
-        what, mend, network = _explained(error, name)
-        if network:
+        what, mend, cached = _explained(error, name)
+        if cached:
             try:
                 kept = folder(local_files_only=True)
                 find_shards(kept)  # older versions also return what an earlier run left unfinished
@@ -105,12 +107,15 @@ def _patiently() -> Iterator[None]:
 
 
 class _Impatient:
-    """`send` of an HTTP client that waits at most `seconds` for a byte, and gives up on a server that stays silent."""
+    """`send` of an HTTP client that waits at most `seconds` for a byte, and repeats a request in vain PATIENCE times.
+
+    The library by itself repeats some requests for minutes. One that goes on with a file asks for another range.
+    """
 
     def __init__(self, send: Callable[..., Any], seconds: float) -> None:
         self._send = send
         self._seconds = seconds
-        self._unanswered = threading.local()  # files are downloaded in threads
+        self._last = threading.local()  # files are downloaded in threads
 
     def __call__(self, request: Any, **options: Any) -> Any:
         extensions = getattr(request, "extensions", None)
@@ -120,44 +125,53 @@ class _Impatient:
             asked = extensions.get("timeout", {})
             parts = ("connect", "read", "write", "pool")
             extensions["timeout"] = {part: min(asked.get(part) or self._seconds, self._seconds) for part in parts}
+        last, this = self._last, (request.method, str(request.url), request.headers.get("Range"))
+        last.times = last.times + 1 if getattr(last, "request", None) == this else 1
+        last.request = this
+        if last.times > PATIENCE:
+            raise _GivenUp(last.response) from last.error
+        last.response = last.error = None
         try:
-            response = self._send(request, **options)
+            last.response = self._send(request, **options)
         except Exception as error:
-            if "Timeout" in type(error).__name__:
-                count = getattr(self._unanswered, "count", 0) + 1
-                self._unanswered.count = count
-                if count >= PATIENCE:
-                    raise _Silence(error) from error  # none of those that the library tries again on
+            last.error = error
             raise
-        self._unanswered.count = 0
-        return response
+        return last.response
 
 
-class _Silence(Exception):
-    """A server that does not answer."""
+class _GivenUp(Exception):
+    """None of the errors after which the library tries again. `response`: the server's last one, if any."""
+
+    def __init__(self, response: Any) -> None:
+        super().__init__("no progress")
+        self.response = response
 
 
 # -- why it failed
 
 
 def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
-    """What happened, the mend, and whether the network or the server is to blame (the cache may then do)."""
+    """What happened, the mend, and whether a copy in the cache, where there is one, will do."""
     from huggingface_hub import constants
 
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
-    numbers = {one.errno for one in chain if isinstance(one, OSError)}
-    status = next((r.status_code for one in chain if (r := getattr(one, "response", None)) is not None), None)
+    numbers = {one.errno for one in chain if isinstance(one, OSError) and not isinstance(one, ssl.SSLError)}
+    responses = [getattr(one, "response", None) for one in chain]
+    status = next((r.status_code for r in responses if r is not None and r.status_code >= 400), None)
     text = " ".join(map(str, chain))
     again = "run again, which goes on with the files that are missing"
+    network = "the network" + (f" and HF_ENDPOINT ({constants.ENDPOINT})" if "HF_ENDPOINT" in os.environ else "")
     log_in = "log in (`hf auth login`, or set HF_TOKEN)"
 
     if numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in text:
         return "the disk is full", f"free space or set HF_HOME to a folder on another disk, and {again}", False
-    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
-        return f"the cache folder {constants.HF_HUB_CACHE} cannot be written", "set HF_HOME to one of your own", False
+    if place := next((one for one in chain if isinstance(one, OSError) and one.errno and one.filename), None):
+        return f"the cache, {place.filename}: {place.strerror}", "set HF_HOME to a folder of your own", True
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return f"the cache {constants.HF_HUB_CACHE} cannot be written", "set HF_HOME to a folder of your own", True
     if "RevisionNotFoundError" in kinds:
         return f"no revision {name.revision or 'main'!r} there", "give a branch, tag or commit of it", False
     if "GatedRepoError" in kinds or status == 403:
@@ -166,21 +180,22 @@ def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
         return "no such repository, or a private one", f"check the name; for a private one {log_in}", False
     if "OfflineModeIsEnabled" in kinds or constants.HF_HUB_OFFLINE:
         return "not in the cache, and HF_HUB_OFFLINE forbids to download", "unset it, or give a folder", False
-    if kinds & {"SSLError", "SSLCertVerificationError"} or "CERTIFICATE_VERIFY_FAILED" in text:
+    if "SSLCertVerificationError" in kinds or "CERTIFICATE_VERIFY_FAILED" in text:
         mend = "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to your network's certificates"
         return "the server's certificate is not trusted", mend, True
     if "ProxyError" in kinds:
         return "the proxy does not answer", "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY", True
     # By their own names: a connection that is refused is a kind of timeout to urllib3.
-    if any("Timeout" in type(one).__name__ or isinstance(one, _Silence) for one in chain):
+    if any("Timeout" in type(one).__name__ for one in chain):
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         return f"the server was silent for {seconds} s", f"{again}; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer", True
     if status == 429:
         return "too many requests", f"wait a few minutes and {again}", True
     if status is not None and status >= 500:
         return f"the server fails, status {status}", f"{again}, later", True
-    if any(word in kind for kind in kinds for word in ("Connect", "Protocol", "ReadError", "ChunkedEncoding")):
-        return "the connection failed or broke off", f"check the network and {again}", True
+    words = ("Connect", "Protocol", "ReadError", "ChunkedEncoding", "SSLError", "_GivenUp")
+    if any(word in kind for kind in kinds for word in words):
+        return "the connection failed or broke off", f"check {network} and {again}", True
     if status is not None:
         return f"the server answers with status {status}", "check name, network and access", True
     if "Consistency check failed" in text:

@@ -231,7 +231,8 @@ class Unheard(Exception):
     [
         (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), ("disk is full", "HF_HOME", "run again")),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ("disk is full",)),
-        (PermissionError(errno.EACCES, "Permission denied", "/cache"), ("cannot be written", "HF_HOME")),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), ("the cache, /cache: Permission", "HF_HOME")),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/cache"), ("/cache: Not a directory", "HF_HOME")),
         (OSError(errno.EROFS, "Read-only file system"), ("cannot be written", "HF_HOME")),
         (ssl.SSLCertVerificationError("certificate verify failed"), ("certificate is not trusted", "SSL_CERT_FILE")),
         (type("ProxyError", (Exception,), {})("407"), ("proxy does not answer", "HTTPS_PROXY")),
@@ -262,17 +263,25 @@ def test_a_failure_is_explained_by_what_caused_it(hub, monkeypatch):
     assert "disk is full" in failure("org/name")
 
 
-def test_a_broken_proxy_is_met_with_the_cache_and_a_remark(hub, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (type("ProxyError", (Exception,), {})("407"), "proxy does not answer"),
+        (type("ReadError", (Exception,), {})("reset"), "broke off"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), "/cache: Permission denied"),
+    ],
+)
+def test_what_the_library_does_not_meet_with_the_cache_we_do(error, words, hub, monkeypatch):
     folder = resolve("org/name")
     real = huggingface_hub.snapshot_download
 
     def fail(*names, local_files_only=False, **options):
         if local_files_only:
             return real(*names, local_files_only=True, **options)
-        raise type("ProxyError", (Exception,), {})("407")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.warns(RestKVWarning, match="taken from the cache .*proxy does not answer"):
+    with pytest.warns(RestKVWarning, match=f"taken from the cache .*{words}"):
         assert resolve("org/name") == folder
 
 
