@@ -147,7 +147,8 @@ def needle_official(
 def _model(model: str, named: str | None, dtype: str, device: str, backend: str) -> tuple[str, LM]:
     """The model and the name it goes by."""
     chosen = pick_model(model, named)
-    name = Path(chosen).resolve().name if Path(chosen).is_dir() else chosen.rpartition("/")[2]
+    repo, at, revision = chosen.partition("@")
+    name = Path(chosen).resolve().name if Path(chosen).is_dir() else repo.rpartition("/")[2] + at + revision
     return name, load_model(chosen, dtype, device, backend)
 
 

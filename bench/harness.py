@@ -44,7 +44,7 @@ class RestKVHarness(TemplateLM):
     """LM of the harness over a restkv LM and a policy. Arguments come from --model_args, as the harness has read them.
 
     Args:
-        pretrained: a checkpoint folder, or org/name with the extra `hub`; recall-mini when none is given.
+        pretrained: a checkpoint folder, or org/name[@revision] with the extra `hub`; recall-mini when none is given.
         method: NAME[@PRESET][:OPTION=VALUE]..., see bench/methods.py.
         preset: another way to name one.
         budget: entries per KV head, a fraction of the context, or a list of one number per layer.

@@ -17,6 +17,7 @@ import torch
 
 from modeling.errors import ConfigError, RestKVError
 from modeling.fields import FULL, MAX_HEAD_DIM, MAX_INTEGER, MAX_LAYERS, MAX_VOCAB, SLIDING, Fields, shown
+from modeling.files import MAX_VALUES, read_bytes, too_many_values
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -139,10 +140,11 @@ class ModelConfig:
 
 def read_json(path: Path, error: type[RestKVError] = ConfigError) -> dict[str, Any]:
     """The object in a JSON file; raises `error` with one line when it cannot be read, is no JSON, or no object."""
+    content = read_bytes(path, error)
+    if too_many_values(content):
+        raise error(f"{path}: holds over {MAX_VALUES:,} values, more than are read; download the file again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole_number)
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+        value = json.loads(content.decode(), parse_int=_whole_number)
     except RecursionError:
         raise error(
             f"{path}: its lists and objects are nested too deeply; no file of a checkpoint needs that"

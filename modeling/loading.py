@@ -1,42 +1,31 @@
-"""From a Hugging Face folder to a Decoder: strictly, from memory-mapped safetensors, one bounded piece at a time.
+"""From a Hugging Face folder to a Decoder: strictly, one bounded piece of its safetensors files at a time.
 
-The model is built on the meta device, given empty memory of the wanted dtype, and filled from the files. Each piece is
-read through a mapping of its own, because mapped pages stay in the process's resident set until the mapping is closed:
-so loading needs the target's size plus CHUNK_BYTES, whatever the size of a shard.
+The model is built on the meta device, given empty memory of the wanted dtype, and filled from the files. These are read
+and never mapped, so loading needs the target's size plus CHUNK_BYTES of memory and of address space, whatever the size
+of a shard.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modeling.config import DTYPES, ModelConfig, read_json
+from modeling.config import DTYPES, ModelConfig
 from modeling.errors import CheckpointError, ConfigError
 from modeling.expected import expected_shapes
 from modeling.families import read_config
+from modeling.files import reason, shortened
+from modeling.folders import INDEX, SINGLE, check_layout, checkpoint_folder, find_shards, why_a_file
+from modeling.hub import download, hub_name
 from modeling.layers import Decoder
+from modeling.tensor_file import STORED_DTYPES, StoredTensor, read_header, read_pieces
 
-CHUNK_BYTES = 32 << 20  # bytes of a file mapped at once
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-HUB_IGNORED = ["*/*", "consolidated*"]  # Mistral's folders hold all weights a second time in their own layout
+__all__ = ["INDEX", "SINGLE", "load_model", "load_outline", "resolve", "tensor_slots"]
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a checkpoint keeps one tensor: name, file, shape, dtype as the safetensors header spells it."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+CHUNK_BYTES = 4 << 20  # bytes of a file read at once; they then lie in the processor's cache when they are copied
 
 
 def load_model(
@@ -81,6 +70,7 @@ def load_outline(folder: str | Path, dtype: str | torch.dtype = "auto", fused: b
 def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decoder, dict[str, StoredTensor]]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+    check_layout(folder)
     config = read_config(folder)
     stored = _stored_tensors(folder)
     _check_fit(folder, config, expected_shapes(config), stored)
@@ -114,37 +104,45 @@ def tensor_slots(model: Decoder) -> dict[str, Tensor]:
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """A checkpoint folder: the path itself when it is one, else the download of the hub name "org/name".
+    """A checkpoint folder: the path itself when it is one, else the download of "org/name" or "org/name@revision".
 
-    Downloads go to huggingface_hub's cache and are not repeated. Raises CheckpointError when there is neither a folder
-    nor a repository of that name, or when huggingface_hub is not installed.
+    A folder of huggingface_hub's cache (`models--org--name`) stands for the only snapshot in it. Downloads go to that
+    cache and are not repeated; a revision is a branch, a tag or a commit. What can only be a path, and what lies in a
+    folder that is here, is never looked for on the hub.
+
+    Raises CheckpointError when there is neither a folder nor a repository of that name, or when the download fails.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file; give the folder that holds it")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_name)):
-        raise CheckpointError(f"{path}: no such folder; give a checkpoint folder or a hub name such as org/name")
+    text = os.fspath(path_or_name)
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
+        return checkpoint_folder(path)
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f'{path}: no such folder; to download it as a hub name, pip install "restkv[hub]" first'
-        ) from None
-    try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+        path.lstat()
     except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError | ValueError)
+        if not missing:
+            raise CheckpointError(f"{shortened(str(path))}: cannot be looked at ({reason(error)})") from None
+    else:
+        raise CheckpointError(f"{path}: {why_a_file(path) if path.exists() else 'is a link that leads nowhere'}")
+    name = hub_name(text)
+    if name is None:
         raise CheckpointError(
-            f"{path}: no such folder, and not downloaded ({_one_line(error)}); check name, network and access"
-        ) from None
+            f"{shortened(str(path))}: no such folder; give a checkpoint folder or a hub name such as org/name or "
+            "org/name@revision"
+        )
+    first = path.parts[0]
+    if os.path.isdir(first):
+        raise CheckpointError(
+            f"{path}: no such folder; {first} is a folder here, so this is not taken for the name of a download"
+        )
+    return download(name)
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of all safetensors files of the folder, by name, headers only."""
     stored: dict[str, StoredTensor] = {}
-    for file in _shards(folder):
-        for tensor in _header(file):
+    for file in find_shards(folder):
+        for tensor in read_header(file):
             if tensor.name in stored:
                 raise CheckpointError(
                     f"{folder}: {tensor.name} is both in {stored[tensor.name].file.name} and in {file.name}; "
@@ -152,45 +150,6 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             stored[tensor.name] = tensor
     return stored
-
-
-def _shards(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    index = folder / INDEX
-    if not index.is_file():
-        raise CheckpointError(f"{folder}: {_why_no_weights(folder)}")
-    weight_map = read_json(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no 'weight_map'; download the file again")
-    for name in weight_map.values():
-        # The files of a snapshot in huggingface_hub's cache are links out of the folder, so only names are judged.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: names {name!r}; shards must be .safetensors files of the same folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name} is missing, though {INDEX} names it; download it")
-    return [folder / name for name in sorted(set(weight_map.values()))]
-
-
-def _why_no_weights(folder: Path) -> str:
-    if any(folder.glob("*.safetensors")):
-        return f"has neither {SINGLE} nor {INDEX} to say which .safetensors files belong together; download the index"
-    pickles = sorted(p.name for p in folder.iterdir() if p.name.endswith((".bin", ".pt", ".pth")))
-    if pickles:
-        return (
-            f"{pickles[0]} is a pickle, which can run code when read; convert it where you trust it: "
-            f"transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    return f"no {SINGLE} and no {INDEX}; download the weights"
-
-
-def _header(file: Path) -> list[StoredTensor]:
-    try:
-        with safe_open(file, "pt") as content:
-            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 - no mapping, no iterator
-            return [StoredTensor(n, file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: no complete safetensors file ({_one_line(error)}); download it again") from None
 
 
 def _check_fit(
@@ -228,23 +187,14 @@ def _wanted_dtype(dtype: str | torch.dtype, config: ModelConfig, stored: dict[st
     return torch.float32 if found == torch.float64 else found
 
 
-def _pieces(tensor: StoredTensor) -> Iterable[tuple[slice, Tensor]]:
-    """The rows of a stored tensor, at most CHUNK_BYTES at a time, each mapped only while it is looked at."""
-    row_bytes = STORED_DTYPES[tensor.dtype].itemsize * torch.Size(tensor.shape[1:]).numel()
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(0, tensor.shape[0], step):
-        rows = slice(start, min(start + step, tensor.shape[0]))
-        with safe_open(tensor.file, "pt") as content:
-            yield rows, content.get_slice(tensor.name)[rows]
-
-
 def _fill(slot: Tensor, tensor: StoredTensor, check: bool) -> bool:
     """Copy a stored tensor into its place, converting on the way. False if `check` finds NaN or Inf there."""
     finite = True
-    for rows, piece in _pieces(tensor):
-        slot[rows].copy_(piece)
+    flat = slot.view(-1)
+    for place, piece in read_pieces(tensor, CHUNK_BYTES):
+        flat[place].copy_(piece)
         if check:
-            finite &= bool(slot[rows].isfinite().all())  # host sync: once per piece, while loading
+            finite &= bool(flat[place].isfinite().all())  # host sync: once per piece, while loading
     return finite
 
 
@@ -252,8 +202,9 @@ def _check_tied_head(model: Decoder, head: StoredTensor | None) -> None:
     """A tied model's stored head is ignored because it repeats the embedding; refuse one that does not."""
     if model.lm_head is not None or head is None:
         return
-    for rows, piece in _pieces(head):
-        embedding = model.embed_tokens.weight[rows]
+    flat = model.embed_tokens.weight.view(-1)
+    for place, piece in read_pieces(head, CHUNK_BYTES):
+        embedding = flat[place]
         if not torch.equal(piece.to(embedding), embedding):  # host sync: once per piece, while loading
             raise CheckpointError(
                 f"{head.file}: lm_head.weight differs from the embedding though config.json ties them; "
@@ -263,8 +214,4 @@ def _check_tied_head(model: Decoder, head: StoredTensor | None) -> None:
 
 def _some(names: list[str], limit: int = 8) -> str:
     more = len(names) - limit
-    return f"{len(names)} ({', '.join(names[:limit])}{f' and {more} more' if more > 0 else ''})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return f"{len(names)} ({', '.join(map(shortened, names[:limit]))}{f' and {more} more' if more > 0 else ''})"

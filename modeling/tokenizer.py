@@ -22,6 +22,7 @@ import tokenizers
 
 from modeling.config import read_json
 from modeling.errors import TokenizerError
+from modeling.files import check_file, read_text
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
@@ -58,6 +59,7 @@ class Tokenizer:
                 f"{folder}: no tokenizer.json; make it from the folder's other tokenizer files with "
                 "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
+        check_file(path, TokenizerError)
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -265,10 +267,7 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """
     file, legacy = folder / "chat_template.jinja", folder / "chat_template.json"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{file}: unreadable ({_one_line(error)})") from None
+        return read_text(file, TokenizerError)
     source = settings.get("chat_template")
     if source is None and legacy.is_file():
         source = read_json(legacy, TokenizerError).get("chat_template")

@@ -45,7 +45,8 @@ def load(
     """Load a Hugging Face checkpoint folder (or download one by name with the `hub` extra).
 
     Args:
-        path_or_name: a folder with config.json, safetensors and tokenizer.json, or "org/name".
+        path_or_name: a folder with config.json, safetensors and tokenizer.json, or "org/name" or "org/name@revision", where
+            a revision is a branch, a tag or a commit.
         device: "auto" takes CUDA when there is one.
         dtype: "auto" takes the checkpoint's; else "float32", "bfloat16", "float16" or a torch dtype.
         backend: "flex" (FlexAttention, compiled), "sdpa" (eager) or "auto": flex on CUDA, sdpa on CPU.

@@ -40,7 +40,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face checkpoint folder, or org/name to download it (extra: hub).",
+        help="A Hugging Face checkpoint folder, or org/name[@revision] to download it (extra: hub).",
         show_default="recall-mini, which comes with restkv",
     ),
 ]

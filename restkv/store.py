@@ -201,7 +201,7 @@ def load_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, A
     except FileNotFoundError:
         raise PromptError(f"{path}: no such file; save to it first, or give another") from None
     except (OSError, SafetensorError) as error:
-        raise PromptError(f"{path}: cannot be read as a saved context ({error}); save it again") from None
+        raise PromptError(f"{path}: cannot be read as a saved context ({_reason(error)}); save it again") from None
     version, meta = labels.get("restkv"), labels.get("about", "")
     if version is None:
         raise PromptError(f"{path}: not written by restkv; give a file that a context or a chat was saved to")

@@ -15,6 +15,7 @@ from bench.official.metrics import needle_rouge, rouge_version, words_found
 from bench.official.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
 from bench.official.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs import digest
+from modeling.files import reason
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -92,7 +93,7 @@ def _essays(folder: Path) -> list[str]:
         try:
             essays.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); give UTF-8 text files") from None
+            raise DataError(f"{path}: cannot be read ({reason(error)}); give UTF-8 text files") from None
     if not "".join(essays).strip():
         raise DataError(f"{folder}: no *.txt with text; give a folder of essays")
     return essays
