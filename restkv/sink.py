@@ -1,4 +1,4 @@
-"""Where `restkv generate` puts its answer: stdout, a pipe or a device as the text is made, or a file that it replaces in the end."""
+"""Where `restkv generate` puts its answer: stdout, a pipe or a device as it is made, or a file that is replaced in the end."""
 
 from __future__ import annotations
 
