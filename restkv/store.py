@@ -40,6 +40,7 @@ from restkv.saved import (
 )
 
 MOST_NAME = 100  # letters of a policy's name
+MOST_SAID = 300  # letters of what is wrong with a file
 
 
 def fingerprint(model: Decoder) -> str:
@@ -180,10 +181,13 @@ def refused(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except PromptError as error:
-        raise PromptError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
     except (SavedError, RestKVError) as error:
-        raise PromptError(f"{path}: no session that can go on: {error}; save it again") from None
+        said = str(error)
+        if isinstance(error, PromptError) and said.startswith(f"{path}: "):
+            raise
+        if len(said) > MOST_SAID:
+            said = f"{said[:MOST_SAID]}..."
+        raise PromptError(f"{path}: no session that can go on: {said}; save it again") from None
 
 
 def _policy(saved: Any) -> Policy:
