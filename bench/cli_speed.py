@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bench.cli_common import METHODS_FORM, parse_numbers, print_table, split_names
-from restkv.errors import OutputError, PromptError
+from restkv.errors import PromptError
+from restkv.files import refusal, write_text
 
 if TYPE_CHECKING:
     from bench.speed import Contest
@@ -183,9 +184,9 @@ def _write(result: dict[str, Any], out: Path | None) -> None:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+        raise refusal(out, error) from None
+    write_text(out, json.dumps(result, indent=1) + "\n")
 
 
 def _finish(result: dict[str, Any], out: Path | None) -> None:

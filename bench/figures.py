@@ -19,6 +19,7 @@ import numpy as np
 
 from bench.stats import Estimate
 from restkv.errors import OutputError
+from restkv.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +62,7 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError:
         raise OutputError("figures need matplotlib; install it with: pip install 'restkv[plot]'") from None
     rcParams["svg.hashsalt"] = "restkv"  # the same figure gives the same file
+    rcParams["text.parse_math"] = False  # a method's name is no formula
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -210,10 +212,10 @@ def save_png(figure: Figure, path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    try:
-        figure.savefig(path, dpi=200, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=200, format="png", metadata={"Software": None})
+    with replaced(path) as file:
+        file.write(picture.getbuffer())
 
 
 def as_image(figure: Figure, description: str) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import markdown_table
+from restkv.files import write_text
 
 ROOT = Path(__file__).parent.parent
 QUOTED = re.compile(r"(<!-- quote (\{.*\}) -->\n)((?:\|.*\n)*)")
@@ -100,7 +101,7 @@ def main() -> None:
         if fresh != text:
             stale.append(path.relative_to(ROOT))
             if not check:
-                path.write_text(fresh, "utf-8")
+                write_text(path, fresh)
     for path in stale:
         print(f"{path}: {'is not what bench/results says' if check else 'written'}")
     if check and stale:

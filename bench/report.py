@@ -14,7 +14,7 @@ from bench.official.tables import TITLES as OFFICIAL_TITLES
 from bench.parts import parts, progress
 from bench.runs import TIMINGS, RunError, read_manifest, read_rows
 from bench.tables import Table
-from restkv.errors import OutputError
+from restkv.files import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -56,11 +56,7 @@ def write_report(folder: Path) -> Path:
     """
     need_matplotlib()
     path = folder / "report.html"
-    page = build(folder)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    write_text(path, build(folder))
     return path
 
 

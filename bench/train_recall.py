@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from bench.lessons import ASKS, BOS, COUNTED, EOS, Lessons, make_tokenizer, show
 from modeling.families import read_config
 from modeling.layers import Decoder
 from modeling.loading import tensor_slots
+from restkv.files import replaced, write_text
 
 FOLDER = Path(__file__).parent.parent / "restkv" / "assets" / "recall-mini"
 LM_WEIGHT = 0.1
@@ -220,10 +222,11 @@ def train(model: Decoder, lessons: Lessons, stage: Stage, tokens: int) -> None:
 def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """bfloat16 halves the file; config.json's dtype lets every reader compute in float32."""
     weights = {name: slot.to(torch.bfloat16).contiguous() for name, slot in tensor_slots(model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with replaced(folder / "model.safetensors") as file:
+        file.write(serialize(weights, metadata={"format": "pt"}))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(special, indent=2) + "\n")
 
 
 def load(model: Decoder, folder: Path) -> None:

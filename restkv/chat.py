@@ -17,8 +17,9 @@ from restkv.memory import Meter
 from restkv.policies import Policy
 from restkv.policies.base import require_policy
 from restkv.results import Decoding, Generation, Stats, TextStream
+from restkv.saved import require_chat
 from restkv.sparse import Pattern, parse_prefill
-from restkv.store import load_session, save_session
+from restkv.store import load_session, refused, save_session
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -293,9 +294,13 @@ class Chat:
             PromptError: no such file, a damaged one, not a chat, or one of another model (both are named).
         """
         session, about = load_session(lm.engine, path)
-        if about["kind"] != "chat":
+        if about.get("kind") == "context":
             raise PromptError(f"{path}: holds a context, not a chat; ask it questions with CompressedContext.load")
-        chat = cls(lm, session.policy, template=about["template"], **about["reading"])
+        with refused(path):
+            require_chat(about, session.cache.next_pos.tolist(), lm.config.vocab_size)
+            chat = cls(lm, session.policy, template=about["template"], **about["reading"])
+            if about["template"] and not lm.tokenizer.has_chat_template:
+                raise PromptError("its turns are rendered by a chat template, and this model has none")
         chat.messages, chat.tokens, chat._spared = about["messages"], about["tokens"], about["spared"]
         chat._session = session
         return chat

@@ -21,7 +21,8 @@ import typer
 
 from modeling.errors import RestKVError, RestKVWarning
 from restkv import __version__
-from restkv.errors import OutputError, PolicyError, PromptError
+from restkv.errors import PolicyError, PromptError
+from restkv.files import described
 from restkv.options import (
     KEEP,
     MODEL,
@@ -55,6 +56,7 @@ from restkv.options import (
     sizing_policy,
     with_fields,
 )
+from restkv.sink import Sink
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -100,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _silence_stdout()
             return 141
         except OSError as error:  # a full disk under stdout, a checkpoint that vanishes
+            text = described(error)
             _silence_stdout()
-            return _fail(str(error))
+            return _fail(text)
     return 0
 
 
@@ -268,7 +271,7 @@ def generate(
     if interval is not None:
         options["interval"] = parse_interval(interval)
     policy = make_policy(method, preset, with_fields(options, field))
-    sink = _Sink(output)
+    sink = Sink(output)
 
     from restkv.display import prefill_bar, summary
     from restkv.lm import load
@@ -305,6 +308,7 @@ def generate(
         shown = {"model": model, "policy": policy_to_dict(policy), **asdict(generation)}
         sink.write(json.dumps(shown, ensure_ascii=False))
     sink.write("\n")
+    sink.close()
     print(summary(generation), file=sys.stderr)
 
 
@@ -331,39 +335,6 @@ def _encode(lm: LM, model: str, text: str, chat: bool | None) -> str | list[int]
     elif chat and not lm.tokenizer.has_chat_template:
         raise PromptError(f"{model}: has no chat template; drop --chat")
     return lm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
-
-
-class _Sink:
-    """Where the answer goes: stdout, or a file that is tested at once and replaced when the first text comes."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._mode = "w"
-        if path is not None:
-            new = not path.exists()
-            try:
-                path.open("a").close()
-                if new:  # a run that is refused leaves nothing behind
-                    path.resolve().unlink()
-            except OSError as error:
-                raise self._refuse(error) from None
-        elif isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-
-    def write(self, text: str) -> None:
-        if self._path is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            return
-        try:
-            with self._path.open(self._mode, encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise self._refuse(error) from None
-        self._mode = "a"
-
-    def _refuse(self, error: OSError) -> OutputError:
-        return OutputError(f"{self._path}: cannot be written ({error.strerror}); choose another place")
 
 
 # -- restkv chat

@@ -12,7 +12,8 @@ from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.memory import Meter
 from restkv.results import Decoding, Generation, Stats, TextStream
-from restkv.store import load_session, save_session
+from restkv.saved import require_context
+from restkv.store import load_session, refused, save_session
 
 if TYPE_CHECKING:
     from restkv.lm import LM, Prompt
@@ -93,8 +94,9 @@ class CompressedContext:
             PromptError: no such file, a damaged one, not a context, or one of another model (both are named).
         """
         session, about = load_session(lm.engine, path)
-        if about["kind"] != "context":
+        if about.get("kind") == "chat":
             raise PromptError(
                 f"{path}: holds a chat, not a context; go on with it in Chat.load, or `restkv chat --load`"
             )
-        return cls(lm, session, about["tokens"])
+        with refused(path):
+            return cls(lm, session, require_context(about, session.cache.next_pos.tolist()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,24 @@ from restkv.sparse import Pattern, parse_prefill
 CHUNK = 512  # tokens per chunk of a chunked prefill
 COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch.compile raises
+SAVED_ROOM = 64 << 20  # bytes of pages that a session read from a file may have ready beyond four times what it holds
 
 
 # What several operations read is stored, not computed by each of them: inductor would make a norm anew for every row of the
 # weights that it meets (a product of one row is a multiplication and a sum, and so fuses with whatever precedes it).
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 1}
+
+
+class Saved(NamedTuple):
+    """What a session that is read from a file brings along.
+
+    Attributes:
+        entries: of its page lists, on average.
+        queries: how many each row remembers.
+    """
+
+    entries: int
+    queries: int
 
 
 @dataclass
@@ -128,9 +141,11 @@ class Session:
             computed.
         extends: more tokens than one at a time will be appended later (`extend`).
         forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.
+        saved: what is to be filled in from a file. Pages are made ready for what the policy asks for, unless that is much more
+            than there is: a file does not say how much memory is to be taken.
     Raises:
         PolicyError: the policy is none, or the protected entries of a row do not fit into its budget.
-        PromptError: there is no such prefill or chunk.
+        PromptError: there is no such prefill or chunk, or the policy remembers another number of queries than `saved` says.
     """
 
     def __init__(
@@ -144,6 +159,7 @@ class Session:
         chunk: int = CHUNK,
         extends: bool = False,
         forks: int = 0,
+        saved: Saved | None = None,
     ) -> None:
         prefill = str(prefill)
         self._pattern = parse_prefill(prefill)
@@ -165,7 +181,7 @@ class Session:
         self.period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
         if self._interval and self._interval >= COMPACT_EVERY // 4:
             self.period = self._interval
-        self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks)
+        self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks, saved)
         self.logits_BV = torch.empty(0)
         self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
         self.active = [True] * len(lengths)
@@ -177,7 +193,9 @@ class Session:
         self._marked = False  # the decode step has been compiled, and later processes can know
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
 
-    def _new_cache(self, lengths: Sequence[int], max_new_tokens: int, extends: bool, forks: int) -> KVCache:
+    def _new_cache(
+        self, lengths: Sequence[int], max_new_tokens: int, extends: bool, forks: int, saved: Saved | None
+    ) -> KVCache:
         """A cache for this job. Its shape does not depend on the prompt when the budget is a number: then nothing recompiles.
 
         Needs that no policy bounds are rounded up by at most a quarter, so that jobs of similar length share a compiled graph.
@@ -201,6 +219,12 @@ class Session:
             fresh = (self._interval or 0) + (self._chunk if extends else 0)
             queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
         page = page_size(entries - room)
+        if saved is not None:
+            if saved.queries != queries:
+                raise PromptError(f"{saved.queries} queries are remembered, {policy.name} looks at {queries}")
+            per_entry = len(lengths) * self.engine.model.config.kv_bytes_per_token(self.engine.model.dtype)
+            if per_entry * entries * (1 + forks) > max(SAVED_ROOM, 4 * per_entry * saved.entries):
+                entries, forks = saved.entries + page, 0
         # A fork that evicts moves all it holds to pages of its own; one that only appends copies the page it goes on in.
         own = entries if self._interval else min(entries, max_new_tokens + room + page)
         uneven = policy.budget is not None and len(set(policy.layer_budgets(1 << 30, layers))) > 1
@@ -363,10 +387,10 @@ class Session:
         return {"job": self._job, "counters": counters, "last_ids": self.last_ids}
 
     @classmethod
-    def restore(cls, engine: Engine, policy: Policy, described: Mapping[str, Any]) -> Session:
+    def restore(cls, engine: Engine, policy: Policy, described: Mapping[str, Any], saved: Saved) -> Session:
         """A session with an empty cache, otherwise as it was described (its pages hold no dead entries)."""
         job = dict(described["job"])
-        session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), **job)
+        session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), saved=saved, **job)
         # Pages are reserved from one compaction to the next, which has to fall on an eviction.
         session._since_eviction = session._since_compaction = described["counters"]["since_eviction"]
         session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDEST = 1 << 14  # entries of a kernel that a policy may ask for; a line is made longer by as many
+
 
 def over_past(
     pool: Callable[[Tensor, Tensor], Tensor], score_BXC: Tensor, past_BXC: Tensor, order_BXC: Tensor

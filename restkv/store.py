@@ -1,8 +1,9 @@
-"""Sessions on disk: one safetensors file with the entries, the policy that chose them and the model they belong to.
+"""Sessions on disk: one file (archive.py) with the entries, the policy that chose them and the model they belong to.
 
 Letters: N layers, R = B*K page lists of a layer, n entries of all lists, list after list, D head dim.
 Tensors: `k.N`, `v.N` [n, D], `pos.N` [n], `count.N` [R], companions `NAME.N` [n, ...], `queries.N` (ring buffers), `state.B.NAME`
-(a policy's memory), `next_pos`, `lag`, `counted`, `logits`. The metadata hold everything else as JSON, and a checksum.
+(a policy's memory), `next_pos`, `lag`, `counted`, `logits`. The remarks hold everything else as JSON. What is read is checked
+in saved.py before a session is made of it.
 """
 
 from __future__ import annotations
@@ -10,26 +11,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import re
-import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.layers import Decoder
+from restkv.archive import opened, write_archive
 from restkv.budgets import ALLOCATIONS, Allocation
-from restkv.errors import OutputError, PolicyError, PromptError
-from restkv.generate import Engine, Session
+from restkv.errors import PolicyError, PromptError, RestKVError
+from restkv.files import writable
+from restkv.generate import Engine, Saved, Session
 from restkv.policies import Policy, policy_class
+from restkv.saved import (
+    SavedError,
+    model_name,
+    read_positions,
+    read_tensors,
+    record,
+    remembered,
+    require_job,
+    revived_states,
+    shown,
+    state_fields,
+)
 
-FORMAT = "1"  # of the file; other versions are refused
+MOST_NAME = 100  # letters of a policy's name
+MOST_SAID = 300  # letters of what is wrong with a file
 
 
 def fingerprint(model: Decoder) -> str:
@@ -65,8 +76,11 @@ def policy_from_dict(saved: Mapping[str, Any]) -> Policy:
         raise PolicyError(f"budget_by {saved['budget_by']['name']!r} is unknown; choose from {', '.join(ALLOCATIONS)}")
     try:
         return cls(**{name: _tuples(value) for name, value in values.items()}, budget_by=kind(**allocation))
-    except TypeError as error:
-        raise PolicyError(f"{cls.name}: the saved options do not fit this version ({error})") from None
+    except RestKVError:
+        raise
+    except Exception as error:  # options that the class does not have, or of types that it does not expect
+        said = " ".join(f"{error}".split())[:200]
+        raise PolicyError(f"{cls.name}: the saved options do not fit this version ({said})") from None
 
 
 def _tuples(value: Any) -> Any:
@@ -75,7 +89,7 @@ def _tuples(value: Any) -> Any:
 
 
 def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -> None:
-    """Write a session and JSON-ready remarks about it to one safetensors file; an older one is replaced at the very end.
+    """Write a session and JSON-ready remarks about it to one file; an older one is replaced at the very end.
 
     Links are followed, and the file gets the mode of the one it replaces, or that of any new file.
 
@@ -84,49 +98,15 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
         PolicyError: the policy's memory is no dataclass of tensors; or its class, or its allocation's, is none that its name
             stands for: the file could not be read again, or would be read as another policy.
     """
-    place = _writable(path)
+    writable(path)
     _require_known(session.policy)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(session).items()}
-    meta = json.dumps(
-        {
-            "model": fingerprint(session.engine.model),
-            "policy": policy_to_dict(session.policy),
-            "session": session.describe(),
-            "about": dict(about),
-        }
-    )
-    part = place.parent / f"{place.name}.part"
-    try:
-        part.touch()
-        mode = (place if place.exists() else part).stat().st_mode & 0o7777  # save_file's own would be 0600
-        save_file(tensors, part, {"restkv": FORMAT, "about": meta, "checksum": _checksum(meta, tensors)})
-        part.chmod(mode)
-        part.replace(place)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OutputError(f"{path}: cannot be written ({_reason(error)}); choose another place") from None
-
-
-def _writable(path: str | Path) -> Path:
-    """Where a file of this name lies, all links followed; refuses what is there already and is no file."""
-    if not str(path):
-        raise OutputError("'': cannot be written (the name is empty); choose another place")
-    place = Path(os.path.realpath(path))
-    with contextlib.suppress(OSError):  # a place that cannot be looked at cannot be written either
-        circular = place.is_symlink()  # a link still
-        if circular or (place.exists() and not place.is_file()):
-            what = "a folder" if place.is_dir() else "no regular file"
-            raise OutputError(f"{path}: cannot be written (it is {what}); choose another place")
-    return place
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    """Why, without the names of temporary files, which the libraries' own sentences contain."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return os.strerror(int(number[1])) if number else str(error)
+    remarks = {
+        "model": fingerprint(session.engine.model),
+        "policy": policy_to_dict(session.policy),
+        "session": session.describe(),
+        "about": dict(about),
+    }
+    write_archive(path, json.dumps(remarks), _tensors(session))
 
 
 def _require_known(policy: Policy) -> None:
@@ -162,63 +142,76 @@ def _tensors(session: Session) -> dict[str, Tensor]:
     for index, ring in enumerate(cache.queries):
         tensors[f"queries.{index}"] = ring
     for row, state in enumerate(session.evictor.states):
-        for name in _state_fields(session.policy, state):
-            tensors[f"state.{row}.{name}"] = getattr(state, name)
+        for name, value in state_fields(session.policy, state).items():
+            tensors[f"state.{row}.{name}"] = value
     return tensors
 
 
-def _state_fields(policy: Policy, state: Any) -> list[str]:
-    """Names of what a policy remembers of a row."""
-    if state is None:
-        return []
-    names = [field.name for field in fields(state)] if is_dataclass(state) else []
-    if not names or not all(isinstance(getattr(state, name), Tensor) for name in names):
-        raise PolicyError(f"{policy.name}: its memory is no dataclass of tensors, and cannot be saved")
-    return names
-
-
-def _checksum(meta: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of metadata and all tensors; safetensors checks lengths only."""
-    total = zlib.crc32(meta.encode())
-    for _, tensor in sorted(tensors.items()):
-        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
-    return f"{total:08x}"
-
-
 def load_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, Any]]:
-    """Read what save_session wrote: the session, ready to go on, and the remarks.
+    """Read what save_session wrote: the session, ready to go on, and the remarks, which the caller has to check.
 
     Raises:
-        PromptError: no such file, a damaged one, not one of ours, or one of another model (both are named).
+        PromptError: no such file, a damaged one, not one of ours, one of another model (both are named), or one whose parts do
+            not fit together.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise PromptError(f"{path}: is a folder; give the file that was saved")
+    with opened(path) as archive, refused(path):
+        remarks = record(archive.remarks, "model policy session about", "it")
+        model, ours = model_name(remarks["model"]), fingerprint(engine.model)
+        if model != ours:
+            raise PromptError(f"{path}: made with the model {model}, this one is {ours}; load it with that model")
+        policy = _policy(remarks["policy"])
+        next_pos = read_positions(archive)
+        described = require_job(remarks["session"], policy, next_pos, engine.model.config.vocab_size)
+        queries = remembered(archive, len(next_pos))
+        tensors = read_tensors(archive, engine.model, policy, next_pos)
+        states = revived_states(policy, len(next_pos), tensors, engine.device)
+        if not isinstance(remarks["about"], dict):
+            raise SavedError(f"what is said about it is {shown(remarks['about'])}")
+        session = _revived(engine, policy, described, queries, tensors)
+        session.evictor.states = states
+    return session, remarks["about"]
+
+
+@contextlib.contextmanager
+def refused(path: str | Path) -> Iterator[None]:
+    """Around whatever reads a saved file: what cannot be is refused in one line that names the file.
+
+    Raises:
+        PromptError: instead of SavedError, and of errors of policies and templates.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            labels = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise PromptError(f"{path}: no such file; save to it first, or give another") from None
-    except (OSError, SafetensorError) as error:
-        raise PromptError(f"{path}: cannot be read as a saved context ({_reason(error)}); save it again") from None
-    version, meta = labels.get("restkv"), labels.get("about", "")
-    if version is None:
-        raise PromptError(f"{path}: not written by restkv; give a file that a context or a chat was saved to")
-    if version != FORMAT:
-        raise PromptError(f"{path}: has format {version}, this version of restkv reads {FORMAT}; save it again")
-    if labels.get("checksum") != _checksum(meta, tensors):
-        raise PromptError(f"{path}: damaged since it was saved (its checksum is wrong); save it again")
-    return _revived(engine, path, json.loads(meta), tensors)
+        yield
+    except (SavedError, RestKVError) as error:
+        said = str(error)
+        if isinstance(error, PromptError) and said.startswith(f"{path}: "):
+            raise
+        if len(said) > MOST_SAID:
+            said = f"{said[:MOST_SAID]}..."
+        raise PromptError(f"{path}: no session that can go on: {said}; save it again") from None
+
+
+def _policy(saved: Any) -> Policy:
+    """policy_from_dict of what may be anything.
+
+    Raises:
+        SavedError, PolicyError: it is no policy.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get("name"), str):
+        raise SavedError(f"its policy is {shown(saved)}")
+    by = saved.get("budget_by")
+    if not isinstance(by, dict) or not isinstance(by.get("name"), str):
+        raise SavedError(f"its policy's budget_by is {shown(by)}")
+    if len(saved["name"]) > MOST_NAME or len(by["name"]) > MOST_NAME:
+        raise SavedError(f"its policy is named {shown(saved['name'])}, its budget_by {shown(by['name'])}")
+    return policy_from_dict(saved)
 
 
 def _revived(
-    engine: Engine, path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Session, dict[str, Any]]:
-    ours = fingerprint(engine.model)
-    if meta["model"] != ours:
-        raise PromptError(f"{path}: made with the model {meta['model']}, this one is {ours}; load it with that model")
-    session = Session.restore(engine, policy_from_dict(meta["policy"]), meta["session"])
+    engine: Engine, policy: Policy, described: Mapping[str, Any], queries: int, tensors: Mapping[str, Tensor]
+) -> Session:
+    lists = sum(tensors[f"count.{index}"].numel() for index in range(engine.model.config.num_layers))
+    entries = sum(len(tensors[f"pos.{index}"]) for index in range(engine.model.config.num_layers))
+    session = Session.restore(engine, policy, described, Saved(-(-entries // lists), queries))
     cache, device = session.cache, engine.device
     here = {name: tensor.to(device) for name, tensor in tensors.items()}
     for index, layer in enumerate(cache.layers):
@@ -235,9 +228,6 @@ def _revived(
         ring.copy_(here[f"queries.{index}"])
     cache.next_pos.copy_(here["next_pos"])
     cache.lag.copy_(here["lag"])
-    session.logits_BV = here["logits"].clone()  # what is read from the file would change with it
+    session.logits_BV = here["logits"]
     session.evictor.counted_B.copy_(here["counted"])
-    for row, state in enumerate(session.evictor.states):
-        for name in _state_fields(session.policy, state):
-            setattr(state, name, here[f"state.{row}.{name}"].clone())
-    return session, meta["about"]
+    return session

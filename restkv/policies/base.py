@@ -198,6 +198,10 @@ class Policy(ABC):
         """State of a new row; `keep` is given one for every row. None: the policy has no memory."""
         return None
 
+    def state_fits(self, state: Any) -> bool:
+        """Whether `keep` can have left a row's memory like this: it was read from a file, its tensors like those of `start`."""
+        return True
+
     def score(self, obs: Observation) -> Tensor:
         """How much each entry matters: higher stays.
 

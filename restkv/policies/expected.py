@@ -19,6 +19,7 @@ from restkv.observe import Observation
 from restkv.policies.base import Policy
 
 QUERIES = 256  # turned back at a time: few enough for a CPU's cache
+MOST_FUTURE = 1 << 16  # positions whose rotations are averaged at once
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class ExpectedAttention(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = isinstance(self.future, int) and not isinstance(self.future, bool)
-        self._require(whole and self.future >= 1, "future", "give a whole number of at least 1")
+        fine = whole and 1 <= self.future <= MOST_FUTURE
+        self._require(fine, "future", f"give a whole number of at least 1, at most {MOST_FUTURE}")
         number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
         self._require(number and self.epsilon >= 0, "epsilon", "give a number of at least 0")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from restkv.budgets import Allocation
 from restkv.observe import Observation
+from restkv.policies.base import TOO_MANY
 from restkv.policies.slots import Slotted
 
 
@@ -108,7 +109,7 @@ class LaCache(Slotted):
         Raises:
             PolicyError: the cache has no room for protected entries, the newest N slots and a ladder.
         """
-        fixed = self.window + len(set(range(self.sinks)).union(*(range(*span) for span in self.protect)))
+        fixed = self.window + _covered([(0, self.sinks), *self.protect])
         least = fixed + num_layers + self.ladder(num_layers).after
         size = self.budget_for(length)
         if isinstance(self.budget, float):
@@ -120,6 +121,10 @@ class LaCache(Slotted):
     def start(self) -> Progress:
         """A row whose cache has not overflowed yet."""
         return Progress()
+
+    def state_fits(self, state: Progress) -> bool:
+        """Both of its numbers count slots."""
+        return bool(((state.at >= 0) & (state.at < TOO_MANY)).all())
 
     def keep(self, obs: Observation, states: Sequence[Progress] = ()) -> Tensor:
         """The entries that stay, bool [B, K, C]; the last layer's call moves `states` on. Without states: a first overflow."""
@@ -199,6 +204,16 @@ class LaCache(Slotted):
     def importance(self, obs: Observation) -> Tensor:
         """1 for what a first overflow would leave, 0 for the rest, [B, K, C]. `keep` decides, not this."""
         return self.keep(obs).to(obs.dtype)
+
+
+def _covered(spans: Sequence[tuple[int, int]]) -> int:
+    """How many positions lie in at least one of the spans."""
+    count = end = 0
+    for start, stop in sorted(spans):
+        start = max(start, end)
+        if start < stop:
+            count, end = count + stop - start, stop
+    return count
 
 
 def _ceil(x: Tensor, divisor: Tensor | int) -> Tensor:

@@ -25,8 +25,10 @@ from restkv.budgets import Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
 from restkv.policies.base import Policy
+from restkv.pooling import WIDEST
 from restkv.select import are_largest, largest
 
+LEAST_SCALE = 0.01  # a kernel is at most 2 / scale times as wide as the cache
 _PAPER = {"alpha": 0.3, "budget_by": "uniform"}
 _SCRIPTS = {**_PAPER, "granularity": "query", "interval": None}
 
@@ -81,10 +83,11 @@ class ReSTKV(Policy):
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
         fine = self.alpha is None or (_is_number(self.alpha) and 0 < self.alpha <= 1)
         self._require(fine, "alpha", "give a number above 0, at most 1, or None for the plain mean")
-        self._require(_is_number(self.scale) and self.scale > 0, "scale", "give a number above 0")
+        fine = _is_number(self.scale) and self.scale >= LEAST_SCALE
+        self._require(fine, "scale", f"give a number of at least {LEAST_SCALE}")
         self._require(_is_number(self.tau) and self.tau >= 0, "tau", "give a number of at least 0")
-        fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, 1 << 20, 2)
-        self._require(fine, "kernel_size", "give an odd number of at least 1")
+        fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
+        self._require(fine, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("aggregate", ("attention", "indicator"))
         self._one_of("drift", ("released", "symmetric"))
         self._one_of("pooling", ("adaptive", "avg", "max", "none"))

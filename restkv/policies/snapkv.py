@@ -15,6 +15,7 @@ from torch import Tensor
 from restkv import pooling
 from restkv.observe import Observation, weighted_attention
 from restkv.policies.base import Policy
+from restkv.pooling import WIDEST
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
-        fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, 1 << 20, 2)
-        self._require(fine, "kernel_size", "give an odd number of at least 1")
+        fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
+        self._require(fine, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("pooling", ("avg", "max", "none"))
 
     def importance(self, obs: Observation) -> Tensor:
