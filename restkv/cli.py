@@ -6,7 +6,6 @@ torch is imported inside the commands, so that --help answers at once. A user's 
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import warnings
@@ -20,12 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modeling.errors import RestKVError, RestKVWarning
+from modeling.shown import one_line, shown
 from restkv import __version__
 from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.options import (
     KEEP,
     MODEL,
     OUTPUT,
+    PROMPT_HELP,
     RECALL,
     SPINS,
     BackendOption,
@@ -48,6 +49,7 @@ from restkv.options import (
     TopKOption,
     TopPOption,
     make_policy,
+    note_escapes,
     parse_field,
     parse_interval,
     parse_span,
@@ -55,6 +57,7 @@ from restkv.options import (
     sizing_policy,
     with_fields,
 )
+from restkv.terminal import announcing, json_text, prepare, put, put_line, say, silence, status, writing
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -75,41 +78,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
     """
-    _open_closed_streams()
+    prepare()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["inspect"] and "--kept" in arguments:  # only the other command knows what may follow
         arguments = ["bench", "kept", *(word for word in arguments[1:] if word != "--kept")]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), announcing():
         warnings.simplefilter("always", RestKVWarning)
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         try:
-            command = _command()
-            with command.make_context("restkv", arguments) as context:
-                command.invoke(context)
-            sys.stdout.flush()
-        except typer.Exit as exit:
-            return exit.exit_code
-        except (RestKVError, typer.TyperException) as error:
-            text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-            return _fail(text)
+            code = _run(arguments)
+            with writing():
+                sys.stdout.flush()
+            return code
+        except RestKVError as error:
+            return _fail(str(error))
+        except typer.TyperException as error:
+            return _fail(error.format_message())
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
-            _silence_stdout()
             return 141
-        except OSError as error:  # a full disk under stdout, a checkpoint that vanishes
-            _silence_stdout()
-            return _fail(str(error))
+        except OSError as error:  # a full disk, a checkpoint that vanishes
+            return _fail(_reason(error))
+        finally:
+            status.clear()
+            _flush()
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        command = _command()
+        with command.make_context("restkv", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as exit:
+        return exit.exit_code
+    except SystemExit as exit:  # rich's consoles make one of a broken pipe
+        if isinstance(exit.__context__, BrokenPipeError):
+            raise exit.__context__ from None
+        raise
     return 0
-
-
-def _open_closed_streams() -> None:
-    """A standard stream that was closed, as with `<&-`, is None: read nothing from it, and write to it in vain."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
 
 
 @cache
@@ -130,25 +139,34 @@ def _command() -> Any:
 
 
 def _fail(text: str) -> int:
-    print("restkv: error:", " ".join(text.split()), file=sys.stderr)
+    say(f"restkv: error: {one_line(text)}")
     return 2
 
 
-def _silence_stdout() -> None:
-    """Give the interpreter somewhere to flush stdout to on its way out, when it may fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _reason(error: OSError) -> str:
+    """What the system says, and of which file if it says so; [Errno 28] means nothing to anybody."""
+    return f"{error.strerror or error}" if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def _flush() -> None:
+    """Write what is left in stdout; what cannot be written is dropped, or the interpreter would try once more and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
 
 
 def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
     if issubclass(category, RestKVWarning):
-        print("restkv: note:", " ".join(str(message).split()), file=sys.stderr)
+        say(f"restkv: note: {one_line(str(message))}")
     else:
-        otherwise(message, category, *place)
+        status.clear()
+        otherwise(shown(str(message)), category, *place)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        print("restkv", __version__)
+        put_line(f"restkv {__version__}")
         raise typer.Exit
 
 
@@ -168,7 +186,7 @@ def _root(
 @app.command()
 def generate(
     model: ModelArgument = str(RECALL),
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", rich_help_panel=OUTPUT, help="The prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", rich_help_panel=OUTPUT, help=PROMPT_HELP)] = None,
     prompt_file: Annotated[
         Path | None,
         typer.Option(rich_help_panel=OUTPUT, help="Read the prompt from a file, less its last line break."),
@@ -253,6 +271,8 @@ def generate(
     if chunk is not None and prefill != "chunked":
         raise PromptError(f"--chunk {chunk}: only --prefill chunked reads in chunks; give it too, or drop --chunk")
     text = _read_prompt(prompt, prompt_file)
+    for one in stop or ():
+        note_escapes("--stop", one)
     given = {
         "budget": budget,
         "budget_by": budget_by,
@@ -270,7 +290,7 @@ def generate(
     policy = make_policy(method, preset, with_fields(options, field))
     sink = _Sink(output)
 
-    from restkv.display import prefill_bar, summary
+    from restkv.display import byte_text, summary
     from restkv.lm import load
     from restkv.store import policy_to_dict
 
@@ -281,37 +301,37 @@ def generate(
         backend=backend,
         compile="auto" if compile is None else compile,
         check_weights=check_weights,
+        progress=status.progress("loading the weights", byte_text),
     )
-    with prefill_bar() as progress:
-        stream = lm.stream(
-            _encode(lm, model, text, chat),
-            policy,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=stop or (),
-            prefill=prefill,
-            progress=progress,
-            **({} if chunk is None else {"chunk": chunk}),
-        )
-        for piece in stream:
-            if not json_output:
-                sink.write(piece)
+    stream = lm.stream(
+        _encode(lm, model, text, chat),
+        policy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        prefill=prefill,
+        progress=status.progress("reading the prompt"),
+        **({} if chunk is None else {"chunk": chunk}),
+    )
+    for piece in stream:
+        if not json_output:
+            sink.write(piece)
     generation = stream.generation
     if json_output:
-        shown = {"model": model, "policy": policy_to_dict(policy), **asdict(generation)}
-        sink.write(json.dumps(shown, ensure_ascii=False))
+        sink.write(json_text({"model": model, "policy": policy_to_dict(policy), **asdict(generation)}))
     sink.write("\n")
-    print(summary(generation), file=sys.stderr)
+    say(summary(generation))
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise PromptError("two prompts: give --prompt or --prompt-file, not both")
     if prompt is not None:
+        note_escapes("--prompt", prompt, ", --prompt-file, or stdin")
         return prompt
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
@@ -347,17 +367,15 @@ class _Sink:
                     path.resolve().unlink()
             except OSError as error:
                 raise self._refuse(error) from None
-        elif isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
 
     def write(self, text: str) -> None:
+        status.clear()
         if self._path is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            put(text)
             return
         try:
             with self._path.open(self._mode, encoding="utf-8") as file:
-                file.write(text)
+                file.write(shown(text) if file.isatty() else text)  # such as /dev/stdout
         except OSError as error:
             raise self._refuse(error) from None
         self._mode = "a"
@@ -399,6 +417,9 @@ def chat(
     compile: CompileOption = None,
 ) -> None:
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
+    for option, texts in {"--system": [system or ""], "--stop": stop or []}.items():
+        for one in texts:
+            note_escapes(option, one)
     options = with_fields({} if budget is None else {"budget": budget}, field)
     policy = None
     if method or load_file is None:
@@ -409,11 +430,19 @@ def chat(
         )
 
     from restkv.chat import Chat
+    from restkv.display import byte_text
     from restkv.lm import load
     from restkv.results import Decoding
     from restkv.talk import Talk
 
-    lm = load(model, device=device, dtype=dtype, backend=backend, compile="auto" if compile is None else compile)
+    lm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        compile="auto" if compile is None else compile,
+        progress=status.progress("loading the weights", byte_text),
+    )
     decoding: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -478,16 +507,25 @@ def warmup(
     policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
 
     from restkv.compiling import keep_kernels
+    from restkv.display import byte_text
     from restkv.lm import load
     from restkv.warmup import warm_up
 
-    lm = load(model, device=device, dtype=dtype, compile=True)
-    warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
-    print(
-        f"{warmed.graphs} graphs compiled: first token after {warmed.first_s:.1f} s, the next after "
-        f"{1e3 * warmed.next_s:.1f} ms; a prompt of {prompt_tokens} tokens took {warmed.prefill_s:.1f} s"
+    lm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        compile=True,
+        progress=status.progress("loading the weights", byte_text),
     )
-    print(f"kernels are kept in {keep_kernels() or 'a folder for temporary files: the cache folder cannot be written'}")
+    status.show("compiling, which takes a minute or two")
+    warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
+    place = keep_kernels() or "a folder for temporary files: the cache folder cannot be written"
+    put_line(
+        f"{warmed.graphs} graphs compiled: first token after {warmed.first_s:.1f} s, the next after "
+        f"{1e3 * warmed.next_s:.1f} ms; a prompt of {prompt_tokens} tokens took {warmed.prefill_s:.1f} s\n"
+        f"kernels are kept in {place}"
+    )
 
 
 # -- restkv methods, restkv inspect
@@ -502,7 +540,8 @@ def methods(
     budget: BudgetOption = None,
 ) -> None:
     """List the methods with their options, defaults and presets; or, with --bytes, what their caches hold."""
-    from restkv.display import bytes_table, layer_entries, methods_table, table_console
+    from restkv.console import table_console
+    from restkv.display import bytes_table, layer_entries, methods_table
 
     if sizes_of is None:
         if context is not None or budget is not None:
@@ -546,7 +585,8 @@ def inspect(
 ) -> None:
     """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
     from modeling.loading import load_outline, resolve
-    from restkv.display import checkpoint_table, layer_entries, table_console
+    from restkv.console import table_console
+    from restkv.display import checkpoint_table, layer_entries
 
     outline = load_outline(resolve(model), dtype)
     context = context or outline.config.max_positions
