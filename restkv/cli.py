@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,13 +15,14 @@ from dataclasses import asdict, fields, replace
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from traceback import extract_tb
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from modeling.errors import RestKVError, RestKVWarning
 from modeling.shown import one_line, shown
-from restkv import __version__
+from restkv import __version__, interrupts
 from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.options import (
     KEEP,
@@ -78,10 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
     """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        interrupts.listen()
+        return _main(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        return interrupts.CODE
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run() -> NoReturn:
+    """The process behind the command: `main`, and its exit code."""
+    interrupts.leave(main())
+
+
+def _main(arguments: list[str]) -> int:
     prepare()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["inspect"] and "--kept" in arguments:  # only the other command knows what may follow
         arguments = ["bench", "kept", *(word for word in arguments[1:] if word != "--kept")]
     with warnings.catch_warnings(), announcing():
@@ -96,15 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error))
         except typer.TyperException as error:
             return _fail(error.format_message())
-        except KeyboardInterrupt:
-            return 130
         except BrokenPipeError:
             return 141
         except OSError as error:  # a full disk, a checkpoint that vanishes
             return _fail(_reason(error))
         finally:
             status.clear()
-            _flush()
+            try:
+                sys.stdout.flush()
+            except OSError:
+                silence(sys.stdout)  # the interpreter would try once more, and complain
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -144,16 +162,11 @@ def _fail(text: str) -> int:
 
 
 def _reason(error: OSError) -> str:
-    """What the system says, and of which file if it says so; [Errno 28] means nothing to anybody."""
-    return f"{error.strerror or error}" if error.filename is None else f"{error.filename}: {error.strerror}"
-
-
-def _flush() -> None:
-    """Write what is left in stdout; what cannot be written is dropped, or the interpreter would try once more and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        silence(sys.stdout)
+    """What went wrong and where, as far as the system says; its numbers mean nothing to anybody."""
+    place = error.filename
+    if place is None and "rich" in Path(extract_tb(error.__traceback__)[-1].filename).parts:
+        place = "stdout: cannot be written"  # where typer has rich print the help
+    return f"{place}: {error.strerror}" if place else str(error.strerror or error)
 
 
 def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
@@ -595,4 +608,4 @@ def inspect(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from restkv import interrupts
 from restkv.chat import Chat
 from restkv.display import holdings, pace
 from restkv.errors import PromptError, RestKVError
@@ -44,6 +45,7 @@ class Talk:
 
     def run(self) -> None:
         """Answer line after line until /quit or the end of input. A user's error costs one line, not the conversation."""
+        interrupts.only_raise()
         for line in _lines():
             if line.rstrip() == "/quit":
                 break

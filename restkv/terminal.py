@@ -141,6 +141,12 @@ class Status:
             self._write("\r\x1b[K")
             self._shown = False
 
+    def abandon(self) -> None:
+        """Leave a clean terminal in the middle of whatever writes to it."""
+        if self.seen:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\r\x1b[K\x1b[?25h")  # the cursor, which rich's bars hide
+
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):
             sys.stderr.write(text)
