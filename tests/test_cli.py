@@ -512,7 +512,7 @@ def test_full_disk_is_one_line(start: Callable[..., subprocess.Popen[bytes]], ar
     with open("/dev/full", "wb") as full, start(*arguments, stdout=full.fileno()) as process:
         _, err = process.communicate(timeout=60)
     (line,) = err.decode().splitlines()
-    assert process.returncode == 2 and "No space left on device" in line
+    assert process.returncode == 2 and "stdout: cannot be written (No space left on device)" in line
 
 
 @pytest.mark.parametrize(
