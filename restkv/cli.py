@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -80,14 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's error, said in one line on stderr. 130: Ctrl-C. 141: whoever read stdout has gone.
     """
-    before = signal.getsignal(signal.SIGINT)
     try:
-        interrupts.listen()
-        return _main(sys.argv[1:] if arguments is None else list(arguments))
+        with interrupts.listening():
+            return _main(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return interrupts.CODE
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def run() -> NoReturn:

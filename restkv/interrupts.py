@@ -5,20 +5,32 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 CODE = 130  # exit code of a process that Ctrl-C has ended
 
 
-def listen() -> None:
-    """From here on, Ctrl-C raises KeyboardInterrupt or, within an import, ends the process.
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt or, within an import, ends the process.
 
     Libraries swallow an exception in the middle of their imports, and would go on without half of what they need. Where Ctrl-C
-    is ignored, as by a shell's background jobs, it stays so.
+    is ignored, as by a shell's background jobs, or somebody else's, it stays so.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+    except ValueError:  # only the main thread may say what a signal does
+        before = None
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 def only_raise() -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -408,6 +409,16 @@ def test_ctrl_c_in_the_middle_of_an_import_is_quiet(slow_import: tuple[Path, dic
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_the_command_runs_in_any_thread_and_leaves_ctrl_c_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["--version"])))
+    thread.start()
+    thread.join()
+    handler = signal.getsignal(signal.SIGINT)
+    assert [*codes, main(["--version"])] == [0, 0]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_bench_that_is_broken_off_does_not_wait_for_its_workers(tmp_path: Path) -> None:
