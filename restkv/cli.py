@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         with interrupts.listening():
-            return _main(sys.argv[1:] if arguments is None else list(arguments))
+            return execute(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return interrupts.CODE
 
@@ -91,7 +91,7 @@ def run() -> NoReturn:
     interrupts.leave(main())
 
 
-def _main(arguments: list[str]) -> int:
+def execute(arguments: list[str]) -> int:
     prepare()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
