@@ -58,9 +58,12 @@ def pick_model(model: str, named: str | None) -> str:
 
 def load_model(model: str, dtype: str, device: str, backend: str) -> LM:
     """See restkv.load."""
+    from restkv.display import byte_text
     from restkv.lm import load
+    from restkv.terminal import status
 
-    return load(model, dtype=dtype, device=device, backend=backend)
+    progress = status.progress("loading the weights", byte_text)
+    return load(model, dtype=dtype, device=device, backend=backend, progress=progress)
 
 
 # -- texts to values
@@ -157,11 +160,12 @@ def _progress_bar() -> Iterator[Report | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from restkv.console import PlainConsole
+
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=PlainConsole(stderr=True), transient=True) as bar:
         task = bar.add_task("results", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -171,7 +175,7 @@ def _print_tables(folder: Path) -> None:
     from bench.parts import parts
     from bench.runs import SAMPLES, read_manifest, read_rows
     from bench.tables import Table
-    from restkv.display import table_console
+    from restkv.console import table_console
 
     manifest = read_manifest(folder)
     console = table_console(piped=200)  # a file need not break lines

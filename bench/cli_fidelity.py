@@ -23,6 +23,7 @@ from bench.cli_common import (
 )
 from restkv.errors import OutputError, PromptError
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, reading
+from restkv.terminal import put_line
 
 if TYPE_CHECKING:
     from bench.tasks import Sample
@@ -108,7 +109,7 @@ def kept(
     from bench.methods import check, equal_bytes, parse_methods
     from bench.tasks import Frame, make_sample
     from bench.together import pattern_of
-    from restkv.display import table_console
+    from restkv.console import table_console
 
     if out is not None:
         need_matplotlib()
@@ -138,7 +139,7 @@ def kept(
         console.print()
     if out is not None:
         save_png(kept_figure(seen), out)
-        print(out)
+        put_line(out)
 
 
 def _asked(needle: str, sample: Sample) -> bool:

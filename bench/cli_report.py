@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from restkv.errors import PromptError
+from restkv.terminal import json_text, put, put_line
 
 
 def report(
@@ -24,16 +25,14 @@ def report(
     if as_markdown + as_latex + plain_json > 1:
         raise PromptError("--markdown, --latex and --json: give one of them")
     if plain_json:
-        import json
-
         from bench.report import as_json
 
-        print(json.dumps(as_json(folder), indent=1, ensure_ascii=False))
+        put_line(json_text(as_json(folder), indent=1))
         return
     if as_markdown or as_latex:
         from bench.report import latex, markdown
 
-        print(markdown(folder) if as_markdown else latex(folder), end="")
+        put(markdown(folder) if as_markdown else latex(folder))
         return
     from bench.needle import draw_needle
     from bench.report import write_report
@@ -42,5 +41,5 @@ def report(
     page = write_report(folder)
     if read_manifest(folder)["kind"] == "needle":
         for picture in draw_needle(read_rows(folder), folder):
-            print(picture)
-    print(page)
+            put_line(picture)
+    put_line(page)

@@ -25,6 +25,7 @@ from bench.cli_common import (
     split_names,
 )
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
+from restkv.terminal import put_line
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -110,7 +111,7 @@ def needle(
     with running(out) as report:
         pictures = run_needle(lm, plan, out, report)
     for picture in pictures:
-        print(picture)
+        put_line(picture)
 
 
 def _chat(lm: LM, chat: bool | None) -> bool:

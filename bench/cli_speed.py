@@ -14,6 +14,7 @@ import typer
 from bench.cli_common import METHODS_FORM, parse_numbers, print_table, split_names
 from restkv.errors import PromptError
 from restkv.files import refusal, write_text
+from restkv.terminal import put_line
 
 if TYPE_CHECKING:
     from bench.speed import Contest
@@ -103,7 +104,7 @@ def speed(
         prompts=prompts,
     )
     _need_figure(contest, out)
-    _finish(measure_speed(contest, typer.echo, start_up, partial(_write, out=out)), out)
+    _finish(measure_speed(contest, put_line, start_up, partial(_write, out=out)), out)
 
 
 def memory(
@@ -138,7 +139,7 @@ def memory(
     }
     contest = _contest(model, options, backend, threads, tokens, peer_python)
     _need_figure(contest, out)
-    _finish(measure_memory(contest, typer.echo, partial(_write, out=out)), out)
+    _finish(measure_memory(contest, put_line, partial(_write, out=out)), out)
 
 
 def _contest(
@@ -193,14 +194,14 @@ def _finish(result: dict[str, Any], out: Path | None) -> None:
     """Print the table; write the JSON and, of several contexts, a figure."""
     from bench.figures import save_png
     from bench.speed import figure, table, title
-    from restkv.display import table_console
+    from restkv.console import table_console
 
     print_table(table_console(), title(result), *table(result))
     if out is None:
         return
     _write(result, out)
-    print(out)
+    put_line(out)
     if len(result["contest"]["contexts"]) > 1:
         picture = out.with_suffix(".png")
         save_png(figure(result), picture)
-        print(picture)
+        put_line(picture)

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.cli_common import EAGER, METHODS_FORM, PrefillOption, load_model
+from modeling.shown import shown
+from restkv.console import table_console
 from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -70,8 +72,7 @@ def demo(
     for method in chosen:
         check(lm, method, entries, context, f"{context} tokens at {compression:g}x")
 
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 120, highlight=False)
+    terminal, console = sys.stdout.isatty(), table_console()
     _introduce(console, sample, frame)
     contenders = _prefill(lm, frame, sample, chosen, entries, pattern)
     with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -86,7 +87,7 @@ def _introduce(console: Console, sample: Sample, frame: Frame) -> None:
     console.print(f"{len(context) + len(asked):,} tokens of text, and somewhere in it:", style="bold")
     for needle, depth in sorted(sample.meta.get("needles", ()), key=lambda needle: needle[1]):
         console.print(f"  {depth:4.0%}  {needle}")
-    console.print(f"{sample.question} [dim]{sample.answer_prefix}[/]\n", style="bold")
+    console.print(Text.assemble(f"{sample.question} ", (sample.answer_prefix, "dim"), "\n"), style="bold")
 
 
 def _prefill(
@@ -143,11 +144,11 @@ def _answers(console: Console, contenders: Sequence[Contender], sample: Sample) 
 
 def _marked(text: str, sample: Sample) -> Text:
     """Right answers stand out, and so do numbers that are none."""
-    shown = Text(text.strip())
-    shown.highlight_regex(r"\d+", "red")
+    shown_text = Text(shown(text.strip()))
+    shown_text.highlight_regex(r"\d+", "red")
     right = "|".join(map(re.escape, sample.answers))
-    shown.highlight_regex(rf"(?i)(?<![^\W_])(?:{right})(?![^\W_])", "bold green")
-    return shown
+    shown_text.highlight_regex(rf"(?i)(?<![^\W_])(?:{right})(?![^\W_])", "bold green")
+    return shown_text
 
 
 def _verdict(contenders: Sequence[Contender], sample: Sample) -> Table:

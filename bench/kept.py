@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench.figures import COLOURS, new_figure
 from bench.together import prefill_together
+from modeling.shown import shown
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
@@ -123,7 +124,7 @@ def terminal(kept: Kept, width: int = 100) -> Iterator[Text]:
     length = kept.share.shape[2]
     edges = np.linspace(0, length, min(width, length) + 1).round().astype(int)
     bins = list(pairwise(edges))
-    yield Text(kept.title, style="bold")
+    yield Text(shown(kept.title), style="bold")
     if kept.marks:
         hit = [any(start < stop and end > first for first, stop in kept.marks) for start, end in bins]
         yield Text(" " * 8 + "".join(MARK if mark else " " for mark in hit))
@@ -145,8 +146,8 @@ def over_text(kept: Kept) -> Text:
     for index, (piece, share) in enumerate(zip(kept.pieces, everywhere, strict=True)):
         marked = any(start <= index < stop for start, stop in kept.marks)
         style = "bold" if share >= 0.5 else "" if share > 0 else "dim"
-        shown = piece if share > 0 else "".join(letter if letter.isspace() else GONE for letter in piece)
-        text.append(shown, style=f"{style} underline".strip() if marked else style)
+        visible = shown(piece) if share > 0 else "".join(letter if letter.isspace() else GONE for letter in piece)
+        text.append(visible, style=f"{style} underline".strip() if marked else style)
     return text
 
 

@@ -90,6 +90,7 @@ class Process:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.name = name
+        self._asked = False  # and not answered yet
         # As restkv's command line sets it. Threads that spin for long would measure each other, when workers share few cores.
         waiting = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "5000"}
         self._process = subprocess.Popen(
@@ -99,11 +100,13 @@ class Process:
             text=True,
             env=os.environ | waiting | (environment or {}),
             cwd=Path(__file__).parent.parent,
+            start_new_session=True,  # a terminal's Ctrl-C is for the bench, which ends its workers
         )
 
     def ask(self, op: str, **values: Any) -> dict[str, Any]:
         """Raises RuntimeError when the process died; its own traceback is on stderr."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._asked = True
         try:
             self._process.stdin.write(json.dumps({"op": op, **values}) + "\n")
             self._process.stdin.flush()
@@ -114,9 +117,12 @@ class Process:
             raise RuntimeError(
                 f"the worker {self.name} died (exit status {self._process.wait()}); see its message above"
             )
+        self._asked = False
         return json.loads(line)
 
     def close(self) -> None:
+        if self._asked:  # something went wrong while it worked; nobody wants its answer
+            self._process.kill()
         # Leaving closes the pipes: the worker's loop ends with its stdin. One that has died leaves a pipe that cannot be flushed,
         # and what `ask` said of it is what counts.
         with contextlib.suppress(BrokenPipeError), self._process:

@@ -1,8 +1,13 @@
 """What can go wrong with a checkpoint, said in one line: the value, its place, and the mend."""
 
+from modeling.shown import one_line
+
 
 class RestKVError(ValueError):
-    """Base of every error a user can cause. `str()` of it is one line, fit for stderr."""
+    """Base of every error a user can cause. `str()` of it is one line, fit for stderr: values are shown, not obeyed."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(RestKVError):
@@ -22,4 +27,10 @@ class CompileError(RestKVError):
 
 
 class RestKVWarning(UserWarning):
-    """A remark that stops nothing: the run goes on, and the reader should know why it may differ from hopes."""
+    """A remark that stops nothing: the run goes on, and the reader should know why it may differ from hopes.
+
+    `str()` of it is one line, as of an error.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())

@@ -8,6 +8,7 @@ of a shard.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def load_model(
     device: str | torch.device = "cpu",
     fused: bool = True,
     check_weights: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model of a checkpoint folder, in eval mode and without gradients.
 
@@ -43,6 +45,7 @@ def load_model(
         device: where the weights are to live; they are never all copied on the way.
         fused: join q/k/v and gate/up projections into one matrix each. The function is the same.
         check_weights: look for NaN and Inf in every tensor after its conversion (reads everything once more).
+        progress: called with the bytes that are filled and those in all, tensor by tensor.
 
     Raises ConfigError when config.json cannot be obeyed, CheckpointError when files are absent, broken, stored twice,
     or do not fit config.json: all missing, unexpected and misshapen tensors come in one message.
@@ -51,7 +54,13 @@ def load_model(
     model, stored = _outline(folder, dtype, fused)
     model.to_empty(device=device)
     slots = tensor_slots(model)
-    broken = [name for name, slot in slots.items() if not _fill(slot, stored[name], check_weights)]
+    broken, done, total = [], 0, sum(slot.nbytes for slot in slots.values())
+    for name, slot in slots.items():
+        if not _fill(slot, stored[name], check_weights):
+            broken.append(name)
+        done += slot.nbytes
+        if progress is not None:
+            progress(done, total)
     if broken:
         as_dtype = f"as {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}"
         raise CheckpointError(f"{folder}: NaN or Inf {as_dtype} in {_some(broken)}; damaged file or too narrow a dtype")

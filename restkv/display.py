@@ -1,20 +1,19 @@
-"""What the command line shows besides the answer: summary, progress bar, tables."""
+"""What the command line shows besides the answer: summary and tables."""
 
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from inspect import getdoc, getmodule
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from modeling.shown import shown
 from restkv.errors import PolicyError, RestKVWarning
 
 if TYPE_CHECKING:
@@ -23,14 +22,9 @@ if TYPE_CHECKING:
     from restkv.results import Generation, Stats
 
 
-def table_console(piped: int = 120) -> Console:
-    """stdout, at the terminal's width, or `piped` letters wide where it is none."""
-    return Console(width=None if sys.stdout.isatty() else piped, highlight=False)
-
-
 def titled(title: str, table: Table) -> Group:
     """A table under its title, which may be wider than the table: one of rich's own would break at the table's width."""
-    return Group(Text(title, style="table.title"), table)
+    return Group(Text(shown(title), style="table.title"), table)
 
 
 def byte_text(count: float) -> str:
@@ -48,14 +42,26 @@ def summary(generation: Generation) -> str:
 
 
 def holdings(stats: Stats) -> str:
-    """What the cache keeps and what that saves, in a line."""
+    """What the cache keeps and what that saves, in a line.
+
+    Pages are handed out whole, so a short cache holds more bytes than a full one would count: that is said apart.
+    """
     per_layer = [sum(rows) / len(rows) for rows in stats.kept]
     kept, saved = sum(per_layer) / len(per_layer), 1 - stats.allocated_bytes / stats.full_bytes
-    held, full = byte_text(stats.allocated_bytes), byte_text(stats.full_bytes)
-    return (
-        f"{stats.method}: kept {kept:.0f} of {stats.seen[0]} entries per KV head; "
-        f"cache {held}, full cache {full}" + (f" ({saved:.0%} saved)" if saved > 0 else "")
-    )
+    held, full, live = map(byte_text, (stats.allocated_bytes, stats.full_bytes, stats.live_bytes))
+    text = f"{stats.method}: kept {kept:.0f} of {stats.seen[0]} entries per KV head"
+    if saved > 0:
+        return f"{text}; cache {held}, full cache {full} ({saved:.0%} saved)"
+    if all(layer == stats.seen for layer in stats.kept):
+        budget = "" if stats.budget is None else f", all within the budget of {_budget_text(stats.budget)}"
+        return f"{text}, nothing evicted{budget}; cache {live}, in whole pages {held}"
+    return f"{text}; cache {live} of {full}, in whole pages {held}"
+
+
+def _budget_text(budget: float | tuple[int, ...]) -> str:
+    if isinstance(budget, tuple):
+        return ",".join(map(str, budget))
+    return f"{budget:,}" if isinstance(budget, int) else f"{budget:.0%}"
 
 
 def pace(generation: Generation) -> str:
@@ -65,26 +71,6 @@ def pace(generation: Generation) -> str:
         f"first token after {stats.ttft_s:.2f} s of {stats.prompt_tokens[0]} prompt tokens; "
         f"{stats.new_tokens[0]} new tokens, {stats.tokens_per_s:.0f}/s, ended by {generation.finish_reason}"
     )
-
-
-@contextmanager
-def prefill_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A callback that draws how much of the prompt is done on stderr; None where no terminal shows it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
-        task = bar.add_task("reading the prompt")
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            if done == total:
-                bar.stop()  # gone before the first piece of text
-
-        yield progress
 
 
 def methods_table() -> tuple[Table, str]:

@@ -41,6 +41,7 @@ def load(
     backend: str = "auto",
     compile: str | bool = "auto",
     check_weights: bool = False,
+    progress: Progress | None = None,
 ) -> LM:
     """Load a Hugging Face checkpoint folder (or download one by name with the `hub` extra).
 
@@ -53,12 +54,13 @@ def load(
         compile: True asks for flex, False for sdpa. "auto" follows the backend; if that is "auto" too, `generate` and `stream`
             on a CPU change from sdpa to flex after a few tokens where the rest of the answer may repay it (compiling.py).
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
+        progress: called with the bytes of weights that are there and those in all.
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
     """
     folder = resolve(path_or_name)
     where = _device(device)
-    model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights)
+    model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress)
     by_job = backend == compile == "auto"
     chosen = _backend(backend, compile, where, model.config.head_dim)
     return LM(model, Tokenizer.from_folder(folder), chosen, by_job)

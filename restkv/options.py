@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from restkv.errors import PolicyError, PromptError
+from restkv.errors import PolicyError, PromptError, RestKVWarning
 
 if TYPE_CHECKING:
     from restkv.policies import Policy
@@ -35,6 +36,10 @@ def parse_budget(text: str) -> int | float | tuple[int, ...]:
         ) from None
 
 
+PROMPT_HELP = (
+    "The prompt as it stands: \\n in it is no line break. For line breaks give $'one\\ntwo' (in bash), --prompt-file, or "
+    "stdin."
+)
 KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt and output"
 ModelArgument = Annotated[
     str,
@@ -134,6 +139,17 @@ def reading(place: str | Path) -> Iterator[None]:
         raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
         raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
+
+
+def note_escapes(option: str, text: str, other_ways: str = "") -> None:
+    """Remark on a text of the command line that seems to mean line breaks: no shell and nobody here makes them of \\n."""
+    if "\\n" in text and "\n" not in text:
+        warnings.warn(
+            f"{option} has a backslash and an n, which are no line break and are taken as they stand; where one is meant, "
+            f"give $'one\\ntwo' (in bash){other_ways}",
+            RestKVWarning,
+            stacklevel=2,
+        )
 
 
 def parse_span(text: str) -> tuple[int, int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
-import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from modeling.shown import shown
 from restkv.errors import OutputError
 from restkv.files import refusal, require_writable, write_text
+from restkv.terminal import put, status
 
 
 class Sink:
@@ -26,19 +26,17 @@ class Sink:
         self._path = path
         self._pieces: list[str] = []
         self._special = None if path is None else _opened_special(path)
-        if path is None:
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-        elif self._special is None:
+        if path is not None and self._special is None:
             require_writable(path)
 
     def write(self, text: str) -> None:
+        status.clear()
         if self._path is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            put(text)
         elif self._special is None:
             self._pieces.append(text)
         else:
+            text = shown(text) if self._special.isatty() else text  # such as /dev/stdout
             try:
                 self._special.write(text.encode("utf-8", "replace"))
                 self._special.flush()

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from restkv import interrupts
 from restkv.chat import Chat
 from restkv.display import holdings, pace
 from restkv.errors import PromptError, RestKVError
 from restkv.policies import Policy
 from restkv.results import Generation
+from restkv.terminal import put, put_line, say, status
 
 HELP = """\
 /stats                           what the cache keeps now, and how fast the last answer came
@@ -43,6 +45,7 @@ class Talk:
 
     def run(self) -> None:
         """Answer line after line until /quit or the end of input. A user's error costs one line, not the conversation."""
+        interrupts.only_raise()
         for line in _lines():
             if line.rstrip() == "/quit":
                 break
@@ -52,24 +55,24 @@ class Talk:
                 elif line.strip():
                     self._answer(line)
             except RestKVError as error:
-                _remark(f"restkv: error: {' '.join(str(error).split())}")
+                say(f"restkv: error: {error}")
             except KeyboardInterrupt:  # the second one, or one in the middle of a command
-                _remark("stopped")
+                say("stopped")
 
     def _answer(self, line: str) -> None:
         stream = self._chat.send(line, **self._decoding)
         with _noted_interrupt() as interrupted:
             try:
+                status.show("reading")
                 for piece in stream:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    put(piece)
                     if interrupted():
                         break
                 else:
                     self._last = stream.generation
             finally:
                 self._chat.stop()
-                print(flush=True)
+                put_line("")
 
     def _command(self, name: str = "help", *words: str) -> None:
         if name == "stats" and not words:
@@ -80,15 +83,15 @@ class Talk:
             self._say_stats()
         elif name == "save" and len(words) == 1:
             self._chat.save(words[0])
-            _remark(f"saved to {words[0]}")
+            say(f"saved to {words[0]}")
         elif name == "load" and len(words) == 1:
             self._chat, self._last = Chat.load(words[0], self._chat.lm), None
             self._say_stats()
         elif name == "new" and not words:
             self._chat, self._last = self._chat.anew(), None
-            _remark(f"a new conversation, with {self._chat.policy.name}")
+            say(f"a new conversation, with {self._chat.policy.name}")
         elif name == "help":
-            _remark(HELP)
+            say(HELP)
         elif name in NEEDED:
             raise PromptError(f"/{' '.join((name, *words))}: give {NEEDED[name]}")
         else:
@@ -96,9 +99,9 @@ class Talk:
 
     def _say_stats(self) -> None:
         stats = self._chat.stats
-        _remark(f"{self._chat.policy.name}: nothing said yet" if stats is None else holdings(stats))
+        say(f"{self._chat.policy.name}: nothing said yet" if stats is None else holdings(stats))
         if self._last is not None:
-            _remark(pace(self._last))
+            say(pace(self._last))
 
 
 def _words(text: str) -> list[str]:
@@ -112,19 +115,17 @@ def _words(text: str) -> list[str]:
 def _lines() -> Iterator[str]:
     """The person's lines, without their ends; a prompt is shown on a terminal only."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # neither a line that is no UTF-8 nor a terminal that cannot show a
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # character is a reason to stop
+        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is no reason to stop
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         import readline  # noqa: F401 - importing it gives input() editing and history
 
-        _remark("/help lists the commands, Ctrl-D ends the chat")
+        say("/help lists the commands, Ctrl-D ends the chat")
     while True:
         try:
             line = input("> ") if terminal else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
-            print()
+            put_line("")
             return
         if not terminal and not line:
             return
@@ -148,7 +149,3 @@ def _noted_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _remark(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -25,8 +25,9 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import restkv
-from restkv.cli import RECALL, main
+from restkv.cli import main
 from restkv.display import byte_text, titled
+from restkv.options import RECALL
 from restkv.policies import POLICIES
 
 STORY = (
@@ -512,7 +513,7 @@ def test_full_disk_is_one_line(start: Callable[..., subprocess.Popen[bytes]], ar
     with open("/dev/full", "wb") as full, start(*arguments, stdout=full.fileno()) as process:
         _, err = process.communicate(timeout=60)
     (line,) = err.decode().splitlines()
-    assert process.returncode == 2 and "No space left on device" in line
+    assert process.returncode == 2 and "stdout: cannot be written (No space left on device)" in line
 
 
 @pytest.mark.parametrize(
