@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import normalizers, pre_tokenizers
+
 from modeling.config import Fields, ModelConfig, decoder_config, rope_config
+from modeling.tokenizer_classes import (
+    BY_BYTES,
+    SPACE,
+    BuiltClass,
+    Pipeline,
+    Settings,
+    UsualClass,
+    sentencepiece_decoder,
+)
 
 
 def _gemma(fields: Fields, family: str, **features: Any) -> ModelConfig:
@@ -89,8 +100,23 @@ def gemma3(fields: Fields) -> ModelConfig:
     )
 
 
+def _words(_: Settings) -> Pipeline:
+    words = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    return normalizers.Replace(" ", SPACE), words, sentencepiece_decoder(strips=False)
+
+
 MODEL_TYPES = {
     "gemma": ("GemmaForCausalLM", gemma),
     "gemma2": ("Gemma2ForCausalLM", gemma2),
     "gemma3_text": ("Gemma3ForCausalLM", gemma3),
 }
+TOKENIZERS = (
+    BuiltClass(
+        "GemmaTokenizer",
+        _words,
+        BY_BYTES,
+        {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
+        knows_unk=True,
+    ),
+)
+USUAL_TOKENIZERS = dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), UsualClass("GemmaTokenizer"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modeling.config import Fields, ModelConfig, decoder_config
+from modeling.tokenizer_classes import PLAIN, BuiltClass, UsualClass
 
 
 def mistral(fields: Fields) -> ModelConfig:
@@ -18,3 +19,6 @@ def mistral(fields: Fields) -> ModelConfig:
 
 
 MODEL_TYPES = {"mistral": ("MistralForCausalLM", mistral)}
+TOKENIZERS: tuple[BuiltClass, ...] = ()
+USUAL_TOKENIZERS = {"mistral": UsualClass(PLAIN, always=True)}
+PRE_TOKENIZER_MEND = "fix_mistral_regex"  # of tokenizer_config.json: transformers is to change the pre-tokenizer

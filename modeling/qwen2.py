@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
 from modeling.config import Fields, ModelConfig, decoder_config
+from modeling.tokenizer_classes import BY_LETTERS, END_OF_TEXT, BuiltClass, Pipeline, Settings, UsualClass, spaced
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _windows(fields: Fields) -> tuple[int | None, ...]:
@@ -27,4 +34,20 @@ def qwen3(fields: Fields) -> ModelConfig:
     )
 
 
+def _words(settings: Settings) -> Pipeline:
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=spaced(settings, False), use_regex=False)
+    return normalizers.NFC(), pre_tokenizers.Sequence([words, byte_level]), decoders.ByteLevel()
+
+
 MODEL_TYPES = {"qwen2": ("Qwen2ForCausalLM", qwen2), "qwen3": ("Qwen3ForCausalLM", qwen3)}
+TOKENIZERS = (
+    BuiltClass(
+        "Qwen2Tokenizer",
+        _words,
+        BY_LETTERS,
+        dict.fromkeys(("unk_token", "eos_token", "pad_token"), END_OF_TEXT),
+        plain_special=True,
+    ),
+)
+USUAL_TOKENIZERS = {"qwen2": UsualClass("Qwen2Tokenizer", always=True), "qwen3": UsualClass("Qwen2Tokenizer")}
