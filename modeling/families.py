@@ -11,11 +11,25 @@ from modeling import gemma, llama, mistral, qwen2
 from modeling.config import ModelConfig, read_json
 from modeling.errors import ConfigError
 from modeling.fields import Fields, shown
+from modeling.tokenizer_classes import SHARED_CLASSES, BuiltClass, UsualClass
 
 # model_type -> (architecture, translation)
 FAMILIES: dict[str, tuple[str, Callable[[Fields], ModelConfig]]] = {
     model_type: entry for module in (llama, mistral, gemma, qwen2) for model_type, entry in module.MODEL_TYPES.items()
 }
+TOKENIZERS: dict[str, BuiltClass] = {
+    built.name: built
+    for classes in (llama.TOKENIZERS, mistral.TOKENIZERS, gemma.TOKENIZERS, qwen2.TOKENIZERS, SHARED_CLASSES)
+    for built in classes
+}
+# model_type -> class
+USUAL_TOKENIZERS: dict[str, UsualClass] = {
+    model_type: usual
+    for module in (llama, mistral, gemma, qwen2)
+    for model_type, usual in module.USUAL_TOKENIZERS.items()
+}
+# Keys of tokenizer_config.json that have transformers change the pre-tokenizer of large vocabularies.
+PRE_TOKENIZER_MENDS: tuple[str, ...] = (mistral.PRE_TOKENIZER_MEND,)
 
 
 def config_from_dict(raw: Mapping[str, Any], place: str = "config.json") -> ModelConfig:

@@ -10,9 +10,20 @@ import dataclasses
 import warnings
 from typing import Any
 
+from tokenizers import normalizers, pre_tokenizers
+
 from modeling.config import THETA, ModelConfig, RopeConfig, Shape, Sizes, decoder_config, read_shape, rope_config
 from modeling.errors import RestKVWarning
 from modeling.fields import FULL, SLIDING, Fields, shown
+from modeling.tokenizer_classes import (
+    BY_BYTES,
+    SPACE,
+    BuiltClass,
+    Pipeline,
+    Settings,
+    UsualClass,
+    sentencepiece_decoder,
+)
 
 SIZES_1 = Sizes(
     vocab_size=256_000,
@@ -145,8 +156,23 @@ def gemma3(fields: Fields) -> ModelConfig:
     )
 
 
+def _words(_: Settings) -> Pipeline:
+    words = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    return normalizers.Replace(" ", SPACE), words, sentencepiece_decoder(strips=False)
+
+
 MODEL_TYPES = {
     "gemma": ("GemmaForCausalLM", gemma),
     "gemma2": ("Gemma2ForCausalLM", gemma2),
     "gemma3_text": ("Gemma3ForCausalLM", gemma3),
 }
+TOKENIZERS = (
+    BuiltClass(
+        "GemmaTokenizer",
+        _words,
+        BY_BYTES,
+        {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
+        knows_unk=True,
+    ),
+)
+USUAL_TOKENIZERS = dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), UsualClass("GemmaTokenizer"))

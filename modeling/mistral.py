@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from modeling.config import ModelConfig, Sizes, decoder_config, read_shape
 from modeling.fields import Fields
+from modeling.tokenizer_classes import PLAIN, BuiltClass, UsualClass
 
 SIZES = Sizes(
     vocab_size=32_000,
@@ -34,3 +35,6 @@ def mistral(fields: Fields) -> ModelConfig:
 
 
 MODEL_TYPES = {"mistral": ("MistralForCausalLM", mistral)}
+TOKENIZERS: tuple[BuiltClass, ...] = ()
+USUAL_TOKENIZERS = {"mistral": UsualClass(PLAIN, always=True)}
+PRE_TOKENIZER_MEND = "fix_mistral_regex"  # of tokenizer_config.json: transformers is to change the pre-tokenizer

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
 from modeling.config import ModelConfig, Sizes, decoder_config, read_shape
 from modeling.fields import Fields
+from modeling.tokenizer_classes import BY_LETTERS, END_OF_TEXT, BuiltClass, Pipeline, Settings, UsualClass, spaced
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 SIZES = Sizes(
     vocab_size=151_936,
@@ -40,4 +47,20 @@ def qwen3(fields: Fields) -> ModelConfig:
     return decoder_config(fields, shape, family="qwen3", windows=windows, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
+def _words(settings: Settings) -> Pipeline:
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=spaced(settings, False), use_regex=False)
+    return normalizers.NFC(), pre_tokenizers.Sequence([words, byte_level]), decoders.ByteLevel()
+
+
 MODEL_TYPES = {"qwen2": ("Qwen2ForCausalLM", qwen2), "qwen3": ("Qwen3ForCausalLM", qwen3)}
+TOKENIZERS = (
+    BuiltClass(
+        "Qwen2Tokenizer",
+        _words,
+        BY_LETTERS,
+        dict.fromkeys(("unk_token", "eos_token", "pad_token"), END_OF_TEXT),
+        plain_special=True,
+    ),
+)
+USUAL_TOKENIZERS = {"qwen2": UsualClass("Qwen2Tokenizer", always=True), "qwen3": UsualClass("Qwen2Tokenizer")}

@@ -1,8 +1,9 @@
 """Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2.
 
-Ids equal those of transformers 5, where tokenizer.json alone says what precedes a prompt (`add_bos_token` does not).
-Three differences are deliberate: no EOS is appended to a prompt, a BOS that the text itself begins with is not doubled,
-and decoding never "cleans up" spaces (that would change text already streamed).
+Ids, special tokens and what decoding hides equal those of transformers 5's AutoTokenizer, whatever lies beside tokenizer.json
+(modeling/special_tokens.py), which alone says what precedes a prompt (`add_bos_token` of tokenizer_config.json does not).
+Four differences are deliberate: no EOS is appended to a prompt, a BOS that the text itself begins with is not doubled, decoding
+never "cleans up" spaces (that would change text already streamed), and no merges are dropped at random (BPE dropout).
 """
 
 from __future__ import annotations
@@ -22,33 +23,51 @@ import tokenizers
 
 from modeling.config import read_json
 from modeling.errors import TokenizerError
-from modeling.files import check_file, read_text
+from modeling.files import read_text
+from modeling.special_tokens import SideFiles, complete, id_of
+from modeling.stream import Stream
+from modeling.tokenizer_file import TokenizerFile, joins_bytes, read_tokenizer
+from modeling.tokenizer_guard import guarded
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a single byte
 
 
 class Tokenizer:
     """A folder's tokenizer. Make it with from_folder()."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], template: str | None, place: str):
-        """`settings`: tokenizer_config.json. `template`: the chat template's source. `place`: named in errors."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer | TokenizerFile,
+        settings: Mapping[str, Any] | SideFiles,
+        template: str | None,
+        place: str,
+    ):
+        """Completes `tokenizer` with the tokens that the files beside it name.
+
+        Args:
+            tokenizer: of a file, or one that was made here.
+            settings: tokenizer_config.json, or all that lies beside tokenizer.json.
+            template: the chat template's source.
+            place: named in errors.
+        """
+        file = tokenizer if isinstance(tokenizer, TokenizerFile) else TokenizerFile(tokenizer)
+        side = settings if isinstance(settings, SideFiles) else SideFiles(settings)
         self._template = template
         self._place = place
-        # Some files ask for truncation or padding as their training did; a prompt must arrive whole.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._special_ids = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-        self.special_tokens = {name: text for name in SPECIAL_TOKENS if (text := _token_text(settings.get(name)))}
-        self.bos_id = self._id_of("bos_token")
-        eos = self._id_of("eos_token")
-        self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
-        self._prefix = self._prompt_prefix()
+        with guarded(place, "completing the tokenizer"):
+            done = complete(file, side, place)
+            self._tokenizer = done.tokenizer
+            self.special_tokens = done.names
+            self._prefix = done.before
+            self.bos_id, eos = (id_of(done.tokenizer, done.names, name) for name in ("bos_token", "eos_token"))
+            self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
+            self._added = frozenset(done.tokenizer.get_added_tokens_decoder())
+            self._joins_bytes = joins_bytes(done.tokenizer)
+        self._entries: dict[int, tuple[str | None, bool]] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer of a checkpoint folder: tokenizer.json, and tokenizer_config.json and a chat template if any.
+        """The tokenizer of a checkpoint folder: tokenizer.json, and what lies beside it, a chat template too, if any.
 
         Raises TokenizerError when tokenizer.json is absent or unreadable, or another file is broken.
         """
@@ -59,19 +78,14 @@ class Tokenizer:
                 f"{folder}: no tokenizer.json; make it from the folder's other tokenizer files with "
                 "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        check_file(path, TokenizerError)
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path}: unreadable ({_one_line(error)}); copy or download the file again") from None
-        config = folder / "tokenizer_config.json"
-        settings = read_json(config, TokenizerError) if config.is_file() else {}
-        return cls(tokenizer, settings, _template_source(folder, settings), str(folder))
+        file, side = read_tokenizer(path), SideFiles.of_folder(folder)
+        return cls(file, side, _template_source(folder, side.settings), str(folder))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Ids are below this; added tokens count."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        with guarded(self._place, "listing the vocabulary"):
+            return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def has_chat_template(self) -> bool:
@@ -87,17 +101,21 @@ class Tokenizer:
 
         Spellings of special tokens in the text become those tokens.
         """
-        try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            raise TokenizerError(f"a text {fault(text) or 'is none'}; mend or convert it first") from None
+        ids: list[int] = self._encoded(text).ids
         if not bos or ids[: len(self._prefix)] == self._prefix:
             return ids
         return self._prefix + ids
 
     def ends(self, text: str) -> list[int]:
         """For every token of encode(text, bos=False), how many characters of the text it and those before it stand for."""
-        return [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+        return [end for _, end in self._encoded(text).offsets]
+
+    def _encoded(self, text: str) -> tokenizers.Encoding:
+        with guarded(self._place, "encoding a text"):
+            try:
+                return self._tokenizer.encode(text, add_special_tokens=False)
+            except (TypeError, UnicodeError):
+                raise TokenizerError(f"a text {fault(text) or 'is none'}; mend or convert it first") from None
 
     def encode_more(self, text: str) -> list[int]:
         """Token ids of a text that goes on after another: no BOS, and no space that a beginning would get.
@@ -113,13 +131,32 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with guarded(self._place, "decoding token ids"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def spelling(self, token: int, skip_special: bool = True) -> str | None:
         """The vocabulary's entry for an id, None for one that decode() leaves out."""
-        if skip_special and token in self._special_ids:
-            return None
-        return self._tokenizer.id_to_token(token)
+        text, hidden = self._entry(token)
+        return None if hidden and skip_special else text
+
+    def byte(self, token: int) -> int | None:
+        """The byte that a SentencePiece byte token stands for, None for any other token."""
+        text = self._entry(token)[0] if self._joins_bytes else None
+        found = BYTE_TOKEN.fullmatch(text) if text else None
+        return int(found[1], 16) if found else None
+
+    def _entry(self, token: int) -> tuple[str | None, bool]:
+        """The vocabulary's entry, and whether decode() leaves it out, which the library tells in no other way."""
+        known = self._entries.get(token)
+        if known is None:
+            with guarded(self._place, "looking up a token id"):
+                text = self._tokenizer.id_to_token(token)
+                shown, all_shown = (
+                    self._tokenizer.decode([token], skip_special_tokens=skip) if token in self._added else ""
+                    for skip in (True, False)
+                )
+            known = self._entries[token] = text, shown != all_shown
+        return known
 
     def stream(self, skip_special: bool = True) -> Stream:
         """A decoder that is given one id at a time."""
@@ -166,16 +203,6 @@ class Tokenizer:
         opening = self.encode("\n", bos=False)
         return self.encode("\na", bos=False)[len(opening) :] != self.encode("a", bos=False)
 
-    def _id_of(self, name: str) -> int | None:
-        text = self.special_tokens.get(name)
-        return None if text is None else self._tokenizer.token_to_id(text)
-
-    def _prompt_prefix(self) -> list[int]:
-        """The ids that the post-processor of tokenizer.json puts before every text (BOS, or nothing)."""
-        probe = self._tokenizer.encode("a", add_special_tokens=True)
-        count = next((i for i, added in enumerate(probe.special_tokens_mask) if not added), 0)
-        return probe.ids[:count]
-
 
 def fault(text: str) -> str:
     """What keeps a text from being one, such as half a surrogate pair, which JSON can spell; "" of a text that is fine."""
@@ -184,47 +211,6 @@ def fault(text: str) -> str:
     except UnicodeEncodeError as error:
         return f"has {text[error.start]!a} at place {error.start}, which is no character"
     return ""
-
-
-class Stream:
-    """Token ids in, text out, as early as it is certain: the pieces joined are exactly decode() of all ids.
-
-    A piece is held back while its text may still change, which is in two cases: it ends in the middle of a UTF-8
-    character (it then decodes to U+FFFD at its end), or it ends in a run of SentencePiece byte tokens, which decode
-    together or, if one of them does not fit, not at all.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        # Ids of the last piece given out, then those not given out yet. A decoder may treat the first of all tokens
-        # in its own way (SentencePiece drops its space), so new ids are always decoded behind some old ones.
-        self._ids: list[int] = []
-        self._given = 0
-
-    def push(self, token: int) -> str:
-        """The text that `token` makes certain; "" if there is none yet."""
-        spelling = self._tokenizer.spelling(token, self._skip_special)
-        if spelling is None:
-            return ""
-        self._ids.append(token)
-        if BYTE_TOKEN.fullmatch(spelling):
-            return ""
-        piece = self._pending()
-        if piece.endswith("\ufffd"):
-            return ""
-        self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
-        return piece
-
-    def flush(self) -> str:
-        """All text held back; the stream can go on after it as if new."""
-        piece = self._pending()
-        self._ids, self._given = [], 0
-        return piece
-
-    def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._given], self._skip_special)
-        return self._tokenizer.decode(self._ids, self._skip_special)[len(before) :]
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -251,13 +237,6 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _token_text(entry: Any) -> str | None:
-    """A special token is spelled as a string or as an object with its `content`."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
 
 
 def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:

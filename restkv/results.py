@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modeling.tokenizer import Stream, Tokenizer
+from modeling.stream import Stream
+from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.sampling import Sampling
+from restkv.stops import StopSearch
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Decoding:
     Args:
         max_new_tokens: a whole number, at least 1.
         temperature, top_k, top_p, min_p, seed: see Sampling.
-        stop: a string or strings that end the text, themselves left out; None is none.
+        stop: a string or strings that end the text, themselves left out; None is none. Special tokens, which the text leaves out,
+            count as they are spelled.
         ignore_eos: go on after an end-of-sequence id.
     Raises:
         PromptError: an impossible value.
@@ -133,39 +136,27 @@ class Row:
         self.tokens: list[int] = []
         self.text = ""
         self.reason = ""
-        self._stops = options.stops
         self._eos = frozenset(() if options.ignore_eos else eos)
         self._limit = options.max_new_tokens
-        self._held = ""  # text that may turn out to be the start of a stop string
         self._decoder = Stream(tokenizer) if tokenizer is not None else None
+        self._search = StopSearch(tokenizer, options.stops) if tokenizer is not None and options.stops else None
 
     def push(self, token: int) -> str:
         """Take one token; returns the text that is now certain."""
         self.tokens.append(token)
-        if token in self._eos:
+        ends = token in self._eos
+        if ends:
             self.reason = "eos"
         elif len(self.tokens) == self._limit:
             self.reason = "length"
         if self._decoder is None:
             return ""
-        if self.reason != "eos":
-            self._held += self._decoder.push(token)
+        piece = "" if ends else self._decoder.push(token)
         if self.reason:
-            self._held += self._decoder.flush()
-        return self._release()
-
-    def _release(self) -> str:
-        ends = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if ends:
-            self.reason, piece, self._held = "stop", self._held[: min(ends)], ""
-        else:
-            hold = 0 if self.reason else max((_overlap(self._held, stop) for stop in self._stops), default=0)
-            cut = len(self._held) - hold
-            piece, self._held = self._held[:cut], self._held[cut:]
+            piece += self._decoder.flush()
+        if self._search is not None:
+            piece, found = self._search.push(token, piece, bool(self.reason), ends)
+            if found:
+                self.reason = "stop"
         self.text += piece
         return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper start of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
