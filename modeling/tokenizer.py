@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2.
+"""Text to token ids and back: tokenizer.json through `tokenizers`, chats through the templates of modeling/templates.py.
 
 Ids equal those of transformers 5, where tokenizer.json alone says what precedes a prompt (`add_bos_token` does not).
 Three differences are deliberate: no EOS is appended to a prompt, a BOS that the text itself begins with is not doubled,
@@ -7,21 +7,19 @@ and decoding never "cleans up" spaces (that would change text already streamed).
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
 from modeling.config import read_json
-from modeling.errors import TokenizerError
+from modeling.errors import RestKVWarning, TokenizerError
+from modeling.templates import DEFAULT, ChatTemplates, Source, check_names, find_templates
+from modeling.text import fault
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
@@ -30,10 +28,16 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a sing
 class Tokenizer:
     """A folder's tokenizer. Make it with from_folder()."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], template: str | None, place: str):
-        """`settings`: tokenizer_config.json. `template`: the chat template's source. `place`: named in errors."""
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        template: str | Mapping[str, Source] | None,
+        place: str,
+    ):
+        """`settings`: tokenizer_config.json. `template`: the chat template, or several by name. `place`: named in errors."""
         self._tokenizer = tokenizer
-        self._template = template
+        self._templates = ChatTemplates({DEFAULT: template} if isinstance(template, str) else template or {}, place)
         self._place = place
         # Some files ask for truncation or padding as their training did; a prompt must arrive whole.
         tokenizer.no_truncation()
@@ -49,7 +53,8 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder: tokenizer.json, and tokenizer_config.json and a chat template if any.
 
-        Raises TokenizerError when tokenizer.json is absent or unreadable, or another file is broken.
+        Raises TokenizerError when tokenizer.json is absent or unreadable, or tokenizer_config.json is broken. A chat template
+        that is broken is refused when it is asked for.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -64,7 +69,7 @@ class Tokenizer:
             raise TokenizerError(f"{path}: unreadable ({_one_line(error)}); copy or download the file again") from None
         config = folder / "tokenizer_config.json"
         settings = read_json(config, TokenizerError) if config.is_file() else {}
-        return cls(tokenizer, settings, _template_source(folder, settings), str(folder))
+        return cls(tokenizer, settings, find_templates(folder, settings), str(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -73,12 +78,13 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        """Whether the folder has a chat template, if only one that cannot be used (rendering says why)."""
+        return bool(self._templates)
 
     @property
     def chat_template(self) -> str | None:
-        """The template's source."""
-        return self._template
+        """The source of the template that is used when none is named."""
+        return self._templates.default
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.
@@ -123,41 +129,52 @@ class Tokenizer:
         """A decoder that is given one id at a time."""
         return Stream(self, skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+        template_name: str | None = None,
+    ) -> list[int]:
         """Token ids of a conversation: render() it and encode the result; the template itself writes any BOS."""
-        return self.encode(self.render(messages, add_generation_prompt), bos=False)
+        return self.encode(self.render(messages, add_generation_prompt, template_args, template_name), bos=False)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+        template_name: str | None = None,
+        **variables: Any,
     ) -> str:
         """The chat template's text for messages, each with a "role" and usually a "content".
 
-        `variables` are handed to the template (such as tools, or enable_thinking). Raises TokenizerError when there is
-        no template, or when the template is broken or refuses the messages.
-        """
-        if self._template is None:
-            raise TokenizerError(f"{self._place}: has no chat template; pass plain text instead of a chat")
-        for number, message in enumerate(messages):
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise TokenizerError(f"chat message {number} is {message!r}; it must have a 'role' and a 'content'")
-        context = {"tools": None, "documents": None, **self.special_tokens, **variables}
-        try:
-            return self._compiled_template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **context
-            )
-        except Exception as error:  # a template is a stranger's program: anything can go wrong in it
-            raise TokenizerError(f"{self._place}: the chat template failed: {_one_line(error)}") from None
+        It is made in a process of its own, under limits of time and memory (modeling/renderer.py).
 
-    @cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        assert self._template is not None
-        return environment.from_string(self._template)
+        Args:
+            template_args: variables of the template, such as {"enable_thinking": False}: what JSON can hold.
+            template_name: which of several templates; None: "tool_use" where there are tools and such a template, else "default".
+            variables: more of them, such as tools, by keyword.
+        Raises:
+            TokenizerError: there is no template, or it is broken, refuses the messages, or takes too long or too much; or a
+                variable that no template can be given.
+        """
+        for name in (template_args or {}).keys() & variables.keys():
+            raise TokenizerError(f"template variable {name!r}: given twice; drop one of them")
+        given = {**(template_args or {}), **variables}
+        return self._templates.render(messages, self.special_tokens, add_generation_prompt, given, template_name)
+
+    def check_template(self, template_args: Mapping[str, Any], template_name: str | None = None) -> None:
+        """Warn of variables that the chat template never reads, such as misspelt ones; they change nothing.
+
+        Raises:
+            TokenizerError: there is no such template, it is broken, or a name is none of a variable.
+        """
+        check_names(template_args)
+        for name in self._templates.unread(template_args, template_name):
+            warnings.warn(
+                f"the chat template reads no variable {name!r}, which changes nothing", RestKVWarning, stacklevel=3
+            )
 
     @cached_property
     def _opens_with_space(self) -> bool:
@@ -173,15 +190,6 @@ class Tokenizer:
         probe = self._tokenizer.encode("a", add_special_tokens=True)
         count = next((i for i, added in enumerate(probe.special_tokens_mask) if not added), 0)
         return probe.ids[:count]
-
-
-def fault(text: str) -> str:
-    """What keeps a text from being one, such as half a surrogate pair, which JSON can spell; "" of a text that is fine."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has {text[error.start]!a} at place {error.start}, which is no character"
-    return ""
 
 
 class Stream:
@@ -225,61 +233,11 @@ class Stream:
         return self._tokenizer.decode(self._ids, self._skip_special)[len(before) :]
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, a mark for training that renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 asks for this attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes HTML, which a model has not seen in training.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
 def _token_text(entry: Any) -> str | None:
     """A special token is spelled as a string or as an object with its `content`."""
     if isinstance(entry, dict):
         entry = entry.get("content")
     return entry if isinstance(entry, str) else None
-
-
-def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or tokenizer_config.json's, or chat_template.json's.
-
-    A list of named templates means the one called "default", or its only one.
-    """
-    file, legacy = folder / "chat_template.jinja", folder / "chat_template.json"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{file}: unreadable ({_one_line(error)})") from None
-    source = settings.get("chat_template")
-    if source is None and legacy.is_file():
-        source = read_json(legacy, TokenizerError).get("chat_template")
-    if isinstance(source, list):
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default", next(iter(named.values())) if len(named) == 1 else source)
-    if source is not None and not isinstance(source, str):
-        raise TokenizerError(
-            f"{folder}: 'chat_template' is neither a string nor a list with a template named 'default'"
-        )
-    return source
 
 
 def _one_line(error: Exception) -> str:
