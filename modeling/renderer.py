@@ -46,12 +46,16 @@ class Child:
     channel: socket.socket
     owner: int  # the process that started it
 
+    def ended(self) -> int:
+        """How it ended (see subprocess.Popen.returncode), if need be now."""
+        self.process.kill()
+        return self.process.wait()
+
     def end(self) -> None:
-        """Kill it; in a fork of its owner, let go of it."""
+        """End it; in a fork of its owner, let go of it."""
         self.channel.close()
         if os.getpid() == self.owner:
-            self.process.kill()
-            self.process.wait()
+            self.ended()
         else:
             self.process.returncode = 0  # nobody here is to wait for it
 
@@ -126,11 +130,10 @@ class Renderer:
 
     def _exchange(self, request: str, limits: Mapping[str, float]) -> dict[str, Any]:
         """Say something to the process, which is started if there is none, and hear its answer."""
-        if self._child is None or self._child.process.poll() is not None:
-            self._end()  # one that was killed between two texts: nothing of value is lost
-            self._start()
+        served = self._child is not None
+        if self._child is None:
+            self._child = self._started()
             request = f"{json.dumps(self._source)}\n{request}"
-        assert self._child is not None
         channel, deadline, got = self._child.channel, time.monotonic() + WALL_SECONDS, bytearray()
         most = 12 * limits["characters"] + PIECE  # a character can be 12 bytes of JSON
         try:
@@ -145,12 +148,18 @@ class Renderer:
         except TimeoutError:
             raise self._refuse(f"it takes longer than {WALL_SECONDS:.0f} s; mend it, or {PLAIN}") from None
         except OSError:
-            raise self._refuse(_death(self._child.process, limits)) from None
+            code = self._child.ended()
+            self._end()
+            if served and code != -signal.SIGPROF:  # it may have been killed since the last text: another one tells
+                return self._exchange(request, limits)
+            raise self._refuse(_death(code, limits)) from None
         return json.loads(got)
 
-    def _start(self) -> None:
-        """Start the process. It has no environment but what an interpreter may need to find its libraries and the clock's zone,
-        no file but its end of the line, no part in our process group (Ctrl-C is ours) and none in our working folder.
+    def _started(self) -> Child:
+        """A process that is told the template first.
+
+        It has no environment but what an interpreter may need to find its libraries and the clock's zone, no file but its end of
+        the line, no part in our process group (Ctrl-C is ours) and none in our working folder.
         """
         specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
         folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
@@ -173,8 +182,9 @@ class Renderer:
         except OSError as error:
             ours.close()
             raise self._unstarted(error) from None
-        self._child = Child(process, ours, os.getpid())
-        self._ending = weakref.finalize(self, self._child.end)
+        child = Child(process, ours, os.getpid())
+        self._ending = weakref.finalize(self, child.end)
+        return child
 
     def _end(self) -> None:
         if self._child is not None:
@@ -191,13 +201,11 @@ class Renderer:
         return TokenizerError(f"{self._place}: the chat template failed: {why}")
 
 
-def _death(process: subprocess.Popen[bytes], limits: Mapping[str, float]) -> str:
+def _death(code: int, limits: Mapping[str, float]) -> str:
     """Why a process has ended that should have answered."""
-    process.kill()  # if it has not, it has said more than it may
-    code = process.wait()
     if code == -signal.SIGPROF:
         return _beyond("seconds", limits)
-    if code > 0:
+    if code >= 0:
         return f"its process ended with exit code {code}; see whether {sys.executable} can import jinja2, or {PLAIN}"
     return f"its process was ended by signal {-code}; mend it, or {PLAIN}"
 
