@@ -22,7 +22,7 @@ from bench.choice import Item, choice_rows, fill_choices, shortest
 from bench.methods import Method, check
 from bench.plans import Asked, cells_of, modes_of, share
 from bench.runs import Report, chosen_rows, describe, digest, open_run, setting
-from modeling.tokenizer import fault
+from modeling.text import fault
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.options import reading

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.prose import sentences
-from modeling.tokenizer import Tokenizer, fault
+from modeling.text import fault
+from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError, RestKVWarning
 from restkv.options import reading
 

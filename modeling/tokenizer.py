@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2.
+"""Text to token ids and back: tokenizer.json through `tokenizers`, chats through the templates of modeling/templates.py.
 
 Ids, special tokens and what decoding hides equal those of transformers 5's AutoTokenizer, whatever lies beside tokenizer.json
 (modeling/special_tokens.py), which alone says what precedes a prompt (`add_bos_token` of tokenizer_config.json does not).
@@ -8,24 +8,20 @@ never "cleans up" spaces (that would change text already streamed), and no merge
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
-from modeling.config import read_json
-from modeling.errors import TokenizerError
-from modeling.files import read_text
+from modeling.errors import RestKVWarning, TokenizerError
 from modeling.special_tokens import SideFiles, complete, id_of
 from modeling.stream import Stream
+from modeling.templates import DEFAULT, ChatTemplates, Source, check_names, find_templates
+from modeling.text import fault
 from modeling.tokenizer_file import TokenizerFile, joins_bytes, read_tokenizer
 from modeling.tokenizer_guard import guarded
 
@@ -39,7 +35,7 @@ class Tokenizer:
         self,
         tokenizer: tokenizers.Tokenizer | TokenizerFile,
         settings: Mapping[str, Any] | SideFiles,
-        template: str | None,
+        template: str | Mapping[str, Source] | None,
         place: str,
     ):
         """Completes `tokenizer` with the tokens that the files beside it name.
@@ -47,12 +43,12 @@ class Tokenizer:
         Args:
             tokenizer: of a file, or one that was made here.
             settings: tokenizer_config.json, or all that lies beside tokenizer.json.
-            template: the chat template's source.
+            template: the chat template, or several by name.
             place: named in errors.
         """
         file = tokenizer if isinstance(tokenizer, TokenizerFile) else TokenizerFile(tokenizer)
         side = settings if isinstance(settings, SideFiles) else SideFiles(settings)
-        self._template = template
+        self._templates = ChatTemplates({DEFAULT: template} if isinstance(template, str) else template or {}, place)
         self._place = place
         with guarded(place, "completing the tokenizer"):
             done = complete(file, side, place)
@@ -69,7 +65,8 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder: tokenizer.json, and what lies beside it, a chat template too, if any.
 
-        Raises TokenizerError when tokenizer.json is absent or unreadable, or another file is broken.
+        Raises TokenizerError when tokenizer.json is absent or unreadable, or tokenizer_config.json is broken. A chat template
+        that is broken is refused when it is asked for.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -79,7 +76,7 @@ class Tokenizer:
                 "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         file, side = read_tokenizer(path), SideFiles.of_folder(folder)
-        return cls(file, side, _template_source(folder, side.settings), str(folder))
+        return cls(file, side, find_templates(folder, side.settings), str(folder))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -89,12 +86,13 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        """Whether the folder has a chat template, if only one that cannot be used (rendering says why)."""
+        return bool(self._templates)
 
     @property
     def chat_template(self) -> str | None:
-        """The template's source."""
-        return self._template
+        """The source of the template that is used when none is named."""
+        return self._templates.default
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.
@@ -162,103 +160,54 @@ class Tokenizer:
         """A decoder that is given one id at a time."""
         return Stream(self, skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+        template_name: str | None = None,
+    ) -> list[int]:
         """Token ids of a conversation: render() it and encode the result; the template itself writes any BOS."""
-        return self.encode(self.render(messages, add_generation_prompt), bos=False)
+        return self.encode(self.render(messages, add_generation_prompt, template_args, template_name), bos=False)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+        template_name: str | None = None,
+        **variables: Any,
     ) -> str:
         """The chat template's text for messages, each with a "role" and usually a "content".
 
-        `variables` are handed to the template (such as tools, or enable_thinking). Raises TokenizerError when there is
-        no template, or when the template is broken or refuses the messages.
-        """
-        if self._template is None:
-            raise TokenizerError(f"{self._place}: has no chat template; pass plain text instead of a chat")
-        for number, message in enumerate(messages):
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise TokenizerError(f"chat message {number} is {message!r}; it must have a 'role' and a 'content'")
-        context = {"tools": None, "documents": None, **self.special_tokens, **variables}
-        try:
-            return self._compiled_template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **context
-            )
-        except Exception as error:  # a template is a stranger's program: anything can go wrong in it
-            raise TokenizerError(f"{self._place}: the chat template failed: {_one_line(error)}") from None
+        It is made in a process of its own, under limits of time and memory (modeling/renderer.py).
 
-    @cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        assert self._template is not None
-        return environment.from_string(self._template)
+        Args:
+            template_args: variables of the template, such as {"enable_thinking": False}: what JSON can hold.
+            template_name: which of several templates; None: "tool_use" where there are tools and such a template, else "default".
+            variables: more of them, such as tools, by keyword.
+        Raises:
+            TokenizerError: there is no template, or it is broken, refuses the messages, or takes too long or too much; or a
+                variable that no template can be given.
+        """
+        for name in (template_args or {}).keys() & variables.keys():
+            raise TokenizerError(f"template variable {name!r}: given twice; drop one of them")
+        given = {**(template_args or {}), **variables}
+        return self._templates.render(messages, self.special_tokens, add_generation_prompt, given, template_name)
+
+    def check_template(self, template_args: Mapping[str, Any], template_name: str | None = None) -> None:
+        """Warn of variables that the chat template never reads, such as misspelt ones; they change nothing.
+
+        Raises:
+            TokenizerError: there is no such template, it is broken, or a name is none of a variable.
+        """
+        check_names(template_args)
+        for name in self._templates.unread(template_args, template_name):
+            warnings.warn(
+                f"the chat template reads no variable {name!r}, which changes nothing", RestKVWarning, stacklevel=3
+            )
 
     @cached_property
     def _opens_with_space(self) -> bool:
         opening = self.encode("\n", bos=False)
         return self.encode("\na", bos=False)[len(opening) :] != self.encode("a", bos=False)
-
-
-def fault(text: str) -> str:
-    """What keeps a text from being one, such as half a surrogate pair, which JSON can spell; "" of a text that is fine."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has {text[error.start]!a} at place {error.start}, which is no character"
-    return ""
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, a mark for training that renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 asks for this attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes HTML, which a model has not seen in training.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or tokenizer_config.json's, or chat_template.json's.
-
-    A list of named templates means the one called "default", or its only one.
-    """
-    file, legacy = folder / "chat_template.jinja", folder / "chat_template.json"
-    if file.is_file():
-        return read_text(file, TokenizerError)
-    source = settings.get("chat_template")
-    if source is None and legacy.is_file():
-        source = read_json(legacy, TokenizerError).get("chat_template")
-    if isinstance(source, list):
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default", next(iter(named.values())) if len(named) == 1 else source)
-    if source is not None and not isinstance(source, str):
-        raise TokenizerError(
-            f"{folder}: 'chat_template' is neither a string nor a list with a template named 'default'"
-        )
-    return source
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

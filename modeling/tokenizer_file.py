@@ -16,6 +16,7 @@ from modeling.errors import TokenizerError
 from modeling.files import read_bytes
 from modeling.tokenizer_guard import guarded, reason
 
+MB = 1 << 20
 MOST_VALUES = 3_000_000  # twice Gemma 3's; a merge of 12 bytes takes 500 in memory
 LONGEST_TOKEN = 10_000  # characters; text of a few tokens must not exhaust memory
 MOST_GROWTH = 256  # bytes that rules of replacement may make of one

@@ -372,10 +372,6 @@ def test_no_template_and_odd_messages_are_refused(folders, tmp_path):
         ("tokenizer.json", b'{"model": 3}', "tokenizer.json: unreadable"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", b"[]", "tokenizer_config.json: holds a list"),
-        ("tokenizer_config.json", b'{"chat_template": 3}', "'chat_template' is neither a string nor a list"),
-        ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}, {"name": "b"}]}', "named 'default'"),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja: unreadable"),
-        ("chat_template.json", b"nope", "chat_template.json: not valid JSON"),
     ],
 )
 def test_a_broken_file_is_named_in_one_line(name, content, text, folders, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling.tokenizer import fault
+from modeling.text import fault
 from restkv.errors import RestKVError
 
 
