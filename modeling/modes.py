@@ -1,8 +1,8 @@
 """Torch's modes around a call: whatever a caller has switched on, our numbers are made under torch's defaults.
 
-Autocast would multiply in another dtype, a default dtype or device would change tensors that are made on the way, and what is made
-under inference_mode could not be written to outside of it. Deterministic mode is set aside too: it refuses operations on CUDA
-(cumsum), and nothing here writes to a place twice.
+Autocast would multiply in another dtype, a default dtype or device would change tensors that are made on the way, and what is
+made under inference_mode could not be written to outside of it. Deterministic mode is set aside too: it refuses operations on
+CUDA (cumsum), and nothing here writes to a place twice.
 """
 
 from __future__ import annotations
