@@ -15,7 +15,7 @@ from torch import Tensor
 from modeling.attention import causal_attention, paged_attention
 from modeling.layers import Block, Decoder
 from modeling.pages import KVCache, LayerView
-from modeling.pool import EMPTY, SINK_PAGE
+from modeling.pool import SINK_PAGE
 from modeling.rope import rotate
 from modeling.sparse import BlockMap, sparse_attention
 
@@ -163,25 +163,30 @@ _compiled_layer_step = torch.compiler.nested_compile_region(layer_step)
 
 
 def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, pos_BT: Tensor) -> None:
-    """Append the new tokens to their rows' lists; padding goes to the page nobody reads.
+    """Append the new tokens to their rows' lists; padding writes zeros to the page that belongs to nobody.
 
+    Zeros, since that page is read, though under a mask: a NaN of a finished row would reach all others as 0 times NaN.
     Only index_copy_ on the 4-D pool stays in place in a compiled graph: an indexed assignment copies the pool (FLEX §9).
     """
     B, T, K, D = k_BTKD.shape
     lists, num_pages = view.table.shape
     page = view.pos.shape[0] // num_pages
-    real_RT = (pos_BT >= 0)[:, None, :].expand(B, K, T).reshape(lists, T)
+    pos_RT = pos_BT[:, None, :].expand(B, K, T).reshape(lists, T)
+    real_RT = pos_RT >= 0
     entry_RT = view.used[:, None] + torch.arange(T, device=pos_BT.device, dtype=torch.int32)
     # Room is reserved for real tokens only: padding may point beyond the list, and in a small pool beyond the table.
     number_RT = view.table.gather(1, (entry_RT // page).clamp(max=num_pages - 1).long())
-    slot_RT = torch.where(real_RT, number_RT * page + entry_RT % page, SINK_PAGE).long()
-    pos_RT = pos_BT[:, None, :].expand(B, K, T).reshape(lists, T)
-    slot_n = slot_RT.reshape(-1)
-    view.k.index_copy_(2, slot_n, k_BTKD.transpose(1, 2).reshape(1, 1, lists * T, D))
-    view.v.index_copy_(2, slot_n, v_BTKD.transpose(1, 2).reshape(1, 1, lists * T, D))
-    view.pos.index_copy_(0, slot_n, torch.where(real_RT, pos_RT, EMPTY).reshape(-1))
+    slot_n = torch.where(real_RT, number_RT * page + entry_RT % page, SINK_PAGE).long().reshape(-1)
+    padding_BT11 = (pos_BT < 0)[..., None, None]
+
+    def rows(x_BTKD: Tensor) -> Tensor:
+        return x_BTKD.masked_fill(padding_BT11, 0).transpose(1, 2).reshape(lists * T, D)
+
+    view.k.index_copy_(2, slot_n, rows(k_BTKD)[None, None])
+    view.v.index_copy_(2, slot_n, rows(v_BTKD)[None, None])
+    view.pos.index_copy_(0, slot_n, pos_RT.reshape(-1))  # EMPTY for padding
     if view.raw is not None:
-        view.raw.index_copy_(0, slot_n, raw_BTKD.transpose(1, 2).reshape(lists * T, D))
+        view.raw.index_copy_(0, slot_n, rows(raw_BTKD))
     if view.keep is not None:
         view.keep.index_copy_(
             0, slot_n, torch.ones_like(slot_n, dtype=torch.bool)[:, None].expand(-1, view.keep.shape[1])
@@ -190,11 +195,15 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, po
 
 
 def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, window: int) -> None:
-    """Write the last W of the new queries to the ring; older ones would fight over the same slots."""
+    """Write the last W of the new queries to the ring; older ones would fight over the same slots.
+
+    Those, and padding, go to the row's last slot as zeros.
+    """
     B, T, H, D = q_BTHD.shape
     row_B1 = torch.arange(B, device=pos_BT.device)[:, None]
     recent_BT = (pos_BT >= 0) & (pos_BT > pos_BT.amax(-1, keepdim=True) - window)
     slot_BT = row_B1 * (window + 1) + torch.where(recent_BT, pos_BT % window, window)
+    q_BTHD = q_BTHD.masked_fill(~recent_BT[..., None, None], 0)
     ring.index_copy_(0, slot_BT.reshape(-1).long(), q_BTHD.reshape(B * T, H, D))
 
 

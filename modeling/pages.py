@@ -210,8 +210,8 @@ class LayerCache:
 
     def clear(self) -> None:
         """Drop every entry and give the pages back."""
+        self.pool.release(number for pages in self.lists for number in pages)
         for pages in self.lists:
-            self.pool.release(pages)
             pages.clear()
         self.used.zero_()
 

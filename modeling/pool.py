@@ -3,8 +3,8 @@
 Letters: G query heads per KV head, D head dim, S slots.
 
 A pool is one pair of tensors k, v [1, 1, S, D] and `pos` [S]: the original position of the token in each slot, -1 if the slot is
-empty or its entry was evicted. Page 0 belongs to nobody: finished rows and padding tokens write there, with pos = -1. A page held
-by several lists (after a fork) is read-only; whoever wants to write or mark in it copies it first.
+empty or its entry was evicted. Page 0 belongs to nobody: finished rows and padding tokens write zeros there, with pos = -1. A
+page held by several lists (after a fork) is read-only; whoever wants to write or mark in it copies it first.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PagePool:
         return [self.k[0, 0], self.v[0, 0], self.pos, *self.companions.values()]
 
     def take(self, count: int) -> list[int]:
-        """`count` empty pages (pos = -1 and companions 0 throughout); the pool grows when it has too few."""
+        """`count` empty pages (pos = -1 and all else 0 throughout); the pool grows when it has too few."""
         if count > len(self._free):
             self.grow(max(count - len(self._free), self.num_pages // 2))
         pages = [self._free.pop() for _ in range(count)]
@@ -94,7 +94,10 @@ class PagePool:
             self._refs[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; those nobody else holds are wiped (pos = -1, companions 0) and return to the free list."""
+        """Give pages back; those nobody else holds are wiped (pos = -1, all else 0) and return to the free list.
+
+        Keys and values too: whoever takes the page next reads its empty slots under a mask, and 0 times NaN is NaN.
+        """
         emptied = []
         for page in pages:
             assert self._refs[page] > 0, f"page {page} released twice"
@@ -102,9 +105,10 @@ class PagePool:
             if self._refs[page] == 0:
                 emptied.append(page)
         if emptied:
-            self.pos.view(-1, self.page)[emptied] = EMPTY
-            for data in self.companions.values():  # a decode step writes only `keep`
-                data.view(-1, self.page, *data.shape[1:])[emptied] = 0
+            emptied_n = torch.tensor(emptied, device=self.pos.device)
+            for slab in self._slabs():
+                paged = slab.view(-1, self.page, *slab.shape[1:])
+                paged.index_fill_(0, emptied_n, EMPTY if slab is self.pos else 0)
             self._free.extend(reversed(emptied))
 
     def is_shared(self, page: int) -> bool:

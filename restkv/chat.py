@@ -9,8 +9,7 @@ from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from modeling.modes import own_modes
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
@@ -116,7 +115,7 @@ class Chat:
                 next(self._turn)
             self._turn.close()
 
-    @torch.no_grad()
+    @own_modes
     def _answer(self, text: str, results: list[Generation], decoding: Decoding) -> Generator[tuple[int, str]]:
         lm, meter, answer = self.lm, Meter(self.lm.device), self.lm.answer(decoding)
         new = lm.encode(self._rendered(text))
@@ -230,7 +229,7 @@ class Chat:
 
     # -- another policy, another day
 
-    @torch.no_grad()
+    @own_modes
     def change(self, policy: Policy) -> None:
         """Go on under another policy: all that was said is read anew, and evicted as it says.
 
@@ -250,6 +249,7 @@ class Chat:
         return Chat(self.lm, replace(self.policy, protect=spans), system, template=self._template, **self._reading)
 
     @property
+    @own_modes
     def stats(self) -> Stats | None:
         """What the cache holds now, its timings zero; None while nothing has been said, and during a turn."""
         if self._session is None:
@@ -263,6 +263,7 @@ class Chat:
         """The cache and its schedule; None while nothing has been said, and during a turn."""
         return self._session
 
+    @own_modes
     def save(self, path: str | Path) -> None:
         """Write the conversation and its cache to one safetensors file.
 
@@ -287,6 +288,7 @@ class Chat:
         save_session(self._session, path, about)
 
     @classmethod
+    @own_modes
     def load(cls, path: str | Path, lm: LM) -> Chat:
         """Go on with a saved conversation.
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from modeling.modes import own_modes
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.memory import Meter
@@ -52,7 +51,7 @@ class CompressedContext:
         results: list[Generation] = []
         return TextStream(self._answer(question, results, Decoding(**options)), results)
 
-    @torch.no_grad()
+    @own_modes
     def _answer(self, question: Prompt, results: list[Generation], decoding: Decoding) -> Iterator[tuple[int, str]]:
         ids = self.lm.encode_continuation(question)
         stats = Stats(self.policy.name, self.policy.budget, [self.tokens + len(ids)], question="agnostic")
@@ -74,10 +73,12 @@ class CompressedContext:
         return self._session.cache.allocated_bytes
 
     @property
+    @own_modes
     def kept(self) -> list[float]:
         """Live entries per KV head (mean over heads) of every layer."""
         return [row[0] for row in self._session.kept()]
 
+    @own_modes
     def save(self, path: str | Path) -> None:
         """Write entries, positions, policy and the model's fingerprint to one safetensors file.
 
@@ -87,6 +88,7 @@ class CompressedContext:
         save_session(self._session, path, {"kind": "context", "tokens": self.tokens})
 
     @classmethod
+    @own_modes
     def load(cls, path: str | Path, lm: LM) -> CompressedContext:
         """Read a saved context.
 

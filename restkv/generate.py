@@ -16,6 +16,7 @@ from torch import Tensor
 from modeling.compiled import compiled
 from modeling.forward import step
 from modeling.layers import Decoder
+from modeling.modes import own_modes
 from modeling.pages import KVCache, LayerView
 from restkv.compiling import Mark, keep_kernels
 from restkv.errors import PromptError
@@ -148,6 +149,7 @@ class Session:
         PromptError: there is no such prefill or chunk, or the policy remembers another number of queries than `saved` says.
     """
 
+    @own_modes
     def __init__(
         self,
         engine: Engine,
@@ -239,6 +241,7 @@ class Session:
             page=page,
         )
 
+    @own_modes
     def prefill(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Run the prompts, one row at a time (a row of a batch is the same computation as the prompt alone)."""
         engine, logits = self.engine, []
@@ -260,6 +263,7 @@ class Session:
         self.cache.refresh()
         self.logits_BV = torch.cat(logits)
 
+    @own_modes
     def extend(self, rows: Sequence[Sequence[int]]) -> None:
         """Append several tokens per row (none for some, perhaps), in chunks, each attending before it is evicted.
 
@@ -275,6 +279,7 @@ class Session:
             self._after(max(map(len, pieces)), compact=True)
             self._room = 0
 
+    @own_modes
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Append tokens as `extend` does, and say how likely each was: log-probabilities (nats), float32, [T] for every row.
 
@@ -322,6 +327,7 @@ class Session:
         cache.next_pos.add_(counts_B)
         return result
 
+    @own_modes
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
         self._drawn_B = sample(self.logits_BV, sampling, generators)
@@ -332,6 +338,7 @@ class Session:
         """The tokens drawn last, one per row; none once they have been fed."""
         return [] if self._drawn_B is None else self._drawn_B.tolist()  # sync: for whoever wants to know
 
+    @own_modes
     def draw(self, most: int, sampling: Sampling, generators: Sequence[torch.Generator], ends_E: Tensor) -> Tensor:
         """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed.
 
@@ -345,6 +352,7 @@ class Session:
             drawn.append(self.sample(sampling, generators))
         return torch.stack(drawn)
 
+    @own_modes
     def feed(self, ids_B: Tensor) -> None:
         """Append one token per active row and compute the next logits; evicts when the interval is over.
 
@@ -387,6 +395,7 @@ class Session:
         return {"job": self._job, "counters": counters, "last_ids": self.last_ids}
 
     @classmethod
+    @own_modes
     def restore(cls, engine: Engine, policy: Policy, described: Mapping[str, Any], saved: Saved) -> Session:
         """A session with an empty cache, otherwise as it was described (its pages hold no dead entries)."""
         job = dict(described["job"])
@@ -404,6 +413,7 @@ class Session:
         self._active_B.fill_(True)
         self._planned = max_new_tokens
 
+    @own_modes
     def fork(self, max_new_tokens: int = 0) -> Session:
         """A session that goes on from here on its own; pages are shared until one of the two writes."""
         twin = copy.copy(self)
@@ -418,6 +428,7 @@ class Session:
         self.active[row] = False
         self._active_B[row] = False
 
+    @own_modes
     def kept(self) -> list[list[float]]:
         """Live entries per KV head (mean over heads), one list per layer with one number per row."""
         counts = [layer.live_counts().double().mean(-1) for layer in self.cache.layers]

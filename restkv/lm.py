@@ -16,6 +16,7 @@ from torch import Tensor
 from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
+from modeling.modes import own_modes
 from modeling.tokenizer import Tokenizer
 from restkv.compiling import EAGER_TOKENS, Mark, repays
 from restkv.context import CompressedContext
@@ -33,6 +34,7 @@ BURST = 8  # tokens that a GPU makes before the host reads them
 LEAST_HEAD_DIM = 16  # of FlexAttention on CUDA
 
 
+@own_modes
 def load(
     path_or_name: str | Path,
     *,
@@ -189,7 +191,7 @@ class LM:
         results: list[Generation] = []
         return TextStream(self._run([prompt], policy, results, **options), results)
 
-    @torch.no_grad()
+    @own_modes
     def _run(
         self,
         prompts: Sequence[Prompt],
@@ -214,7 +216,7 @@ class LM:
         session.prefill(ids, progress)
         yield from self.decode(session, decoding, stats, meter, results, may_compile=self._by_job, burst=self._burst)
 
-    @torch.no_grad()
+    @own_modes
     def decode(
         self,
         session: Session,
@@ -325,7 +327,7 @@ class LM:
             raise PromptError("the prompt is empty; give at least one token")
         return ids
 
-    @torch.no_grad()
+    @own_modes
     def compress(
         self,
         context: Prompt,
@@ -349,12 +351,12 @@ class LM:
 
     # -- logits and log-probabilities
 
-    @torch.no_grad()
+    @own_modes
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits [L, V] float32 at every position of `ids` (L token ids), with the full cache."""
         return self.model.head(dense_hidden(self.model, self.encode(ids)))
 
-    @torch.no_grad()
+    @own_modes
     def logprobs(self, context: Prompt, continuations: Sequence[Prompt], policy: Policy | None = None) -> list[float]:
         """Summed log-probability (nats) of each continuation after the context.
 
@@ -368,7 +370,7 @@ class LM:
         session.prefill([ids])
         return self.score(session, targets)
 
-    @torch.no_grad()
+    @own_modes
     def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:
         """Summed log-probability (nats) of each continuation on its own fork of a one-row session."""
         sums = []

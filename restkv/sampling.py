@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,6 +14,7 @@ from restkv.errors import PromptError
 
 SEEDS = 1 << 64  # how many a generator tells apart
 COLDEST = 1e-6
+HOTTEST = 1e30  # finite in float32, and as flat as any more would be
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        temperature, top_p, min_p = map(_as_float, (self.temperature, self.top_p, self.min_p))
+        greedy = temperature == 0 and not self.temperature  # what merely rounds to 0 is too cold
         bounds = {
-            "temperature": (
-                _is_number(self.temperature) and (self.temperature == 0 or self.temperature >= COLDEST),
-                f"0 (greedy) or at least {COLDEST:g}",
-            ),
+            "temperature": (greedy or temperature >= COLDEST, f"0 (greedy) or at least {COLDEST:g}"),
             "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "0 (all tokens) or a larger whole number"),
-            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (_is_number(self.min_p) and 0 <= self.min_p < 1, "in [0, 1)"),
+            "top_p": (0 < top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= min_p < 1, "in [0, 1)"),
             "seed": (self.seed is None or _is_seed(self.seed), "that is a whole number from 0 to 2**64 - 1"),
         }
         for name, (ok, wanted) in bounds.items():
@@ -61,8 +62,12 @@ class Sampling:
         return generators
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real)
+def _as_float(value: object) -> float:
+    """A number as a float, which a fraction may be too small for; NaN, which no bound allows, for anything else."""
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _is_seed(seed: object) -> bool:
@@ -70,18 +75,22 @@ def _is_seed(seed: object) -> bool:
 
 
 def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits after temperature, top_k, top_p and min_p: [B, V] float32, -inf where a token is excluded."""
-    logits_BV = logits_BV.float() / sampling.temperature
+    """Logits after temperature, top_k, top_p and min_p: [B, V] float32, -inf where a token is excluded.
+
+    The likeliest token always stays. Masses are added up in float64: in float32 a top_p below 1e-45 is 0, and a sum over a
+    large vocabulary is off by more than what the last tokens have.
+    """
+    logits_BV = logits_BV.float() / float(min(sampling.temperature, HOTTEST))  # -inf / inf would be NaN
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
-    if sampling.top_p < 1:
+    if float(sampling.top_p) < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-        mass_BV = sorted_BV.softmax(-1)
-        beyond_BV = mass_BV.cumsum(-1) - mass_BV >= sampling.top_p  # mass before the token: the first is never dropped
+        mass_BV = sorted_BV.double().softmax(-1)
+        beyond_BV = mass_BV.cumsum(-1) - mass_BV >= float(sampling.top_p)  # mass before the token: 0 for the first
         logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), float("-inf"))
-    if sampling.min_p > 0:
-        floor_B1 = logits_BV.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+    if float(sampling.min_p) > 0:
+        floor_B1 = logits_BV.amax(-1, keepdim=True) + math.log(sampling.min_p)
         logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, float("-inf"))
     return logits_BV
 
@@ -90,11 +99,14 @@ def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
     """Next token ids [B] int64.
 
     Draws by an exponential race, argmax(p / e) with e ~ Exp(1): the same distribution as multinomial without its host sync.
+    The logits are taken relative to the largest first: divided by a low temperature they might be too large for float32.
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    probs_BV = filter_logits(logits_BV, sampling).softmax(-1)
-    noise_BV = torch.empty(probs_BV.shape, pin_memory=probs_BV.is_cuda)  # pinned: the copy waits for nothing
+    probs_BV = filter_logits(logits_BV.float() - logits_BV.amax(-1, keepdim=True), sampling).softmax(-1)
+    noise_BV = torch.empty(  # pinned: the copy waits for nothing
+        probs_BV.shape, dtype=torch.float32, device="cpu", pin_memory=probs_BV.is_cuda
+    )
     for noise_V, generator in zip(noise_BV, generators, strict=True):
-        noise_V.exponential_(generator=generator)
+        noise_V.exponential_(generator=generator)  # never 0
     return (probs_BV / noise_BV.to(probs_BV.device, non_blocking=True)).argmax(-1)

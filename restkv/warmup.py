@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from modeling.modes import own_modes
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
@@ -26,7 +25,7 @@ class Warmed:
     graphs: int
 
 
-@torch.no_grad()
+@own_modes
 def warm_up(
     lm: LM, policy: Policy, prompt_tokens: int, max_new_tokens: int, rows: int = 1, prefill: str = "dense"
 ) -> Warmed:
