@@ -282,6 +282,7 @@ def generate(
         compile="auto" if compile is None else compile,
         check_weights=check_weights,
     )
+    _announce_compiling(lm)
     with prefill_bar() as progress:
         stream = lm.stream(
             _encode(lm, model, text, chat),
@@ -306,6 +307,14 @@ def generate(
         sink.write(json.dumps(shown, ensure_ascii=False))
     sink.write("\n")
     print(summary(generation), file=sys.stderr)
+
+
+def _announce_compiling(lm: LM) -> None:
+    """Before the answer: in the middle of its first line a remark would stand in the way."""
+    from restkv.compiling import ANNOUNCEMENT
+
+    if lm.compiled:
+        warnings.warn(ANNOUNCEMENT, RestKVWarning, stacklevel=2)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -414,6 +423,7 @@ def chat(
     from restkv.talk import Talk
 
     lm = load(model, device=device, dtype=dtype, backend=backend, compile="auto" if compile is None else compile)
+    _announce_compiling(lm)
     decoding: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -477,17 +487,18 @@ def warmup(
     """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
     policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
 
-    from restkv.compiling import keep_kernels
+    from restkv.compiling import kernel_folder
     from restkv.lm import load
     from restkv.warmup import warm_up
 
+    folder = kernel_folder()
     lm = load(model, device=device, dtype=dtype, compile=True)
     warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
     print(
         f"{warmed.graphs} graphs compiled: first token after {warmed.first_s:.1f} s, the next after "
         f"{1e3 * warmed.next_s:.1f} ms; a prompt of {prompt_tokens} tokens took {warmed.prefill_s:.1f} s"
     )
-    print(f"kernels are kept in {keep_kernels() or 'a folder for temporary files: the cache folder cannot be written'}")
+    print(f"kernels are kept in {folder}")
 
 
 # -- restkv methods, restkv inspect
