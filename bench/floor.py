@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.compiled import compiled, only_compiled
 from modeling.config import ModelConfig
 from modeling.layers import linear
+from restkv.compiling import check_compiler
 
 TRIES = 11  # the first one compiles
 
@@ -33,10 +35,15 @@ class Machine:
 
 
 def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256) -> Machine:
-    """Rates of this machine now. The matrix is larger than any cache."""
+    """Rates of this machine now. The matrix is larger than any cache.
+
+    Raises:
+        CompileError: nothing can be compiled here.
+    """
+    check_compiler(torch.device(device))
     if device == "cpu":
         torch.set_num_threads(threads)
-    product = torch.compile(linear, fullgraph=True, dynamic=False)
+    product = compiled(_product)
     columns, best = 1024, 0.0
     for kind in dict.fromkeys((dtype, "float32")):
         made = getattr(torch, kind)
@@ -50,6 +57,10 @@ def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256)
         x, weight = (torch.randn(shape, size, device=device).to(getattr(torch, kind)) for shape in (rows, size))
         most = max(most, 2 * rows * size**2 / _least(partial(F.linear, x, weight), device, tries=4))
     return Machine(best, most)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return linear(only_compiled(x), weight)
 
 
 def _least(work: Callable[[], Tensor], device: str, tries: int = TRIES) -> float:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from modeling.compiled import compiled
+from modeling.compiled import compiled, not_compiled, only_compiled, teach_inductor
 from modeling.masks import visible
 from modeling.pages import LayerView
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+teach_inductor()  # before any graph that this module is traced into is lowered
 SPARSE_ROWS = 1024  # queries of one compiled call of sparse attention; a chunk is padded to a multiple of it
 
 
@@ -40,7 +41,13 @@ def _capped(softcap: float | None) -> ScoreMod | None:
 def paged_flex(
     q_1RqD: Tensor, view: LayerView, q_pos_BT: Tensor, heads: int, scale: float, softcap: float | None
 ) -> Tensor:
-    """paged_attention over folded queries [1, R, G*T, D]; only under torch.compile: eager flex ignores block lists."""
+    """paged_attention over folded queries [1, R, G*T, D]; only under torch.compile: eager flex ignores block lists.
+
+    Raises:
+        CompileError: called outside of it.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise not_compiled()
     _, lists, query_rows, head_dim = q_1RqD.shape
     slots = view.pos.shape[0]
     page = slots // view.table.shape[1]
@@ -117,7 +124,11 @@ def sparse_flex(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """sparse_attention's compiled twin; `listed_HMM` and `size` are those of its BlockMap."""
+    """sparse_attention's compiled twin; `listed_HMM` and `size` are those of its BlockMap.
+
+    Raises:
+        CompileError: it cannot be compiled; nothing has been computed.
+    """
     T, H, D = q_THD.shape
     blocks, device = listed_HMM.shape[-1], q_THD.device
     rows = -(-T // SPARSE_ROWS) * SPARSE_ROWS
@@ -169,6 +180,7 @@ def _block_flex(
     Args:
         bounds_2: first query's position and window; tensors, or every chunk would compile anew.
     """
+    bounds_2 = only_compiled(bounds_2)
 
     def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv <= bounds_2[0] + q) & (kv > bounds_2[0] + q - bounds_2[1])

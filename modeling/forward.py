@@ -7,12 +7,14 @@ R = B*K page lists, S slots, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modeling.attention import causal_attention, paged_attention
+from modeling.compiled import only_compiled
 from modeling.layers import Block, Decoder
 from modeling.pages import KVCache, LayerView
 from modeling.pool import SINK_PAGE
@@ -23,6 +25,8 @@ Watch = Callable[[Tensor, Tensor, int, BlockMap | None], None]
 """Called with q [T, H, D], k [K, C, D] of all columns so far, the first row's position, what the rows attend to (None: all)."""
 Choose = Callable[[Tensor, Tensor], BlockMap]
 """Which blocks to attend to, from q [H, L, D] and k [K, L, D] of the prompt, after RoPE."""
+Attend = Callable[..., Tensor]
+"""sparse_attention with a backend."""
 
 CHUNK = 1024  # prompt rows at a time: bounds the projections' and the MLP's temporary memory
 
@@ -37,7 +41,7 @@ def dense_layer(
     watch: Watch | None = None,
     raw: bool = False,
     choose: Choose | None = None,
-    backend: str = "sdpa",
+    attend: Attend = partial(sparse_attention, backend="sdpa"),  # noqa: B008 - it is no more mutable than a function
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run one layer over a whole prompt with causal attention, all of it or some blocks; x_LE is updated in place.
@@ -51,7 +55,7 @@ def dense_layer(
         watch: called for every chunk of rows, in order, before its attention is computed.
         raw: return the keys before RoPE too.
         choose: which blocks are attended to; None is dense attention.
-        backend: of the sparse attention.
+        attend: to the blocks chosen.
         chunk: rows at a time; a multiple of the blocks' size.
     Returns:
         q [H, W, D] (min(W, L) of them), k and v [K, L, D], all after RoPE, and the unrotated keys [K, L, D] or None.
@@ -73,7 +77,7 @@ def dense_layer(
         if chosen is None:
             o_THD = causal_attention(q_THD, k_KLD, v_KLD, rows.start, **how)
         else:
-            o_THD = sparse_attention(q_THD, k_KLD, v_KLD, rows.start, chosen, backend=backend, **how)
+            o_THD = attend(q_THD, k_KLD, v_KLD, rows.start, chosen, **how)
         x_LE[rows] = block.finish(x_LE[None, rows], o_THD[None])[0]
 
     pieces = [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
@@ -116,7 +120,11 @@ def step(
         queries: one ring buffer [B*(W+1), H, D] per layer, or none (window 0).
     Returns:
         hidden states [B, T, E] after the last layer (model.head makes logits of them).
+    Raises:
+        CompileError: backend "flex" in anything but a compiled graph; the cache is as it was.
     """
+    if backend == "flex":
+        ids_BT = only_compiled(ids_BT)
     x_BTE = model.embed(ids_BT)
     rope_BT = pos_BT - lag_B[:, None]
     rotary = model.rotary(rope_BT, rope_BT.amax(-1) + 1)

@@ -82,6 +82,7 @@ def chat(
         )
 
     from restkv.chat import Chat
+    from restkv.compiling import announce_compiling
     from restkv.display import byte_text
     from restkv.lm import load
     from restkv.results import Decoding
@@ -95,6 +96,7 @@ def chat(
         compile="auto" if compile is None else compile,
         progress=status.progress("loading the weights", byte_text),
     )
+    announce_compiling(lm.compiled)
     decoding: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -154,6 +154,7 @@ def generate(
     policy = make_policy(method, preset, with_fields(options, field))
     sink = Sink(output)
 
+    from restkv.compiling import announce_compiling
     from restkv.display import byte_text, summary
     from restkv.lm import load
     from restkv.store import policy_to_dict
@@ -167,6 +168,7 @@ def generate(
         check_weights=check_weights,
         progress=status.progress("loading the weights", byte_text),
     )
+    announce_compiling(lm.compiled)
     stream = lm.stream(
         _encode(lm, model, text, chat),
         policy,

@@ -53,11 +53,12 @@ def warmup(
     """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
     policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
 
-    from restkv.compiling import keep_kernels
+    from restkv.compiling import kernel_folder
     from restkv.display import byte_text
     from restkv.lm import load
     from restkv.warmup import warm_up
 
+    folder = kernel_folder()
     lm = load(
         model,
         device=device,
@@ -67,11 +68,10 @@ def warmup(
     )
     status.show("compiling, which takes a minute or two")
     warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
-    place = keep_kernels() or "a folder for temporary files: the cache folder cannot be written"
     put_line(
         f"{warmed.graphs} graphs compiled: first token after {warmed.first_s:.1f} s, the next after "
         f"{1e3 * warmed.next_s:.1f} ms; a prompt of {prompt_tokens} tokens took {warmed.prefill_s:.1f} s\n"
-        f"kernels are kept in {place}"
+        f"kernels are kept in {folder}"
     )
 
 

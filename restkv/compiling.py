@@ -1,72 +1,94 @@
-"""When a job repays compiling its decode step on a CPU, where the compiled kernels are kept, and making them ahead of time.
-
-An eager step starts at once; a compiled one takes less time per token, after some seconds of compiling that only the first
-process pays in full (docs/performance.md has what that took once).
-"""
+"""What has to be there before anything is compiled: a compiler that is switched on, and a folder for its kernels."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
+import tempfile
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from modeling.layers import Decoder
-from modeling.pages import KVCache
+from modeling.compiled import cannot_compile, not_compiled, switched_off
+from restkv.errors import CompileError, RestKVWarning
 
-# Seconds until the first compiled token: with kernels to be made, and with kernels that a process before has left.
-COLD, WARM = 40.0, 6.0
-GAIN = 0.5  # share of an eager step that compiling is taken to save; docs/performance.md has what it saved where it was measured
-EAGER_TOKENS = 8  # after so many the time of an eager step is known
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def keep_kernels() -> Path | None:
-    """Have inductor keep its kernels in the user's cache folder, unless TORCHINDUCTOR_CACHE_DIR names another.
+def announce_compiling(compiled: bool) -> None:
+    """Warn before an answer that its second token takes long: a remark in the middle of its first line would stand in the way."""
+    if compiled:
+        warnings.warn(
+            "after the first token the step is compiled: some seconds with kernels of an earlier run (restkv warmup makes them "
+            "too), else up to a minute",
+            RestKVWarning,
+            stacklevel=3,
+        )
 
-    Its own default is a folder for temporary files, which does not outlive the machine's next start; it is left in place (None)
-    where the cache folder cannot be made.
+
+def check_compiler(device: torch.device) -> None:
+    """Find out what can be known beforehand, and say where kernels are kept (keep_kernels).
+
+    Raises:
+        CompileError: torch cannot compile for this device.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "restkv" / "inductor"
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return None
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home)
-    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    try:
+        if switched_off():
+            raise not_compiled()
+        keep_kernels()
+
+        if device.type == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()
+    except (OSError, RuntimeError) as error:  # inductor's InvalidCxxCompiler is a RuntimeError
+        raise cannot_compile("decode", error) from error
 
 
-def repays(lap: float, tokens: int, warm: bool) -> bool:
-    """Whether compiling now saves more time than it takes.
+def keep_kernels() -> Path:
+    """Have torch keep its kernels in `kernel_folder`, or, with one warning, in a temporary one while this process lives.
 
-    Args:
-        lap: seconds of an eager step.
-        tokens: still to come, at most.
-        warm: a process has compiled the step before.
+    Raises:
+        OSError: no folder for temporary files can be written either.
     """
-    return lap * GAIN * tokens > (WARM if warm else COLD)
+    try:
+        folder = kernel_folder()
+    except CompileError as error:
+        folder = Path(_temporary_folder().name)
+        warnings.warn(str(error), RestKVWarning, stacklevel=2)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    os.environ[FOLDER] = str(folder)
+    return folder
 
 
-class Mark:
-    """An empty file in the folder of the kernels: the decode step of a model over a cache of this shape is among them."""
+def kernel_folder() -> Path:
+    """The folder that $TORCHINDUCTOR_CACHE_DIR names, or restkv's in the user's cache folder. It is made if need be.
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
-        folder = keep_kernels()
-        tensors = [*(tensor for view in cache.views() for tensor in view), *cache.queries]
-        shapes = [None if tensor is None else (tuple(tensor.shape), tensor.stride()) for tensor in tensors]
-        step = (model.config, model.dtype, model.device.type, cache.rows, cache.window, shapes)
-        built = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-        name = hashlib.sha256(repr((step, built)).encode()).hexdigest()[:32]
-        self._path = None if folder is None else folder / "restkv-steps" / name
+    Torch's own default is a folder for temporary files, which does not outlive the machine's next start.
 
-    @property
-    def stands(self) -> bool:
-        return self._path is not None and self._path.exists()
+    Raises:
+        CompileError: it cannot be written, or the cache folder is another user's (who could not write there any more).
+    """
+    named = os.environ.get(FOLDER)
+    try:
+        folder = Path(named or _in_cache())
+        folder.mkdir(parents=True, exist_ok=True)
+        if not named and folder.stat().st_uid != os.geteuid():
+            raise PermissionError(0, "it belongs to another user", str(folder))
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        raise CompileError(f"compiled kernels cannot be kept ({reason}); set {FOLDER} to a folder of yours") from None
 
-    def leave(self) -> None:
-        if self._path is not None:
-            with contextlib.suppress(OSError):  # only a later decision would have profited
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch()
+
+def _in_cache() -> Path:
+    """RuntimeError: nobody knows where this user is at home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "restkv" / "inductor"
+
+
+@cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that only this user can read, and that goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="restkv-", ignore_cleanup_errors=True)

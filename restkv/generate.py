@@ -6,6 +6,7 @@ Text lives in lm.py and cli.py. Letters: B batch rows, T new tokens, V vocabular
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from modeling.compiled import compiled
+from modeling.errors import CompileError, RestKVWarning
 from modeling.forward import step
 from modeling.layers import Decoder
 from modeling.modes import own_modes
 from modeling.pages import KVCache, LayerView
-from restkv.compiling import Mark, keep_kernels
+from modeling.sparse import sparse_attention
+from restkv.compiling import check_compiler
 from restkv.errors import PromptError
 from restkv.evict import Evictor, Roots, companions_of
 from restkv.policies.base import Policy, require_policy
@@ -51,26 +54,58 @@ class Saved(NamedTuple):
 
 @dataclass
 class Engine:
-    """A model and the way its decode step runs; shared by all sessions of a process.
+    """A model and the way its steps run; shared by all sessions of a process.
 
     Args:
         backend: "flex" (compiled) or "sdpa" (eager).
+        named: flex was asked for by name. Otherwise it gives way to sdpa, for good and with one warning, where nothing compiles.
+    Raises (as `decode`, `hidden` and `attend` do):
+        CompileError: flex was asked for by name and cannot be compiled; nothing has been computed.
     """
 
     model: Decoder
     backend: str
+    named: bool = True
     roots: Roots = field(init=False)
-    decode: Callable[..., Tensor] = field(init=False)
-    hidden: Callable[..., Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.roots = Roots(self.model)
-        self.decode, self.hidden = _decode, step
+        self._decode, self._hidden = (compiled(function, options=OPTIONS) for function in (_decode, step))
         if self.backend == "flex":
-            keep_kernels()
-            config = torch._dynamo.config
-            config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-            self.decode, self.hidden = compiled(_decode, options=OPTIONS), compiled(step, options=OPTIONS)
+            try:
+                check_compiler(self.device)
+                config = torch._dynamo.config
+                config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
+            except CompileError as error:
+                self._give_way(error)
+
+    def decode(self, *inputs: Any) -> Tensor:
+        """_decode with this backend."""
+        return self._run(self._decode, _decode, *inputs)
+
+    def hidden(self, *inputs: Any) -> Tensor:
+        """modeling.forward.step with this backend."""
+        return self._run(self._hidden, step, *inputs)
+
+    def attend(self, *inputs: Any, **how: Any) -> Tensor:
+        """modeling.sparse.sparse_attention with this backend."""
+        return self._run(sparse_attention, sparse_attention, *inputs, **how)
+
+    def _run(
+        self, compiling: Callable[..., Tensor], eager: Callable[..., Tensor], *inputs: Any, **options: Any
+    ) -> Tensor:
+        if self.backend == "flex":
+            try:
+                return compiling(*inputs, **options, backend="flex")
+            except CompileError as error:
+                self._give_way(error)
+        return eager(*inputs, **options, backend=self.backend)
+
+    def _give_way(self, error: CompileError) -> None:
+        if self.named:
+            raise error
+        self.backend = "sdpa"
+        warnings.warn(f"{error}; going on with sdpa", RestKVWarning, stacklevel=2)
 
     @property
     def device(self) -> torch.device:
@@ -192,7 +227,6 @@ class Session:
         self._since_eviction = self._since_compaction = 0
         self._planned = max_new_tokens  # tokens still expected
         self._room = 0  # tokens for which the lists have pages of their own
-        self._marked = False  # the decode step has been compiled, and later processes can know
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
 
     def _new_cache(
@@ -249,7 +283,7 @@ class Session:
             cache, evictor = self.cache.row(row), self.evictor.row(row)
             first = ids[: self._chunk] if self._chunked else ids
             layers_done = None if self._chunked else progress
-            x_1E = prefill(engine.model, cache, evictor, first, layers_done, self._pattern, engine.backend)
+            x_1E = prefill(engine.model, cache, evictor, first, layers_done, self._pattern, engine.attend)
             logits_1V = engine.model.head(x_1E)
             if self._chunked and progress is not None:
                 progress(len(first), len(ids))
@@ -321,9 +355,7 @@ class Session:
         offset_T = torch.arange(width, dtype=torch.int32, device=engine.device)
         pos_BT = torch.where(offset_T < counts_B[:, None], cache.next_pos[:, None] + offset_T, -1)
         cache.reserve(counts)
-        result = run(
-            engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
-        )
+        result = run(engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window)
         cache.next_pos.add_(counts_B)
         return result
 
@@ -369,12 +401,9 @@ class Session:
             cache.reserve(self._room)
         pos_B1 = torch.where(self._active_B, cache.next_pos, -1)[:, None]
         self.logits_BV = engine.decode(
-            engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window, engine.backend
+            engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window
         )
         self._room, self._planned = self._room - 1, self._planned - 1
-        if engine.backend == "flex" and not self._marked:
-            Mark(engine.model, cache).leave()
-            self._marked = True
         cache.next_pos.add_(self._active_B)
         self._after(1, compact=self._since_compaction + 1 >= self.period)
 

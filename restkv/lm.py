@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
@@ -18,9 +17,8 @@ from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
 from modeling.modes import own_modes
 from modeling.tokenizer import Tokenizer
-from restkv.compiling import EAGER_TOKENS, Mark, repays
 from restkv.context import CompressedContext
-from restkv.errors import CompileError, PromptError
+from restkv.errors import PromptError
 from restkv.generate import CHUNK, Engine, Session
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy, ReSTKV
@@ -52,20 +50,20 @@ def load(
             a revision is a branch, a tag or a commit.
         device: "auto" takes CUDA when there is one.
         dtype: "auto" takes the checkpoint's; else "float32", "bfloat16", "float16" or a torch dtype.
-        backend: "flex" (FlexAttention, compiled), "sdpa" (eager) or "auto": flex on CUDA, sdpa on CPU.
-        compile: True asks for flex, False for sdpa. "auto" follows the backend; if that is "auto" too, `generate` and `stream`
-            on a CPU change from sdpa to flex after a few tokens where the rest of the answer may repay it (compiling.py).
+        backend: "flex" (FlexAttention, compiled), "sdpa" (eager) or "auto": sdpa on CPU; on CUDA flex, or sdpa with one warning
+            where torch cannot compile.
+        compile: True asks for flex, False for sdpa, "auto" follows the backend.
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
         progress: called with the bytes of weights that are there and those in all.
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
+        CompileError: flex is asked for by name, and torch cannot compile (`generate` and all else may raise it too).
     """
     folder = resolve(path_or_name)
     where = _device(device)
     model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress)
-    by_job = backend == compile == "auto"
     chosen = _backend(backend, compile, where, model.config.head_dim)
-    return LM(model, Tokenizer.from_folder(folder), chosen, by_job)
+    return LM(model, Tokenizer.from_folder(folder), chosen, named=not backend == compile == "auto")
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -111,21 +109,14 @@ class LM:
     Attributes: model, config, tokenizer, device, dtype, backend, compiled.
 
     Args:
-        by_job: long answers of `generate` and `stream` may go on with a compiled decode step where the backend has none.
+        named: see Engine.
     """
 
-    def __init__(
-        self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", by_job: bool = False
-    ) -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", named: bool = True) -> None:
         self.model, self._tokenizer = model, tokenizer
         self.config = model.config
-        self.engine = Engine(model, backend)
-        self._by_job = by_job and backend == "sdpa" and self.device.type == "cpu"
+        self.engine = Engine(model, backend, named)
         self._burst = 1 if self.device.type == "cpu" else BURST
-
-    @cached_property
-    def _compiled_engine(self) -> Engine:
-        return Engine(self.model, "flex")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -214,7 +205,7 @@ class LM:
             self.engine, policy, stats.prompt_tokens, decoding.max_new_tokens, prefill=prefill, chunk=chunk
         )
         session.prefill(ids, progress)
-        yield from self.decode(session, decoding, stats, meter, results, may_compile=self._by_job, burst=self._burst)
+        yield from self.decode(session, decoding, stats, meter, results, burst=self._burst)
 
     @own_modes
     def decode(
@@ -225,14 +216,12 @@ class LM:
         meter: Meter,
         results: list[Generation],
         rows: Sequence[Row] = (),
-        may_compile: bool = False,
         burst: int = 1,
     ) -> Iterator[tuple[int, str]]:
         """Draw every row's answer from a session that holds its prompt: (row, piece of text); fills `stats`, `results`.
 
         Args:
             rows: gather the answers, so that whoever made them has also those that are broken off.
-            may_compile: go on with a compiled step once the rest of the answer, at its longest, repays that.
             burst: tokens to draw before any of them is read, so that a GPU is waited for once in so many; more than 1 only for a
                 session that nobody goes on with when the answer is broken off.
         """
@@ -251,10 +240,6 @@ class LM:
                 stats.ttft_s = meter.seconds()
             else:
                 laps += [(time.perf_counter() - lap) / len(tokens_NB)] * len(tokens_NB)
-                if may_compile and len(laps) == EAGER_TOKENS:
-                    usual = sorted(laps)[len(laps) // 2]
-                    if repays(usual, left, Mark(self.model, session.cache).stands):
-                        session.engine = self._compiled_engine
             for index, token in (pair for tokens_B in tokens_NB for pair in enumerate(tokens_B)):
                 if session.active[index]:
                     row = rows[index]
@@ -266,14 +251,7 @@ class LM:
             if not any(session.active):
                 break
             lap = time.perf_counter()
-            try:
-                session.feed(drawn_NB[-1])
-            except CompileError as error:
-                if session.engine is self.engine:
-                    raise
-                warnings.warn(f"{error}; the answer goes on without", RestKVWarning, stacklevel=3)
-                session.engine, self._by_job = self.engine, False  # nor will the next answer's
-                session.feed(drawn_NB[-1])
+            session.feed(drawn_NB[-1])
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:
             stats.tpot_s = sorted(laps)[len(laps) // 2]

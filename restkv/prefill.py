@@ -6,13 +6,15 @@ Letters: L prompt length, E hidden width, H query heads, K KV heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from modeling.forward import dense_layer
+from modeling.forward import Attend, dense_layer
 from modeling.layers import Decoder
 from modeling.pages import KVCache
+from modeling.sparse import sparse_attention
 from restkv.evict import Evictor
 from restkv.sparse import Pattern, chooser
 
@@ -26,7 +28,7 @@ def prefill(
     ids: Sequence[int],
     progress: Progress | None = None,
     pattern: Pattern | None = None,
-    backend: str = "sdpa",
+    attend: Attend = partial(sparse_attention, backend="sdpa"),  # noqa: B008 - it is no more mutable than a function
 ) -> Tensor:
     """Prefill of a one-row cache, layer by layer: the full keys and values of ONE layer are alive at a time.
 
@@ -35,7 +37,7 @@ def prefill(
         ids: the prompt's token ids.
         progress: called with the layers done and the layers in all.
         pattern: which part of the attention to compute; None: all of it.
-        backend: of sparse attention.
+        attend: to the blocks that the pattern chooses.
     Returns:
         hidden state [1, E] of the last token after the last layer.
     """
@@ -53,7 +55,7 @@ def prefill(
             watch=watch,
             raw=evictor.policy.slot_positions,
             choose=chooser(pattern, model.config, block.window, length),
-            backend=backend,
+            attend=attend,
         )
         evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
         if progress is not None:

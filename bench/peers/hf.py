@@ -84,6 +84,10 @@ class Transformers(Worker):
     @torch.no_grad()
     def decode(self) -> None:
         self._run(self._step, self._next_B1, self._seen)
+        if self._static and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+            sys.exit(
+                "transformers-static is measured compiled, and torch's compiler is off (TORCHDYNAMO_DISABLE, perhaps)"
+            )
         self._seen += 1
 
     def _run(self, step: Any, ids_BT: torch.Tensor, first: int) -> None:
