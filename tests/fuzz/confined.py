@@ -47,11 +47,14 @@ class Outcome:
         return f"{self.kind}: {self.why}\n--- stderr\n{self.stderr[-3000:]}\n--- stdout\n{self.stdout[:300]!r}"
 
 
-def confined(work: Callable[[], int], stdin: bytes = b"", limits: Limits | None = None) -> Outcome:
+def confined(work: Callable[[], int], stdin: bytes = b"", limits: Limits | None = None, talk: bool = False) -> Outcome:
     """Run `work`, which returns an exit code as a command does, and judge how it ended.
 
     A right end is exit code 0, or 2 with exactly one line of error; in both cases stderr has nothing else but notes, and no
     control character of a stranger's.
+
+    Args:
+        talk: a chat, which says what went wrong with a turn and goes on, to end with exit code 0.
     """
     limits = limits or Limits()
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -62,7 +65,7 @@ def confined(work: Callable[[], int], stdin: bytes = b"", limits: Limits | None 
             _become(work, given.fileno(), out.fileno(), err.fileno(), limits)
         status = _wait(child, limits.seconds)
         stdout, stderr = _content(out.fileno()), _content(err.fileno()).decode("utf-8", "backslashreplace")
-    why = _complaint(status, stderr, limits)
+    why = _complaint(status, stderr, limits, talk)
     kind = FAILED if why else (ANSWERED if status == 0 else REFUSED)
     return Outcome(kind, stdout, stderr, why)
 
@@ -121,7 +124,7 @@ def _content(number: int) -> bytes:
         return file.read()
 
 
-def _complaint(status: int | None, stderr: str, limits: Limits) -> str:
+def _complaint(status: int | None, stderr: str, limits: Limits, talk: bool) -> str:
     if status is None:
         return f"still running after {limits.seconds:g} s"
     if status < 0:
@@ -132,7 +135,7 @@ def _complaint(status: int | None, stderr: str, limits: Limits) -> str:
     errors = [line for line in lines if line.startswith(ERROR)]
     if found := CONTROLS.search(stderr):
         return f"{found[0]!r} reached stderr"
-    if len(errors) != (status == 2):
+    if len(errors) != (status == 2) and not (talk and status == 0):
         return f"{len(errors)} lines of error with exit code {status}"
     # After an answer the summary has two lines of its own.
     others = [line for line in lines if not line.startswith((NOTE, ERROR))]

@@ -21,8 +21,43 @@ RAW = {  # what json.dumps cannot write, by the text that stands for it
     "@@zero@@": '"a\\u0000b"',
     "@@clipboard@@": '"\\u001b]52;c;aGk=\\u0007"',
 }
-WORDS = ["", "a", "none", "null", "../x", "[red]x[/red]", "<s>", "</s>", "{{ 1 }}", "\n\n", "x" * 5000, "auto", "restkv", *RAW]
-NUMBERS = [0, -1, 1, 2, 3, 7, 1.0, 0.5, -0.0, 1e-320, 1e308, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, -(2**63) - 1, 10**9]
+WORDS = [
+    "",
+    "a",
+    "none",
+    "null",
+    "../x",
+    "[red]x[/red]",
+    "<s>",
+    "</s>",
+    "{{ 1 }}",
+    "\n\n",
+    "x" * 5000,
+    "auto",
+    "restkv",
+    *RAW,
+]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    1.0,
+    0.5,
+    -0.0,
+    1e-320,
+    1e308,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**63 - 1,
+    2**63,
+    -(2**63) - 1,
+    10**9,
+]
 HOSTILE: list[Any] = [None, True, False, [], {}, [[]], [None], {"": None}, *NUMBERS, *WORDS]
 
 Path = tuple[str | int, ...]

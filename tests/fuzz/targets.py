@@ -259,13 +259,49 @@ def _with_template(folders: list[Path]) -> st.SearchStrategy[Case]:
 # -- chats: what people type
 
 LINES = [
-    b"hello", b"a b c", b"/stats", b"/new", b"/help", b"/", b"/x", b"/method", b"/method snapkv", b"/method snapkv budget=2000000000",
-    b"/method restkv budget=0", b"/method restkv budget=0.5", b"/method nothing", b"/method restkv window=[[[[]]]]", b"/method full budget=3",
-    b"/method snapkv budget=" + b"[" * 5000, b"/method snapkv budget=1" + b"0" * 5000, b"/method snapkv window=NaN", b"/method snapkv gqa=7",
-    b"/method restkv budget_by=global alpha=2", b"/method h2o interval=0", b"/load", b"/load " + b"x" * 300, b"/load /", b"/load m/config.json",
-    b"/load saved", b"/save", b"/save saved", b"/save a\x00b", b"/save /nowhere/x", b"/save m", b"/save " + b"y" * 300, b"/load '", b"\xff\xfe",
-    b"a\r", b"\x1b[31m", b" /quit", b"", b"<|im_end|></s>", b"/method random seed=-1", b"/method random seed=1e400", b"/save saved extra",
-]  # fmt: skip
+    *b"""hello
+a b c
+/stats
+/new
+/help
+/
+/x
+/method
+/method snapkv
+/method snapkv budget=2000000000
+/method restkv budget=0
+/method restkv budget=0.5
+/method nothing
+/method restkv window=[[[[]]]]
+/method full budget=3
+/method snapkv window=NaN
+/method snapkv gqa=7
+/method restkv budget_by=global alpha=2
+/method h2o interval=0
+/method random seed=-1
+/method random seed=1e400
+/load
+/load /
+/load m/config.json
+/load saved
+/load '
+/save
+/save saved
+/save saved extra
+/save /nowhere/x
+/save m
+ /quit
+<|im_end|></s>""".split(b"\n"),
+    b"",
+    b"a\r",
+    b"\x1b[31m",
+    b"\xff\xfe",
+    b"/save a\x00b",
+    b"/load " + b"x" * 300,
+    b"/save " + b"y" * 300,
+    b"/method snapkv budget=" + b"[" * 5000,
+    b"/method snapkv budget=1" + b"0" * 5000,
+]
 
 
 def _with_lines(folders: list[Path]) -> st.SearchStrategy[Case]:
@@ -281,20 +317,26 @@ def _with_lines(folders: list[Path]) -> st.SearchStrategy[Case]:
 # -- command lines
 
 FLAGS = {
-    "generate": ["-p", "--prompt-file", "--budget", "--method", "--preset", "--set", "--window", "--sinks", "--protect", "--interval",
-                 "--granularity", "--gqa", "--alpha", "--budget-by", "--prefill", "--chunk", "-n", "--temperature", "--top-k", "--top-p",
-                 "--min-p", "--seed", "--stop", "--dtype", "--device", "--backend", "--json", "-o", "--no-chat", "--chat", "--check-weights"],
-    "inspect": ["--context", "--budget", "--dtype", "--kept", "--out"],
-    "methods": ["--bytes", "--context", "--budget"],
-    "chat": ["--system", "--load", "--method", "--budget", "--prefill", "--no-template", "--seed", "-n", "--set"],
-    "bench": ["report", "ruler", "needle", "fidelity", "perplexity", "anli", "--methods", "--budgets", "--out", "--windows", "--samples",
-              "--compression", "--lengths", "--tasks", "--markdown", "--data"],
-}  # fmt: skip
-VALUES = ["", "0", "1", "2", "-1", "8", "0.5", "1.5", "nan", "inf", "-inf", "1e400", "99999999999999999999", "a", "none", "auto", "m", "full",
-          "restkv", "snapkv", "random", "restkv@paper", "x@y", "kv", "query", "mean", "max", "uniform", "global", "adakv", "pyramid", "chunked",
-          "a-shape:sinks=1:local=2", "flexprefill:gamma=nan", "0:2", "2:0", "a:b", "window=2", "window=", "=", "x=1", "window=" + "[" * 3000,
-          "budget=4", "float16", "bfloat16", "float32", "cpu", "cuda", "meta", "sdpa", "/", ".", "nothing/here", "\x1b]52;c;x\x07", "[red]",
-          "\udce4", "é" * 300, "1,2", "4,4", "8,8,8", "64", "-p", "--", "aware", "m/config.json"]  # fmt: skip
+    "generate": """-p --prompt-file --budget --method --preset --set --window --sinks --protect --interval --granularity --gqa
+        --alpha --budget-by --prefill --chunk -n --temperature --top-k --top-p --min-p --seed --stop --dtype --device --backend
+        --json -o --no-chat --chat --check-weights""".split(),
+    "inspect": "--context --budget --dtype --kept --out".split(),
+    "methods": "--bytes --context --budget".split(),
+    "chat": "--system --load --method --budget --prefill --no-template --seed -n --set".split(),
+    "bench": """report ruler needle fidelity perplexity anli --methods --budgets --out --windows --samples --compression
+        --lengths --tasks --markdown --data""".split(),
+}
+VALUES = [
+    *"""0 1 2 -1 8 64 0.5 1.5 nan inf -inf 1e400 99999999999999999999 a none auto m full restkv snapkv random restkv@paper x@y kv
+    query mean max uniform global adakv pyramid chunked a-shape:sinks=1:local=2 flexprefill:gamma=nan 0:2 2:0 a:b window=2 window=
+    = x=1 budget=4 float16 bfloat16 float32 cpu cuda meta sdpa / . nothing/here 1,2 4,4 8,8,8 -p -- aware m/config.json""".split(),
+    "",
+    "[red]",
+    "\x1b]52;c;x\x07",
+    "\udce4",
+    "é" * 300,
+    "window=" + "[" * 3000,
+]
 
 
 def _with_words(folders: list[Path]) -> st.SearchStrategy[Case]:
@@ -354,6 +396,7 @@ def _with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
     import torch
 
     names = [name for name in valid if name != "checkpoint"]
+    dtypes = [torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
 
     @st.composite
     def cases(draw: st.DrawFn) -> Case:
@@ -373,7 +416,9 @@ def _with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
             elif kind == "double":
                 tensors[name] = torch.cat([tensor, tensor]) if tensor.ndim else tensor
             elif kind == "dtype":
-                tensors[name] = tensor.to(draw(st.sampled_from([torch.float16, torch.int64, torch.int8, torch.float64, torch.bool])))
+                tensors[name] = tensor.to(
+                    draw(st.sampled_from([torch.float16, torch.int64, torch.int8, torch.float64, torch.bool]))
+                )
             elif kind == "shape":
                 tensors[name] = tensor.reshape(-1)
             elif kind == "cut":
@@ -382,7 +427,7 @@ def _with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
                 tensors[draw(st.sampled_from(["x", "k.9", "pos.0", "state.0.x"]))] = tensors.pop(name)
             else:
                 value = draw(st.sampled_from([0, -1, -5, 1, 2**31 - 1, float("nan"), float("inf")]))
-                if tensor.is_floating_point() or value == value and abs(value) < 2**31:
+                if tensor.is_floating_point() or (value == value and abs(value) < 2**31):
                     tensors[name] = torch.full_like(tensor, value)
         metadata["about"] = written(about)
         data = _signed(metadata, {name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -452,7 +497,9 @@ def _with_run(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
         files = {
             "run/manifest.json": draw(torn(written(manifest))),
             "run/samples.jsonl": draw(torn("\n".join(lines) + "\n")),
-            "run/timings.jsonl": draw(st.sampled_from([b"", b"{", b'{"seconds": "x"}\n', b"[1]\n", b'{"seconds": 1e999}\n'])),
+            "run/timings.jsonl": draw(
+                st.sampled_from([b"", b"{", b'{"seconds": "x"}\n', b"[1]\n", b'{"seconds": 1e999}\n'])
+            ),
         }
         command = draw(
             st.sampled_from(

@@ -6,6 +6,8 @@ run by default, 20,000 with `-m slow`; RESTKV_FUZZ_COUNTS=FILE has the outcomes 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import shutil
@@ -37,12 +39,19 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    """Everything a command may import, so that no fork pays for it."""
-    import bench.cli  # noqa: F401
+def warm(ground: Path) -> Iterator[None]:
+    """What a command imports and does at its first call is done here, so that no fork pays for it."""
     import restkv.chat
-    import restkv.lm
     import restkv.talk  # noqa: F401
+    from restkv.cli import main
+
+    case = TARGETS[0].unchanged(TARGETS[0].prepare(ground))[0]
+    with contextlib.chdir(place(case, ground / "warm")):
+        assert main(list(case.command)) == 0
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that it looks at
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -55,10 +64,8 @@ def counts(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
             file.write(json.dumps({"test": request.node.name, **seen}) + "\n")
 
 
-def run(case: Case, folder: Path) -> Outcome:
-    """Write a case's files into a fresh folder and run its command there."""
-    from restkv.cli import main
-
+def place(case: Case, folder: Path) -> Path:
+    """Write a case's files into a folder, which it makes if need be."""
     for name, content in case.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +74,20 @@ def run(case: Case, folder: Path) -> Outcome:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(source)
+    return folder
+
+
+def run(case: Case, folder: Path) -> Outcome:
+    """Run a case's command in a folder that is its own."""
+    from restkv.cli import main
+
+    place(case, folder)
 
     def work() -> int:
         os.chdir(folder)
         return main(list(case.command))
 
-    return confined(work, case.stdin, LIMITS)
+    return confined(work, case.stdin, LIMITS, talk=case.command[0] == "chat")
 
 
 def check(target: Target, ground: Path, cases: int, counts: Counter[str]) -> None:
