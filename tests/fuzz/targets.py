@@ -395,8 +395,8 @@ def _signed(metadata: dict[str, str], tensors: Any) -> bytes:
 def _with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
     import torch
 
-    names = [name for name in valid if name != "checkpoint"]
     dtypes = [torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
+    names = [name for name in valid if name != "checkpoint"]
 
     @st.composite
     def cases(draw: st.DrawFn) -> Case:
