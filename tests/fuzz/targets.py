@@ -416,9 +416,7 @@ def _with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
             elif kind == "double":
                 tensors[name] = torch.cat([tensor, tensor]) if tensor.ndim else tensor
             elif kind == "dtype":
-                tensors[name] = tensor.to(
-                    draw(st.sampled_from([torch.float16, torch.int64, torch.int8, torch.float64, torch.bool]))
-                )
+                tensors[name] = tensor.to(draw(st.sampled_from(dtypes)))
             elif kind == "shape":
                 tensors[name] = tensor.reshape(-1)
             elif kind == "cut":
