@@ -329,7 +329,8 @@ FLAGS = {
 VALUES = [
     *"""0 1 2 -1 8 64 0.5 1.5 nan inf -inf 1e400 99999999999999999999 a none auto m full restkv snapkv random restkv@paper x@y kv
     query mean max uniform global adakv pyramid chunked a-shape:sinks=1:local=2 flexprefill:gamma=nan 0:2 2:0 a:b window=2 window=
-    = x=1 budget=4 float16 bfloat16 float32 cpu cuda meta sdpa / . nothing/here 1,2 4,4 8,8,8 -p -- aware m/config.json""".split(),
+    = x=1 budget=4 float16 bfloat16 float32 cpu cuda meta sdpa / . nothing/here 1,2 4,4 8,8,8 -p --
+    aware m/config.json""".split(),
     "",
     "[red]",
     "\x1b]52;c;x\x07",
