@@ -25,8 +25,9 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import restkv
-from restkv.cli import RECALL, main
+from restkv.cli import main
 from restkv.display import byte_text, titled
+from restkv.options import RECALL
 from restkv.policies import POLICIES
 
 STORY = (

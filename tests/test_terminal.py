@@ -402,7 +402,7 @@ def test_tables_where_ascii_is_all_there_is(rambler: Path, tmp_path: Path, monke
     assert rb"mod\xe8le" in raw.getvalue() and b"| layers" in raw.getvalue()
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["typer", "torch"])
 def slow_import(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """An import that takes long and swallows whatever is raised in it; the file that says that it has begun, the environment."""
     begun, folder = tmp_path / "begun", tmp_path / "packages"
