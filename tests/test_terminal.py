@@ -266,6 +266,19 @@ def test_json_survives_a_stream_of_few_characters(monkeypatch: pytest.MonkeyPatc
     assert json.loads(raw.getvalue()) == {"text": "é 東 👧"}
 
 
+def test_nobody_writes_past_the_doors() -> None:
+    """Every print and console of the command line is one of ours; scripts that only developers run may print."""
+    root = Path(__file__).parent.parent
+    files = [*(root / "restkv").rglob("*.py"), *(root / "modeling").rglob("*.py"), *(root / "bench").glob("cli*.py")]
+    found = {
+        f"{file.relative_to(root)}: {line.strip()}"
+        for file in [*files, root / "bench" / "demo.py"]
+        for line in file.read_text("utf-8").splitlines()
+        if re.search(r"(?<![\w.])(print|echo|Console)\(|\becho\(|std(out|err)\.write", line)
+    }
+    assert {line.partition(":")[0] for line in found} == {"restkv/terminal.py", "restkv/console.py"}
+
+
 # -- a process of its own
 
 
