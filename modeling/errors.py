@@ -22,6 +22,10 @@ class TokenizerError(RestKVError):
     """The tokenizer files of a folder are missing or broken, or a chat template fails."""
 
 
+class NumericError(RestKVError):
+    """A model's logits are no numbers, so that nothing can be drawn from them."""
+
+
 class CompileError(RestKVError):
     """This machine cannot compile what was to be compiled."""
 

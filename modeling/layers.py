@@ -154,11 +154,17 @@ class Block(nn.Module):
 
     def finish(self, x_BTE: Tensor, o_BTHD: Tensor) -> Tensor:
         """The block's output [B,T,E] from its input x and the attention output of every query head."""
+        return self.add_mlp(self.add_attention(x_BTE, o_BTHD))
+
+    def add_attention(self, x_BTE: Tensor, o_BTHD: Tensor) -> Tensor:
+        """The residual stream [B,T,E] after attention."""
         y_BTE = linear(o_BTHD.flatten(-2), self.o_proj.weight, self.o_proj.bias)
+        return x_BTE + (self.post_attention_layernorm(y_BTE) if self.config.post_norms else y_BTE)
+
+    def add_mlp(self, x_BTE: Tensor) -> Tensor:
+        """The residual stream [B,T,E] after the MLP."""
         if self.config.post_norms:
-            x_BTE = x_BTE + self.post_attention_layernorm(y_BTE)
             return x_BTE + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(x_BTE)))
-        x_BTE = x_BTE + y_BTE
         return x_BTE + self._mlp(self.post_attention_layernorm(x_BTE))
 
     def _mlp(self, x_BTE: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling.modes import own_modes
-from restkv.errors import PolicyError, PromptError, RestKVWarning
+from restkv.errors import NumericError, PolicyError, PromptError, RestKVWarning
 from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
@@ -94,6 +94,7 @@ class Chat:
         Raises:
             PromptError: an empty message, an impossible option, or a template that cannot show this turn.
             PolicyError: the system prompt does not fit into the budget.
+            NumericError: the model's logits are no numbers. What was said and answered in this turn is not part of the chat then.
         """
         if not isinstance(text, str):
             raise PromptError(f"the message {text!r} is no text; give a string")
@@ -122,6 +123,7 @@ class Chat:
         self._remark(len(new) + decoding.max_new_tokens)
         known = "agnostic" if self._session else "aware"  # whether the turn itself was there when the rest was evicted
         session = self._read(new, text, decoding.max_new_tokens)
+        said, heard, sound = len(self.messages), len(self.tokens), True
         self.messages.append({"role": "user", "content": text})
         self.tokens += new
         stats = Stats(self.policy.name, self.policy.budget, [len(self.tokens)], question=known)
@@ -132,10 +134,15 @@ class Chat:
         except GeneratorExit:  # nobody listens any more; we are between two tokens
             self._session = session
             raise
+        except NumericError:
+            sound = False
+            raise
         finally:
             ended = answer.tokens[-1:] and answer.tokens[-1] in lm.config.eos_token_ids
             self.tokens += answer.tokens[:-1] if ended else answer.tokens
             self.messages.append({"role": "assistant", "content": answer.text})
+            if not sound:  # read again in the next turn, this one would end in the same
+                del self.messages[said:], self.tokens[heard:]
 
     def _read(self, new: list[int], text: str, max_new_tokens: int) -> Session:
         """A session that has read the new tokens after all others.
@@ -152,7 +159,9 @@ class Chat:
             return session
         session, self._session = self._session, None
         session.resume(max_new_tokens)
-        session.extend([self.tokens[int(session.cache.next_pos[0]) :] + new])  # sync: once per turn
+        read = int(session.cache.next_pos[0])  # sync: once per turn
+        session.ids = [self.tokens[:read]]
+        session.extend([self.tokens[read:] + new])
         return session
 
     def _prefilled(self, policy: Policy, ids: list[int], max_new_tokens: int) -> Session:

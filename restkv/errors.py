@@ -1,11 +1,20 @@
 """Every error a user can cause, in one place: one line that names the value, its place and the mend."""
 
-from modeling.errors import CheckpointError, CompileError, ConfigError, RestKVError, RestKVWarning, TokenizerError
+from modeling.errors import (
+    CheckpointError,
+    CompileError,
+    ConfigError,
+    NumericError,
+    RestKVError,
+    RestKVWarning,
+    TokenizerError,
+)
 
 __all__ = [
     "CheckpointError",
     "CompileError",
     "ConfigError",
+    "NumericError",
     "OutputError",
     "PolicyError",
     "PromptError",

@@ -19,10 +19,11 @@ from modeling.errors import CompileError, RestKVWarning
 from modeling.forward import step
 from modeling.layers import Decoder
 from modeling.modes import own_modes
+from modeling.nonfinite import numeric_error, sound
 from modeling.pages import KVCache, LayerView
 from modeling.sparse import sparse_attention
 from restkv.compiling import check_compiler
-from restkv.errors import PromptError
+from restkv.errors import NumericError, PromptError
 from restkv.evict import Evictor, Roots, companions_of
 from restkv.policies.base import Policy, require_policy
 from restkv.prefill import Progress, prefill
@@ -31,6 +32,7 @@ from restkv.sparse import Pattern, parse_prefill
 
 CHUNK = 512  # tokens per chunk of a chunked prefill
 COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
+BROKEN = -1  # drawn from logits that are no numbers
 COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch.compile raises
 SAVED_ROOM = 64 << 20  # bytes of pages that a session read from a file may have ready beyond four times what it holds
 
@@ -179,6 +181,9 @@ class Session:
         forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.
         saved: what is to be filled in from a file. Pages are made ready for what the policy asks for, unless that is much more
             than there is: a file does not say how much memory is to be taken.
+    Attributes:
+        logits_BV: after the last token of every row [B, V] float32.
+        ids: what every row has read, without what `feed` was given (the host may not know it).
     Raises:
         PolicyError: the policy is none, or the protected entries of a row do not fit into its budget.
         PromptError: there is no such prefill or chunk, or the policy remembers another number of queries than `saved` says.
@@ -219,6 +224,7 @@ class Session:
         if self._interval and self._interval >= COMPACT_EVERY // 4:
             self.period = self._interval
         self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks, saved)
+        self.ids: list[list[int]] = [[] for _ in lengths]
         self.logits_BV = torch.empty(0)
         self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
         self.active = [True] * len(lengths)
@@ -228,6 +234,7 @@ class Session:
         self._planned = max_new_tokens  # tokens still expected
         self._room = 0  # tokens for which the lists have pages of their own
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
+        self._sound_B = torch.ones_like(self._active_B)  # the logits after every prompt and chunk were numbers
 
     def _new_cache(
         self, lengths: Sequence[int], max_new_tokens: int, extends: bool, forks: int, saved: Saved | None
@@ -277,25 +284,36 @@ class Session:
 
     @own_modes
     def prefill(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
-        """Run the prompts, one row at a time (a row of a batch is the same computation as the prompt alone)."""
-        engine, logits = self.engine, []
+        """Run the prompts, one row at a time (a row of a batch is the same computation as the prompt alone).
+
+        Raises:
+            NumericError: the logits after one of them are no numbers.
+        """
+        engine, logits, fine = self.engine, [], []
         for row, ids in enumerate(prompts):
+            self.ids[row] = list(ids)
             cache, evictor = self.cache.row(row), self.evictor.row(row)
             first = ids[: self._chunk] if self._chunked else ids
             layers_done = None if self._chunked else progress
             x_1E = prefill(engine.model, cache, evictor, first, layers_done, self._pattern, engine.attend)
             logits_1V = engine.model.head(x_1E)
+            sound_1 = sound(logits_1V)
             if self._chunked and progress is not None:
                 progress(len(first), len(ids))
             for start in range(len(first), len(ids), self._chunk):
                 piece = ids[start : start + self._chunk]
                 logits_1V = self._run(cache, [piece], logits_1V)
+                sound_1 = sound_1 & sound(logits_1V)  # later chunks may have evicted what was none
                 evictor.round(cache, compact=True)
                 if progress is not None:
                     progress(start + len(piece), len(ids))
             logits.append(logits_1V)
+            fine.append(sound_1)
         self.cache.refresh()
-        self.logits_BV = torch.cat(logits)
+        self.logits_BV, self._sound_B = torch.cat(logits), torch.cat(fine)
+        for row, numbers in enumerate(self._sound_B.tolist()):  # sync: once after a prompt
+            if not numbers:
+                raise self.numeric_error(row)
 
     @own_modes
     def extend(self, rows: Sequence[Sequence[int]]) -> None:
@@ -307,9 +325,10 @@ class Session:
         Raises:
             PolicyError: the text has grown into more protected entries than fit into the budget.
         """
+        self._read(rows)
         for start in range(0, max(map(len, rows)), self._chunk):
             pieces = [ids[start : start + self._chunk] for ids in rows]
-            self.logits_BV = self._run(self.cache, pieces, self.logits_BV)
+            self._take(self._run(self.cache, pieces, self.logits_BV))
             self._after(max(map(len, pieces)), compact=True)
             self._room = 0
 
@@ -321,8 +340,10 @@ class Session:
 
         Raises:
             PolicyError: see extend.
+            NumericError: a token was judged by logits that are no numbers.
         """
         head, said = self.engine.model.head, [self.logits_BV.new_empty(0)] * len(rows)
+        self._read(rows)
         for start in range(0, max(map(len, rows)), self._chunk):
             pieces = [ids[start : start + self._chunk] for ids in rows]
             x_BTE, logits = self._append(self.cache, pieces, self.engine.hidden), list(self.logits_BV)
@@ -333,10 +354,25 @@ class Session:
                     target_T1 = torch.tensor(piece, device=self.engine.device)[:, None]
                     said[row] = torch.cat([said[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
                     logits[row] = after_TV[-1]
-            self.logits_BV = torch.stack(logits)
+            self._take(torch.stack(logits))
             self._after(max(map(len, pieces)), compact=True)
             self._room = 0
+        for row, said_T in enumerate(said):
+            if said_T.isnan().any():  # sync: once per call
+                raise self.numeric_error(row)
         return said
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> None:
+        self.ids = [[*before, *more] for before, more in zip(self.ids, rows, strict=True)]
+
+    def _take(self, logits_BV: Tensor) -> None:
+        """Logits after a chunk. Whether they are numbers is noted: the next chunk's may be, once what was none is evicted."""
+        self.logits_BV = logits_BV
+        self._sound_B = self._sound_B & (sound(logits_BV) | ~self._active_B)
+
+    def numeric_error(self, row: int, fed: Sequence[int] = ()) -> NumericError:
+        """What to raise about a row whose logits are no numbers; `fed`: the tokens that it was fed one by one."""
+        return numeric_error(self.engine.model, [*self.ids[row], *fed], row if len(self.ids) > 1 else None)
 
     def _run(self, cache: KVCache, pieces: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
         """One chunk through the model: logits after it; rows that get no token keep theirs."""
@@ -375,14 +411,21 @@ class Session:
         """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed.
 
         It stops short of an eviction, which must know the rows that go on. Those that draw one of `ends_E` stop on the
-        device; `finish` must follow once the host has read it. What such a row draws after its end means nothing.
+        device; `finish` must follow once the host has read it. What such a row draws after its end means nothing. A row whose
+        logits are no numbers draws BROKEN: whoever reads the tokens learns it with them.
         """
-        drawn = [self.sample(sampling, generators)]
+        ids_B = self.sample(sampling, generators)
+        drawn = [self._told(ids_B)]
         while len(drawn) < most and (self._interval is None or self._since_eviction + 1 < self._interval):
-            self._active_B = self._active_B & ~(drawn[-1][:, None] == ends_E).any(-1)
-            self.feed(drawn[-1])
-            drawn.append(self.sample(sampling, generators))
+            self._active_B = self._active_B & ~(ids_B[:, None] == ends_E).any(-1)
+            self.feed(ids_B)
+            ids_B = self.sample(sampling, generators)
+            drawn.append(self._told(ids_B))
         return torch.stack(drawn)
+
+    def _told(self, ids_B: Tensor) -> Tensor:
+        fine_B = self._sound_B & sound(self.logits_BV)
+        return torch.where(fine_B | ~self._active_B, ids_B, BROKEN)
 
     @own_modes
     def feed(self, ids_B: Tensor) -> None:

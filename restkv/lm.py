@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,11 @@ from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
 from modeling.modes import own_modes
+from modeling.nonfinite import numeric_error, sound
 from modeling.tokenizer import Tokenizer
 from restkv.context import CompressedContext
 from restkv.errors import PromptError
-from restkv.generate import CHUNK, Engine, Session
+from restkv.generate import BROKEN, CHUNK, Engine, Session
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy, ReSTKV
 from restkv.policies.base import require_policy
@@ -168,6 +170,7 @@ class LM:
         Raises:
             PromptError: empty prompt, neither text nor token ids, token id out of range, impossible sampling value.
             PolicyError: protected entries exceed the budget, or the policy is none.
+            NumericError: the model's logits are no numbers; the line says which layer made the first.
         """
         prompts = _listed(prompts)
         single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0
@@ -243,6 +246,8 @@ class LM:
             for index, token in (pair for tokens_B in tokens_NB for pair in enumerate(tokens_B)):
                 if session.active[index]:
                     row = rows[index]
+                    if token == BROKEN:
+                        raise session.numeric_error(index, row.tokens)
                     piece = row.push(token)
                     if row.reason:
                         session.finish(index)
@@ -331,8 +336,16 @@ class LM:
 
     @own_modes
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits [L, V] float32 at every position of `ids` (L token ids), with the full cache."""
-        return self.model.head(dense_hidden(self.model, self.encode(ids)))
+        """Logits [L, V] float32 at every position of `ids` (L token ids), with the full cache.
+
+        Raises:
+            NumericError: some of them are no numbers.
+        """
+        ids = self.encode(ids)
+        logits_LV = self.model.head(dense_hidden(self.model, ids))
+        if not sound(logits_LV).all():  # sync: once
+            raise numeric_error(self.model, ids)
+        return logits_LV
 
     @own_modes
     def logprobs(self, context: Prompt, continuations: Sequence[Prompt], policy: Policy | None = None) -> list[float]:
@@ -350,7 +363,11 @@ class LM:
 
     @own_modes
     def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:
-        """Summed log-probability (nats) of each continuation on its own fork of a one-row session."""
+        """Summed log-probability (nats) of each continuation on its own fork of a one-row session.
+
+        Raises:
+            NumericError: a token was judged by logits that are no numbers.
+        """
         sums = []
         for target in self._targets(continuations):
             fork = session.fork()
@@ -359,6 +376,8 @@ class LM:
                 total = 0.0
                 for index, token in enumerate(target):
                     total += float(fork.logits_BV[0].log_softmax(-1)[token])  # sync: a score is a number
+                    if math.isnan(total):
+                        raise fork.numeric_error(0, target[:index])
                     if index + 1 < len(target):
                         fork.feed(torch.tensor([token], device=self.device))
             finally:
