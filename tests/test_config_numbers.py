@@ -86,12 +86,12 @@ def compare_many(family: str, examples: int) -> None:
         fates.append(compared(data.draw(plausible(family))))
 
     compare()
-    assert fates.count("equal") > len(fates) / 5, "too few were compared to prove anything"
+    assert fates.count("equal") > len(fates) / 10, "too few were compared to prove anything"
 
 
 @pytest.mark.parametrize("family", VALID)
 def test_drawn_configs_give_transformers_logits_or_are_refused(family):
-    compare_many(family, 15)
+    compare_many(family, 8)
 
 
 @pytest.mark.slow
