@@ -15,6 +15,7 @@ from modeling.files import shortened
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar")
 OTHER_FRAMEWORKS = (".h5", ".msgpack", ".onnx", ".npz")
@@ -60,19 +61,24 @@ def find_shards(folder: Path) -> list[Path]:
     weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' of tensor names to files; download the file again")
-    # Every file is looked at once, however many tensors it has.
-    strings = {name for name in weight_map.values() if isinstance(name, str)}
-    others = (name for name in weight_map.values() if not isinstance(name, str))
-    for name in (*others, *sorted(strings)):
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise _no_shard(index, name)
+    names = list(dict.fromkeys(weight_map.values()))  # every file is looked at once, however many tensors it has
+    for name in names:
         # The files of a snapshot in huggingface_hub's cache are links out of the folder, so only names are judged.
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise CheckpointError(
-                f"{index}: names {shortened(repr(name))}; shards must be .safetensors files of the same folder"
-            )
-    for name in sorted(strings):
+        if not SHARD.fullmatch(name):
+            raise _no_shard(index, name)
+    for name in names:
         if not os.path.isfile(folder / name):
             raise CheckpointError(f"{folder}: {shortened(name)} is missing, though {INDEX} names it; download it")
-    return [folder / name for name in sorted(strings)]
+    return [folder / name for name in sorted(names)]
+
+
+def _no_shard(index: Path, name: object) -> CheckpointError:
+    return CheckpointError(
+        f"{index}: names {shortened(repr(name))}; shards must be .safetensors files of the same folder"
+    )
 
 
 def check_layout(folder: Path) -> None:

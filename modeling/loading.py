@@ -52,7 +52,7 @@ def load_model(
     """
     folder = Path(folder)
     model, stored = _outline(folder, dtype, fused)
-    model.to_empty(device=device)
+    _allocate(folder, model, torch.device(device))
     slots = tensor_slots(model)
     broken, done, total = [], 0, sum(slot.nbytes for slot in slots.values())
     for name, slot in slots.items():
@@ -87,6 +87,35 @@ def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decod
         model = Decoder(config, fused)
     model.requires_grad_(False).eval()
     return model.to(_wanted_dtype(dtype, config, stored)), stored
+
+
+def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
+    """Give the model empty memory; CheckpointError where there is not enough, before the machine has to end someone."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    free = _free_bytes() if device.type == "cpu" else None
+    try:
+        if free is not None and size > free:
+            raise MemoryError
+        model.to_empty(device=device)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no kind of error of its own for an allocation that fails on a CPU.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        there = "" if free is None else f", {free / 1e9:,.1f} GB are free"
+        raise CheckpointError(
+            f"{folder}: the weights take {size / 1e9:,.1f} GB as {dtype}{there}; ask for a narrower dtype than that, "
+            "or free memory"
+        ) from None
+
+
+def _free_bytes() -> int | None:
+    """Memory that Linux could give out, swap included; None where it does not say."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
 
 
 def tensor_slots(model: Decoder) -> dict[str, Tensor]:
