@@ -265,7 +265,7 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
             watch=watch_all if watches else None,
             raw=slots,
             choose=chooser(pattern, lm.config, block.window, len(ids)),
-            backend=lm.backend,
+            attend=lm.engine.attend,
         )
         scores: dict[Hashable, Tensor] = {}
         for policy, (cache, evictor) in zip(policies, rows, strict=True):

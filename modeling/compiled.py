@@ -84,7 +84,9 @@ def _before_it_ran(error: Exception) -> bool:
     from torch._dynamo import exc  # loaded only now: compiling has imported it anyway
 
     # The stance "fail_on_recompile" has no type of its own.
-    return isinstance(error, exc.TorchDynamoException | exc.FailOnRecompileLimitHit) or "fail_on_recompile" in str(error)
+    return isinstance(error, exc.TorchDynamoException | exc.FailOnRecompileLimitHit) or "fail_on_recompile" in str(
+        error
+    )
 
 
 def cannot_compile(name: str, error: Exception) -> CompileError:
@@ -98,8 +100,9 @@ def _reason(error: Exception) -> str:
     """What failed, in a line: the message holds whole graphs and traces."""
     if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
         return "there is no working C++ compiler (g++)"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    cause = getattr(error, "inner_exception", error)  # torch's own first line says only which backend raised
+    lines = [line.strip() for line in f"{type(cause).__name__}: {cause}".splitlines() if line.strip()]
+    return lines[0][:200]
 
 
 def not_compiled() -> CompileError:
@@ -132,7 +135,11 @@ def _passed_over() -> tuple[str, str] | None:
     if backend is not None or name != "default":
         asked = repr(name) if backend is None else f"force_backend={backend!r}"
         return f"torch.compiler.set_stance({asked})", 'set the stance "default"'
-    for variable in ("TORCH_COMPILE_OVERRIDE_BACKENDS", "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS", "TORCH_BISECT_BACKEND"):
+    for variable in (
+        "TORCH_COMPILE_OVERRIDE_BACKENDS",
+        "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS",
+        "TORCH_BISECT_BACKEND",
+    ):
         if os.environ.get(variable):
             return f"{variable}={os.environ[variable]}", "unset it"
     if getattr(config, "fallback_by_default", False):

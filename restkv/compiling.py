@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import warnings
@@ -30,8 +31,7 @@ def check_compiler(device: torch.device) -> None:
         if switched_off():
             raise not_compiled()
         keep_kernels()
-        import torch._dynamo  # looks at the environment
-
+        importlib.import_module("torch._dynamo")  # it looks at the environment
         if device.type == "cpu":
             from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -107,9 +107,7 @@ class LM:
         named: see Engine.
     """
 
-    def __init__(
-        self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", named: bool = True
-    ) -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", named: bool = True) -> None:
         self.model, self._tokenizer = model, tokenizer
         self.config = model.config
         self.engine = Engine(model, backend, named)

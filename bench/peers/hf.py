@@ -85,7 +85,9 @@ class Transformers(Worker):
     def decode(self) -> None:
         self._run(self._step, self._next_B1, self._seen)
         if self._static and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
-            sys.exit("transformers-static is measured compiled, and torch's compiler is off (TORCHDYNAMO_DISABLE, perhaps)")
+            sys.exit(
+                "transformers-static is measured compiled, and torch's compiler is off (TORCHDYNAMO_DISABLE, perhaps)"
+            )
         self._seen += 1
 
     def _run(self, step: Any, ids_BT: torch.Tensor, first: int) -> None:
