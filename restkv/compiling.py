@@ -66,7 +66,7 @@ def kernel_folder() -> Path:
     """
     named = os.environ.get(FOLDER)
     try:
-        folder = Path(named or _in_cache())
+        folder = Path(named or _in_cache()).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         if not named and folder.stat().st_uid != os.geteuid():
             raise PermissionError(0, "it belongs to another user", str(folder))

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from small import small_ids, small_model
+from torch._inductor.exc import CppCompileError
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.floor import measure_machine
@@ -63,11 +64,9 @@ OFF = {
     "aot_eager_then_compile": (partial(stance, "aot_eager_then_compile"), r"'aot_eager_then_compile'"),
     "backend eager": (partial(stance, force_backend="eager"), "force_backend='eager'"),
     "backend aot_eager": (partial(stance, force_backend="aot_eager"), "force_backend='aot_eager'"),
+    "a backend for some graphs": (partial(dynamo, debug_backend_override=">=0:eager"), "by a setting of torch"),
     "a dispatch mode": (partial(FlopCounterMode, display=False), "by a setting of torch"),
 }
-# Torch 2.11 knows fewer: what it does not know it does not patch.
-if hasattr(torch._dynamo.config, "debug_backend_override"):
-    OFF["another backend"] = (partial(dynamo, debug_backend_override=">=0:eager"), "by a setting of torch")
 FALLBACK = partial(inductor, fallback_by_default=True)  # takes a compilation, so that one test has it
 
 
@@ -212,15 +211,30 @@ def _double(x: torch.Tensor) -> torch.Tensor:
     return 2 * only_compiled(x)
 
 
-def test_errors_that_torch_is_told_to_suppress_are_still_errors():
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (PermissionError(13, "Permission denied", "/elsewhere"), "Permission denied"),
+        (CppCompileError(["g++"], "no headers"), "C\\+\\+ compile error"),
+        (KeyError("getpwuid(): uid not found: 54321"), "getpwuid"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_fails_while_kernels_are_made_is_a_line_also_if_torch_is_told_to_suppress_it(error, words):
+    want = LM(model(), None).generate(IDS, POLICY, max_new_tokens=30).tokens
+    with dynamo(suppress_errors=True), mock.patch("torch._inductor.compile_fx.compile_fx", side_effect=error):
+        with pytest.raises(CompileError, match=f"'decode' cannot be compiled here: .*{words}") as caught:
+            LM(model(), None, "flex").generate(IDS, POLICY, max_new_tokens=3)
+        assert "\n" not in str(caught.value)
+        lm = LM(model(), None, "flex", named=False)
+        with pytest.warns(RestKVWarning, match=f"{words}.*going on with sdpa"):
+            assert lm.generate(IDS, POLICY, max_new_tokens=30).tokens == want
+
+
+def test_settings_that_torch_refuses_together_are_a_line():
     with (
-        dynamo(suppress_errors=True),
-        mock.patch("torch._inductor.compile_fx.compile_fx", side_effect=OSError(28, "No space left on device")),
-        pytest.raises(CompileError, match=r"'decode' cannot be compiled here: .*No space left on device"),
-    ):
-        LM(model(), None, "flex").generate(IDS, POLICY, max_new_tokens=3)
-    with (
-        dynamo(suppress_errors=True, fail_on_recompile_limit_hit=True),  # torch refuses the two together
+        dynamo(suppress_errors=True, fail_on_recompile_limit_hit=True),
         pytest.raises(CompileError, match="'decode' cannot be compiled here"),
     ):
         LM(model(), None, "flex").generate(IDS, POLICY, max_new_tokens=3)
