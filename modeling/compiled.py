@@ -100,8 +100,9 @@ def _reason(error: Exception) -> str:
     """What failed, in a line: the message holds whole graphs and traces."""
     if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
         return "there is no working C++ compiler (g++)"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    cause = getattr(error, "inner_exception", error)  # torch's own first line says only which backend raised
+    lines = [line.strip() for line in f"{type(cause).__name__}: {cause}".splitlines() if line.strip()]
+    return lines[0][:200]
 
 
 def not_compiled() -> CompileError:

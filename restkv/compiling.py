@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import warnings
@@ -37,7 +38,7 @@ def check_compiler(device: torch.device) -> None:
         if switched_off():
             raise not_compiled()
         keep_kernels()
-
+        importlib.import_module("torch._dynamo")  # it looks at the environment
         if device.type == "cpu":
             from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -72,7 +73,7 @@ def kernel_folder() -> Path:
     """
     named = os.environ.get(FOLDER)
     try:
-        folder = Path(named or _in_cache())
+        folder = Path(named or _in_cache()).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         if not named and folder.stat().st_uid != os.geteuid():
             raise PermissionError(0, "it belongs to another user", str(folder))

@@ -114,14 +114,15 @@ DeviceOption = Annotated[
     str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
 ]
 BackendOption = Annotated[
-    str, typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention), sdpa, or auto: flex where it is compiled.")
+    str,
+    typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention, compiled), sdpa, or auto: flex on CUDA, else sdpa."),
 ]
 CompileOption = Annotated[
     bool | None,
     typer.Option(
         rich_help_panel=MODEL,
         help="Compile the decode step. On a CPU that repays from some hundred tokens on.",
-        show_default="on CUDA, and once an answer gets so long that it repays",
+        show_default="on CUDA",
     ),
 ]
 
