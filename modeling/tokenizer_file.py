@@ -46,7 +46,7 @@ def read_tokenizer(path: Path) -> TokenizerFile:
     """Read tokenizer.json.
 
     Raises:
-        TokenizerError: it is too large, no JSON, unknown to this version of `tokenizers`, or could exhaust memory by a short text.
+        TokenizerError: it is too large, no JSON, unknown to this version of `tokenizers`, or could exhaust memory.
     """
     try:
         size = path.stat().st_size
