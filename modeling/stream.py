@@ -57,9 +57,13 @@ class Stream:
 
     def flush(self) -> str:
         """All text held back; the stream can go on after it as if new."""
-        piece = self._rest()
+        piece = self.held()
         self._reset()
         return piece
+
+    def held(self) -> str:
+        """The text held back, as it would be if nothing came after it."""
+        return self._text(self._ids)[self._already() :]
 
     def _certain(self) -> str:
         """The new text but for a last U+FFFD."""
@@ -76,7 +80,7 @@ class Stream:
 
     def _rest(self) -> str:
         """All the new text."""
-        piece = self._text(self._ids)[self._already() :]
+        piece = self.held()
         self._start_after(1)
         return piece
 

@@ -35,7 +35,7 @@ class BuiltClass:
         name: without "Fast" behind.
         pipeline: from settings to normalizer, pre-tokenizer and decoder.
         model: settings of the BPE model.
-        tokens: special tokens where no file names them, by name.
+        tokens: special tokens where no file names them, by name; with None there is none, whatever tokenizer.json pads with.
         extra: more special tokens, without a name.
         knows_unk: the model itself knows the unknown token.
         bos: a BOS precedes every text, whatever tokenizer.json's post-processor says.
@@ -46,7 +46,7 @@ class BuiltClass:
     name: str
     pipeline: Callable[[Settings], Pipeline]
     model: Settings
-    tokens: Mapping[str, str]
+    tokens: Mapping[str, str | None]
     extra: tuple[str, ...] = ()
     knows_unk: bool = False
     bos: bool = False
@@ -179,6 +179,6 @@ SHARED_CLASSES = (
         "GPT2Tokenizer",
         _byte_level,
         BY_LETTERS,
-        dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT),
+        {**dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT), "pad_token": None},
     ),
 )

@@ -25,6 +25,8 @@ NO_JSON = re.compile(
     r"EOF while|expected (value at|ident|`[,:]`)|trailing c|key must be a string|control character|invalid (escape|number)|"
     r"recursion limit|valid UTF-8|lone leading surrogate"
 )
+# Merges under such a prefix can end the process within tokenizers: it cuts letters in two.
+PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 
 @dataclass
@@ -51,6 +53,8 @@ def read_tokenizer(path: Path) -> TokenizerFile:
     content = read_bytes(path, TokenizerError)
     if content.count(b",") > MOST_VALUES:
         raise TokenizerError(f"{path}: holds over {MOST_VALUES:,} values, more than are read; download it again")
+    if b'"merges"' in content and PREFIXED.search(content):
+        raise TokenizerError(f"{path}: its merges have a 'continuing_subword_prefix', which is not supported")
     with guarded(str(path), "reading"):
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(content)

@@ -139,7 +139,9 @@ class Row:
         self._eos = frozenset(() if options.ignore_eos else eos)
         self._limit = options.max_new_tokens
         self._decoder = Stream(tokenizer) if tokenizer is not None else None
-        self._search = StopSearch(tokenizer, options.stops) if tokenizer is not None and options.stops else None
+        self._search: StopSearch | None = None
+        if tokenizer is not None and self._decoder is not None and options.stops:
+            self._search = StopSearch(tokenizer, options.stops, self._decoder)
 
     def push(self, token: int) -> str:
         """Take one token; returns the text that is now certain."""

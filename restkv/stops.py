@@ -15,44 +15,47 @@ class _Part:
 
     Attributes:
         full, shown: text with special tokens, and without. Where they differ they end alike.
-        before: of a special token that is not shown: the text before it in `full`; else None.
+        lead, owed: of a special token that is not shown: how much text comes before it in `full`, and the text before it that the
+            shown text still holds back (it may be a part of a character); else 0 and None.
     """
 
     full: str
     shown: str
-    before: str | None
+    lead: int = 0
+    owed: str | None = None
 
     def shown_before(self, place: int) -> str:
         """The shown text before a place in `full`."""
-        if self.before is not None:
-            return self.before[:place]
-        return self.shown[: max(0, len(self.shown) - (len(self.full) - place))]
+        text, after = (self.shown, len(self.full)) if self.owed is None else (self.owed, self.lead)
+        return text[: max(0, len(text) - max(0, after - place))]
 
 
 class StopSearch:
     """Holds back text that a stop string may begin in, so that no text need ever be taken back."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._stream = Stream(tokenizer, skip_special=False)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], shown: Stream) -> None:
+        """`shown`: the stream of the text without special tokens."""
+        self._tokenizer, self._stops, self._shown = tokenizer, stops, shown
+        self._full = Stream(tokenizer, skip_special=False)
         self._parts: list[_Part] = []  # what has been held back
 
     def push(self, token: int, shown: str, last: bool, eos: bool) -> tuple[str, bool]:
         """Take one token.
 
         Args:
-            shown: text that it makes certain, without special tokens.
-            last: nothing comes after it. `eos`: it ends the answer by itself, so no stop string begins in it.
+            shown: text without special tokens that it made certain.
+            last: nothing comes after it.
+            eos: it ends the answer by itself, so no stop string begins in it.
         Returns:
             the text that is certain to come before any stop string, and whether one was found, right behind that text.
         """
-        full = self._stream.push(token) + (self._stream.flush() if last else "")
-        before = None
+        part = _Part(self._full.push(token) + (self._full.flush() if last else ""), shown)
         if eos or self._tokenizer.spelling(token) is None:
-            before = full.removesuffix(self._tokenizer.spelling(token, skip_special=False) or "")
-        self._parts.append(_Part(full, shown, before))
+            part.lead = len(part.full.removesuffix(self._tokenizer.spelling(token, skip_special=False) or ""))
+            part.owed = shown or self._shown.held()
+        self._parts.append(part)
         all_full, all_shown = ("".join(getattr(part, name) for part in self._parts) for name in ("full", "shown"))
-        latest = len(all_full) - (len(full) - len(before or "")) - 1 if eos else len(all_full)
+        latest = len(all_full) - (len(part.full) - part.lead) - 1 if eos else len(all_full)
         found = [all_shown[:at] for at in self._places(all_shown)]
         found += [self._shown_before(at) for at in self._places(all_full) if at <= latest]
         if found:
@@ -86,9 +89,9 @@ class StopSearch:
         for part in self._parts:
             cut = min(full, len(part.full))
             full -= cut
-            part.full = part.full[cut:]
-            if part.before is not None:
-                part.before = part.before[cut:]
+            part.full, part.lead = part.full[cut:], max(0, part.lead - cut)
+            if part.owed is not None:
+                part.owed = part.owed[shown:]  # it is the beginning of what later parts show
             cut = min(shown, len(part.shown))
             shown -= cut
             part.shown = part.shown[cut:]
