@@ -45,13 +45,17 @@ from restkv.options import (
     SetOption,
     StopOption,
     TemperatureOption,
+    TemplateArgOption,
+    TemplateNameOption,
     TopKOption,
     TopPOption,
+    given_text,
     make_policy,
     parse_field,
     parse_interval,
     parse_span,
-    reading,
+    parse_template_args,
+    read_text,
     sizing_policy,
     with_fields,
 )
@@ -181,6 +185,8 @@ def generate(
             show_default="if there is one",
         ),
     ] = None,
+    template_name: TemplateNameOption = None,
+    template_arg: TemplateArgOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print text, tokens and stats as one JSON object.")
     ] = False,
@@ -253,6 +259,7 @@ def generate(
     if chunk is not None and prefill != "chunked":
         raise PromptError(f"--chunk {chunk}: only --prefill chunked reads in chunks; give it too, or drop --chunk")
     text = _read_prompt(prompt, prompt_file)
+    template_args = parse_template_args(template_arg)
     given = {
         "budget": budget,
         "budget_by": budget_by,
@@ -284,7 +291,7 @@ def generate(
     )
     with prefill_bar() as progress:
         stream = lm.stream(
-            _encode(lm, model, text, chat),
+            _encode(lm, model, text, chat, template_name, template_args),
             policy,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -312,25 +319,30 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise PromptError("two prompts: give --prompt or --prompt-file, not both")
     if prompt is not None:
-        return prompt
+        return given_text(prompt, "--prompt")
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # some locales let bytes pass that are no text
-    with reading("stdin" if file is None else file):
-        # -sig: a byte-order mark is no text.
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
-    return text.removesuffix("\n").removesuffix("\r")
+    return read_text(file).removesuffix("\n")
 
 
-def _encode(lm: LM, model: str, text: str, chat: bool | None) -> str | list[int]:
+def _encode(
+    lm: LM, model: str, text: str, chat: bool | None, template_name: str | None, template_args: dict[str, Any]
+) -> str | list[int]:
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
     if chat is None:
         chat = lm.tokenizer.has_chat_template
     elif chat and not lm.tokenizer.has_chat_template:
         raise PromptError(f"{model}: has no chat template; drop --chat")
-    return lm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
+    if not chat and (template_name or template_args):
+        option = f"--template-name {template_name}" if template_name else f"--template-arg {next(iter(template_args))}"
+        raise PromptError(f"{option}: no chat template is used here; drop it")
+    if not chat:
+        return text
+    if template_args:
+        lm.tokenizer.check_template(template_args, template_name)
+    turn = [{"role": "user", "content": text}]
+    return lm.tokenizer.chat(turn, template_args=template_args, template_name=template_name)
 
 
 class _Sink:
@@ -381,6 +393,8 @@ def chat(
         bool | None,
         typer.Option(rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"),
     ] = None,
+    template_name: TemplateNameOption = None,
+    template_arg: TemplateArgOption = None,
     method: LoadedMethodOption = None,
     preset: PresetOption = None,
     budget: BudgetOption = None,
@@ -403,9 +417,14 @@ def chat(
     policy = None
     if method or load_file is None:
         policy = make_policy(method or "restkv", preset, options)  # what cannot be is refused before anything is loaded
+    template_args = parse_template_args(template_arg)
     if load_file is not None and (system is not None or template is not None or prefill != "dense"):
         raise PromptError(
             f"{load_file}: a saved chat has its system prompt, template and prefill; drop --system, --template and --prefill"
+        )
+    if load_file is not None and (template_name is not None or template_args):
+        raise PromptError(
+            f"{load_file}: a saved chat has its template and what it is given; drop --template-name and --template-arg"
         )
 
     from restkv.chat import Chat
@@ -427,7 +446,15 @@ def chat(
         raise PromptError(f"{model}: has no chat template; drop --template, and turns are lines")
     if load_file is None:
         assert policy is not None
-        conversation = Chat(lm, policy, system, template=template, prefill=prefill)
+        conversation = Chat(
+            lm,
+            policy,
+            None if system is None else given_text(system, "--system"),
+            template=template,
+            template_name=template_name,
+            template_args=template_args,
+            prefill=prefill,
+        )
     else:
         conversation = Chat.load(load_file, lm)
         before = conversation.anew().policy
@@ -435,9 +462,13 @@ def chat(
             policy = make_policy(before.name, preset, _kept_options(before, preset, options) | options)
         if policy != before:
             conversation.change(policy)
+
+    def policy_of(name: str, words: list[str]) -> Policy:
+        return make_policy(name, None, dict(parse_field(word, "/method") for word in words))
+
     Decoding(**decoding)  # what no turn could use is refused before a line is read
     conversation.check()
-    Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
+    Talk(conversation, policy_of, decoding).run()
 
 
 def _kept_options(saved: Policy, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:

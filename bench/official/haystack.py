@@ -15,6 +15,7 @@ from bench.official.metrics import needle_rouge, rouge_version, words_found
 from bench.official.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
 from bench.official.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs import digest
+from modeling.text import decoded
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -90,7 +91,7 @@ def _essays(folder: Path) -> list[str]:
     essays = []
     for path in sorted(folder.glob("*.txt")):
         try:
-            essays.append(path.read_text(encoding="utf-8"))
+            essays.append(decoded(path.read_bytes()))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read ({error}); give UTF-8 text files") from None
     if not "".join(essays).strip():
