@@ -25,7 +25,7 @@ from bench.runs import Report, chosen_rows, describe, digest, open_run, setting
 from modeling.text import fault
 from restkv.errors import PromptError
 from restkv.lm import LM
-from restkv.options import reading
+from restkv.options import read_text
 
 ROUNDS, SPLITS = (1, 2, 3), ("train", "dev", "test")
 LABELS = {"e": " True", "n": " Neither", "c": " False"}  # entailment, neutral, contradiction
@@ -169,8 +169,7 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
     """
-    with reading(path):
-        lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")
@@ -181,7 +180,7 @@ def _example(line: str, path: Path, number: int) -> Example:
     place = f"{path}, line {number}"
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PromptError(f"{place}: not JSON; every line is an object") from None
     if not isinstance(row, Mapping):
         raise PromptError(f"{place}: not an object with premise (or context), hypothesis and label")

@@ -22,7 +22,7 @@ from bench.cli_common import (
     split_names,
 )
 from restkv.errors import OutputError, PromptError
-from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, reading
+from restkv.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, read_text
 from restkv.terminal import put_line
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def fidelity(
         source = Questions(tuple(split_names(tasks)), seed)
     else:
         text = text or RECALL / "story.txt"
-        with reading(text):
-            source = text.read_text(encoding="utf-8")
+        source = read_text(text)
     lm = load_model(model, dtype, device, backend)
     plan = FidelityPlan(
         source,
@@ -119,8 +118,7 @@ def kept(
     lm = load_model(model, dtype, device, backend)
     marks = list(mark or ())
     if prompt_file is not None:
-        with reading(prompt_file):
-            prompt = prompt_file.read_text(encoding="utf-8")
+        prompt = read_text(prompt_file)
     else:
         sample = make_sample(task, length, seed, 0, Frame(lm.tokenizer), depth)
         prompt = f"{sample.context} {sample.question} {sample.answer_prefix}" if question else sample.context

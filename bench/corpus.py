@@ -19,7 +19,7 @@ from bench.prose import sentences
 from modeling.text import fault
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError, RestKVWarning
-from restkv.options import reading
+from restkv.options import read_text, reading
 
 SUFFIXES = (".txt", ".jsonl")
 FIELDS = ("page", "text")
@@ -84,8 +84,7 @@ def _read(path: Path) -> list[Document]:
         path.stat()
     if path.suffix not in SUFFIXES:
         raise PromptError(f"{path}: not {' or '.join(SUFFIXES)}; convert it first")
-    with reading(path):
-        content = path.read_bytes().decode("utf-8")
+    content = read_text(path)
     if path.suffix == ".txt":
         return [Document(path.name, content)] if content.strip() else []
     documents, pieces = [], []
@@ -106,7 +105,7 @@ def _row(line: str, place: str) -> tuple[str, str]:
     """(field, text) of a row."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PromptError(f"{place}: not JSON; every line is an object with a page or a text") from None
     field = next((field for field in FIELDS if isinstance(row, Mapping) and field in row), None)
     if field is None:

@@ -52,6 +52,7 @@ class RestKVHarness(TemplateLM):
         batch_size: contexts run as rows of one session.
         max_length: tokens of context and continuation, or of context and answer; the model's positions when not given.
         prefill: "dense", "chunked" or a sparse pattern, see Session.
+        template_args: variables of the chat template, as an object or as JSON of one.
         options: any option of the method.
     Raises:
         PolicyError, PromptError, CheckpointError: one line that names the value and the mend.
@@ -68,6 +69,7 @@ class RestKVHarness(TemplateLM):
         batch_size: int | str = 1,
         max_length: int | None = None,
         prefill: str = "dense",
+        template_args: Mapping[str, Any] | str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -85,6 +87,9 @@ class RestKVHarness(TemplateLM):
         self.max_gen_toks = 256  # where a task does not say, as with `hf`
         self.kept: dict[str, Tally] = {}  # by kind of request
         self._device = self.lm.device
+        self._template_args = _template_args(template_args)
+        if self._template_args:
+            self.tok.check_template(self._template_args)
 
     @classmethod
     def create_from_arg_string(
@@ -133,7 +138,7 @@ class RestKVHarness(TemplateLM):
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without `add_generation_prompt` it ends with the last message, to be gone on with."""
-        text = self.tok.render(chat_history, add_generation_prompt)
+        text = self.tok.render(chat_history, add_generation_prompt, self._template_args)
         if not add_generation_prompt:
             last = chat_history[-1]["content"].strip()
             text = text[: text.rindex(last) + len(last)]
@@ -155,6 +160,7 @@ class RestKVHarness(TemplateLM):
             "checkpoint": fingerprint(self.lm.model),
             "max_length": self.max_length,
             "prefill": self.prefill,
+            **({"template_args": self._template_args} if self._template_args else {}),
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -340,6 +346,17 @@ def _values(options: Mapping[str, Any]) -> dict[str, Any]:
         name: parse_field(f"{name}={value}")[1] if isinstance(value, str) else value for name, value in options.items()
     }
     return {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+
+
+def _template_args(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Variables of the chat template: a mapping, or a JSON object as the command line has it."""
+    try:
+        read = json.loads(given) if isinstance(given, str) else given or {}
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, Mapping):
+        raise PromptError(f'template_args {given!r}: give a JSON object, such as {{"enable_thinking": false}}')
+    return dict(read)
 
 
 def _at_least_one(name: str, value: int | str) -> int:

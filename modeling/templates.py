@@ -15,7 +15,7 @@ from typing import Any
 from modeling.config import read_json
 from modeling.errors import TokenizerError
 from modeling.renderer import PLAIN, Renderer
-from modeling.text import fault
+from modeling.text import brief, fault
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 LONGEST = 1 << 20  # bytes of a template; known ones have some 20,000
@@ -126,7 +126,7 @@ class ChatTemplates:
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise TokenizerError(
-                    f"chat message {number} is {_shown(message)}; it must have a 'role' and a 'content'"
+                    f"chat message {number} is {brief(message)}; it must have a 'role' and a 'content'"
                 )
             plain = _plain(message, f"chat message {number}")
             said.append({key: value for key, value in plain.items() if value is not None})  # as transformers does
@@ -215,19 +215,10 @@ def _plain(value: Any, place: str, depth: int = 0) -> Any:
         if all(isinstance(key, str) for key in value):
             return {_plain(key, place): _plain(item, place, depth + 1) for key, item in value.items()}
         value = next(key for key in value if not isinstance(key, str))
-        raise TokenizerError(f"{place} has the key {_shown(value)}, which is no text; name it by a string")
+        raise TokenizerError(f"{place} has the key {brief(value)}, which is no text; name it by a string")
     shown = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
     if isinstance(value, int):
         shown = "a number of more digits than any file may hold"
     raise TokenizerError(
         f"{place} holds {shown}; give what JSON can hold: text, numbers, true, false, null, lists, objects"
     )
-
-
-def _shown(value: Any) -> str:
-    """A value in an error, or its kind: some cannot be shown, such as very long numbers."""
-    try:
-        shown = repr(value)
-    except Exception:
-        shown = ""
-    return shown if 0 < len(shown) <= 80 else f"a {type(value).__name__}"

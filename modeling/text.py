@@ -20,3 +20,12 @@ def fault(text: str) -> str:
     except UnicodeEncodeError as error:
         return f"has {text[error.start]!a} at place {error.start}, which is no character"
     return ""
+
+
+def brief(value: object) -> str:
+    """A value in an error: as Python writes it, its beginning if that is long, its type if that cannot be done."""
+    try:
+        written = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of lists within each other
+        return f"<{type(value).__name__}>"
+    return written if len(written) <= 200 else f"{written[:200]}..."

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling.modes import own_modes
-from restkv.errors import NumericError, PolicyError, PromptError, RestKVWarning
+from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
 from restkv.policies import Policy
@@ -38,10 +38,13 @@ class Chat:
         policy: what is evicted as the conversation grows; its budget is a number of entries.
         system: instructions; their tokens, and those that come before the user's first words, are never evicted.
         template: use the checkpoint's chat template. None: if there is one.
+        template_name: which of its templates; None: its default.
+        template_args: variables of the template, such as {"enable_thinking": False}: what JSON can hold.
         prefill, chunk: how the first turn is read, and everything again after a change of policy (see Session).
     Raises:
         PolicyError: a fractional budget, or no policy at all.
-        PromptError: the model has no tokenizer, or there is no such prefill.
+        PromptError: the model has no tokenizer, or there is no such prefill; or a template is asked for where there is none.
+        TokenizerError: there is no template of that name, or it takes no such variable.
     Attributes:
         lm, policy: from the first turn on, the policy protects the system prompt.
         messages: what was said.
@@ -56,6 +59,8 @@ class Chat:
         system: str | None = None,
         *,
         template: bool | None = None,
+        template_name: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
         prefill: str | Pattern = "dense",
         chunk: int = CHUNK,
     ) -> None:
@@ -64,11 +69,26 @@ class Chat:
         self.tokens: list[int] = []
         self._tokenizer = lm.tokenizer
         self._template = lm.tokenizer.has_chat_template if template is None else template
+        self._rendering: dict[str, Any] = {"template_name": template_name, "template_args": dict(template_args or {})}
+        self._check_template()
         parse_prefill(str(prefill))  # refused now, not at the first turn
         self._reading: dict[str, Any] = {"prefill": str(prefill), "chunk": chunk}
         self._spared = 0  # leading tokens that are never evicted
         self._session: Session | None = None  # None before the first turn, during each, and after one that failed
         self._turn: Generator[tuple[int, str]] | None = None
+
+    def _check_template(self) -> None:
+        """Refuse a template that is not there, and what is meant for one where none is used."""
+        name, variables = self._rendering["template_name"], self._rendering["template_args"]
+        if self._template and not self._tokenizer.has_chat_template:
+            raise PromptError(
+                "the model has no chat template; leave out template=True (--template), and turns are plain lines"
+            )
+        if (name or variables) and not self._template:
+            given = f"template_name {name!r}" if name else f"template_args {', '.join(variables)}"
+            raise PromptError(f"{given}: this chat uses no chat template, its turns are plain lines; leave it out")
+        if name or variables:
+            self._tokenizer.check_template(variables, name)
 
     def check(self) -> None:
         """Refuse now what the first turn would refuse whatever is said.
@@ -91,6 +111,8 @@ class Chat:
 
         Args:
             options: the fields of Decoding. A stop string that ends an answer stays in the cache.
+        A turn that fails is no part of the chat: what was said before stays, and is read anew for the next turn if need be.
+
         Raises:
             PromptError: an empty message, an impossible option, or a template that cannot show this turn.
             PolicyError: the system prompt does not fit into the budget.
@@ -123,7 +145,7 @@ class Chat:
         self._remark(len(new) + decoding.max_new_tokens)
         known = "agnostic" if self._session else "aware"  # whether the turn itself was there when the rest was evicted
         session = self._read(new, text, decoding.max_new_tokens)
-        said, heard, sound = len(self.messages), len(self.tokens), True
+        said, heard = len(self.messages), len(self.tokens)
         self.messages.append({"role": "user", "content": text})
         self.tokens += new
         stats = Stats(self.policy.name, self.policy.budget, [len(self.tokens)], question=known)
@@ -134,15 +156,18 @@ class Chat:
         except GeneratorExit:  # nobody listens any more; we are between two tokens
             self._session = session
             raise
-        except NumericError:
-            sound = False
+        except KeyboardInterrupt:  # the answer is kept as far as it came, the session is not
+            raise
+        except (
+            BaseException
+        ):  # numbers that are none, a policy, a library: nobody has answered, and the turn is not part of the chat
+            del self.messages[said:], self.tokens[heard:]
             raise
         finally:
-            ended = answer.tokens[-1:] and answer.tokens[-1] in lm.config.eos_token_ids
-            self.tokens += answer.tokens[:-1] if ended else answer.tokens
-            self.messages.append({"role": "assistant", "content": answer.text})
-            if not sound:  # read again in the next turn, this one would end in the same
-                del self.messages[said:], self.tokens[heard:]
+            if len(self.messages) > said:
+                ended = answer.tokens[-1:] and answer.tokens[-1] in lm.config.eos_token_ids
+                self.tokens += answer.tokens[:-1] if ended else answer.tokens
+                self.messages.append({"role": "assistant", "content": answer.text})
 
     def _read(self, new: list[int], text: str, max_new_tokens: int) -> Session:
         """A session that has read the new tokens after all others.
@@ -151,11 +176,10 @@ class Chat:
         None, and the next turn reads everything anew.
         """
         if self._session is None:
-            if not self.tokens:
-                self._spared = self._system_tokens(new, text)
-            policy = self._sparing(self.policy, self._spared)
+            spared = self._spared if self.tokens else self._system_tokens(new, text)
+            policy = self._sparing(self.policy, spared)
             session = self._prefilled(policy, self.tokens + new, max_new_tokens)
-            self.policy = policy
+            self.policy, self._spared = policy, spared
             return session
         session, self._session = self._session, None
         session.resume(max_new_tokens)
@@ -179,11 +203,11 @@ class Chat:
             written = "\n".join([*lines, text, ""])
             return tokenizer.encode_more("\n" + written) if self.tokens else tokenizer.encode(written)
         if not self.tokens:
-            return tokenizer.chat([*self.messages, user])
+            return tokenizer.chat([*self.messages, user], **self._rendering)
         mark = "3141592653589793"
         while any(mark in message["content"] for message in [*self.messages, user]):
             mark += "2"
-        whole = tokenizer.render([*self.messages[:-1], {"role": "assistant", "content": mark}, user])
+        whole = tokenizer.render([*self.messages[:-1], {"role": "assistant", "content": mark}, user], **self._rendering)
         if whole.count(mark) != 1:
             raise PromptError(
                 "the chat template does not repeat the last answer, so the next turn cannot be appended; "
@@ -255,7 +279,9 @@ class Chat:
         """A conversation that begins like this one did, with nothing said but the system prompt."""
         spans = tuple(span for span in self.policy.protect if span != (0, self._spared))
         system = next((message["content"] for message in self.messages[:1] if message["role"] == "system"), None)
-        return Chat(self.lm, replace(self.policy, protect=spans), system, template=self._template, **self._reading)
+        policy = replace(self.policy, protect=spans)
+        with warnings.catch_warnings(action="ignore"):  # this chat has said what there is to say
+            return Chat(self.lm, policy, system, template=self._template, **self._rendering, **self._reading)
 
     @property
     @own_modes
@@ -291,6 +317,7 @@ class Chat:
             "messages": self.messages,
             "tokens": self.tokens,
             "template": self._template,
+            "rendering": self._rendering,
             "reading": self._reading,
             "spared": self._spared,
         }
@@ -309,7 +336,7 @@ class Chat:
             raise PromptError(f"{path}: holds a context, not a chat; ask it questions with CompressedContext.load")
         with refused(path):
             require_chat(about, session.cache.next_pos.tolist(), lm.config.vocab_size)
-            chat = cls(lm, session.policy, template=about["template"], **about["reading"])
+            chat = cls(lm, session.policy, template=about["template"], **about["rendering"], **about["reading"])
             if about["template"] and not lm.tokenizer.has_chat_template:
                 raise PromptError("its turns are rendered by a chat template, and this model has none")
         chat.messages, chat.tokens, chat._spared = about["messages"], about["tokens"], about["spared"]

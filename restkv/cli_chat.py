@@ -27,11 +27,15 @@ from restkv.options import (
     SetOption,
     StopOption,
     TemperatureOption,
+    TemplateArgOption,
+    TemplateNameOption,
     TopKOption,
     TopPOption,
+    given_text,
     make_policy,
     note_escapes,
     parse_field,
+    parse_template_args,
     with_fields,
 )
 from restkv.terminal import status
@@ -51,6 +55,8 @@ def chat(
         bool | None,
         typer.Option(rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"),
     ] = None,
+    template_name: TemplateNameOption = None,
+    template_arg: TemplateArgOption = None,
     method: LoadedMethodOption = None,
     preset: PresetOption = None,
     budget: BudgetOption = None,
@@ -76,9 +82,14 @@ def chat(
     policy = None
     if method or load_file is None:
         policy = make_policy(method or "restkv", preset, options)  # what cannot be is refused before anything is loaded
+    template_args = parse_template_args(template_arg)
     if load_file is not None and (system is not None or template is not None or prefill != "dense"):
         raise PromptError(
             f"{load_file}: a saved chat has its system prompt, template and prefill; drop --system, --template and --prefill"
+        )
+    if load_file is not None and (template_name is not None or template_args):
+        raise PromptError(
+            f"{load_file}: a saved chat has its template and what it is given; drop --template-name and --template-arg"
         )
 
     from restkv.chat import Chat
@@ -110,7 +121,15 @@ def chat(
         raise PromptError(f"{model}: has no chat template; drop --template, and turns are lines")
     if load_file is None:
         assert policy is not None
-        conversation = Chat(lm, policy, system, template=template, prefill=prefill)
+        conversation = Chat(
+            lm,
+            policy,
+            None if system is None else given_text(system, "--system"),
+            template=template,
+            template_name=template_name,
+            template_args=template_args,
+            prefill=prefill,
+        )
     else:
         conversation = Chat.load(load_file, lm)
         before = conversation.anew().policy
@@ -118,9 +137,13 @@ def chat(
             policy = make_policy(before.name, preset, _kept_options(before, preset, options) | options)
         if policy != before:
             conversation.change(policy)
+
+    def policy_of(name: str, words: list[str]) -> Policy:
+        return make_policy(name, None, dict(parse_field(word, "/method") for word in words))
+
     Decoding(**decoding)  # what no turn could use is refused before a line is read
     conversation.check()
-    Talk(conversation, lambda name, words: make_policy(name, None, dict(map(parse_field, words))), decoding).run()
+    Talk(conversation, policy_of, decoding).run()
 
 
 def _kept_options(saved: Policy, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:

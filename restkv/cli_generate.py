@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,13 +31,17 @@ from restkv.options import (
     SetOption,
     StopOption,
     TemperatureOption,
+    TemplateArgOption,
+    TemplateNameOption,
     TopKOption,
     TopPOption,
+    given_text,
     make_policy,
     note_escapes,
     parse_interval,
     parse_span,
-    reading,
+    parse_template_args,
+    read_text,
     with_fields,
 )
 from restkv.sink import Sink
@@ -63,6 +66,8 @@ def generate(
             show_default="if there is one",
         ),
     ] = None,
+    template_name: TemplateNameOption = None,
+    template_arg: TemplateArgOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print text, tokens and stats as one JSON object.")
     ] = False,
@@ -135,6 +140,7 @@ def generate(
     if chunk is not None and prefill != "chunked":
         raise PromptError(f"--chunk {chunk}: only --prefill chunked reads in chunks; give it too, or drop --chunk")
     text = _read_prompt(prompt, prompt_file)
+    template_args = parse_template_args(template_arg)
     for one in stop or ():
         note_escapes("--stop", one)
     given = {
@@ -170,7 +176,7 @@ def generate(
     )
     announce_compiling(lm.compiled)
     stream = lm.stream(
-        _encode(lm, model, text, chat),
+        _encode(lm, model, text, chat, template_name, template_args),
         policy,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -199,22 +205,27 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise PromptError("two prompts: give --prompt or --prompt-file, not both")
     if prompt is not None:
         note_escapes("--prompt", prompt, ", --prompt-file, or stdin")
-        return prompt
+        return given_text(prompt, "--prompt")
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # some locales let bytes pass that are no text
-    with reading("stdin" if file is None else file):
-        # -sig: a byte-order mark is no text.
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
-    return text.removesuffix("\n").removesuffix("\r")
+    return read_text(file).removesuffix("\n")
 
 
-def _encode(lm: LM, model: str, text: str, chat: bool | None) -> str | list[int]:
+def _encode(
+    lm: LM, model: str, text: str, chat: bool | None, template_name: str | None, template_args: dict[str, Any]
+) -> str | list[int]:
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
     if chat is None:
         chat = lm.tokenizer.has_chat_template
     elif chat and not lm.tokenizer.has_chat_template:
         raise PromptError(f"{model}: has no chat template; drop --chat")
-    return lm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
+    if not chat and (template_name or template_args):
+        option = f"--template-name {template_name}" if template_name else f"--template-arg {next(iter(template_args))}"
+        raise PromptError(f"{option}: no chat template is used here; drop it")
+    if not chat:
+        return text
+    if template_args:
+        lm.tokenizer.check_template(template_args, template_name)
+    turn = [{"role": "user", "content": text}]
+    return lm.tokenizer.chat(turn, template_args=template_args, template_name=template_name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modeling.text import brief, decoded
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 # each costs a fifth to a half of them; threads that spin for as long as they do by default slow a busy machine down tenfold.
 SPINS = "5000"
 RECALL = Path(__file__).parent / "assets" / "recall-mini"
+DEEPEST = 50  # lists and objects within each other in a value of the command line
 DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
 
 
@@ -125,6 +129,24 @@ CompileOption = Annotated[
         show_default="on CUDA",
     ),
 ]
+TemplateNameOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+        help="Which of the checkpoint's chat templates.",
+        show_default="its default",
+    ),
+]
+TemplateArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        rich_help_panel=OUTPUT,
+        help="A variable of the chat template, such as enable_thinking=false; JSON or a word. May be repeated.",
+    ),
+]
 
 
 @contextmanager
@@ -153,6 +175,44 @@ def note_escapes(option: str, text: str, other_ways: str = "") -> None:
         )
 
 
+def read_text(file: Path | None) -> str:
+    """The text of a file, or of stdin for None: the same from both (see modeling.text.decoded).
+
+    Raises:
+        PromptError: see reading.
+    """
+    with reading("stdin" if file is None else file):
+        if file is not None:
+            return decoded(file.read_bytes())
+        stream = getattr(sys.stdin, "buffer", None)
+        return decoded(sys.stdin.read().encode() if stream is None else stream.read())
+
+
+def given_text(text: str, option: str) -> str:
+    """A text of the command line, as read_text gives one of a file.
+
+    Raises:
+        PromptError: it is not UTF-8.
+    """
+    with reading(option):
+        return decoded(text.encode(errors="surrogatepass"))  # as which bytes that are no text arrive
+
+
+def parse_template_args(texts: Sequence[str] | None) -> dict[str, Any]:
+    """What --template-arg says: NAME=VALUE each, as of --set.
+
+    Raises:
+        PolicyError: one that is not, or a name that comes twice.
+    """
+    read: dict[str, Any] = {}
+    for text in texts or ():
+        name, value = parse_field(text, "--template-arg")
+        if name in read:
+            raise PromptError(f"--template-arg {name}: given twice; drop one of them")
+        read[name] = value
+    return read
+
+
 def parse_span(text: str) -> tuple[int, int]:
     """START:END."""
     try:
@@ -162,15 +222,34 @@ def parse_span(text: str) -> tuple[int, int]:
     return start, end
 
 
-def parse_field(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value is read as JSON, or as a word where it is none ("none" and "null" mean None)."""
+def parse_field(text: str, option: str = "--set") -> tuple[str, Any]:
+    """NAME=VALUE; the value is read as JSON, or as a word where it is none ("none" and "null" mean None).
+
+    Args:
+        option: what the text belongs to, named in errors.
+    Raises:
+        PolicyError: not NAME=VALUE, or a value that nothing takes: lists in lists in lists, numbers without end.
+    """
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise PolicyError(f"--set {text!r} is not NAME=VALUE, such as kernel_size=7")
+        raise PolicyError(f"{option} {brief(text)} is not NAME=VALUE, such as kernel_size=7")
     try:
-        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        read = json.loads(value.lower() if value.lower() in ("true", "false") else value)
     except ValueError:
         return name, None if value.lower() == "none" else value
+    except RecursionError:
+        read = math.nan
+    if not _usable(read):
+        raise PolicyError(f"{option} {brief(text)}: give a number, a word, or a list of a few of them")
+    return name, read
+
+
+def _usable(value: Any, depth: int = 0) -> bool:
+    """Whether a value is finite, and no deeper than any that an option takes."""
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth < DEEPEST and all(_usable(one, depth + 1) for one in inner)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def with_fields(options: dict[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
@@ -200,6 +279,8 @@ def make_policy(method: str, preset: str | None, options: dict[str, Any]) -> Pol
     """get_policy, with the default budget where the method needs one and none is given."""
     from restkv.policies import get_policy, policy_class
 
+    if "preset" in options:
+        raise PolicyError(f"{method}: option 'preset' is unknown; a preset is named by --preset, or with the method")
     cls = policy_class(method)
     if "budget" not in {**cls.PRESETS.get(preset or "", {}), **options}:
         by_name = {field.name: field for field in fields(cls)}

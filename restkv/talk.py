@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shlex
 import signal
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from modeling.shown import one_line
 from restkv import interrupts
 from restkv.chat import Chat
 from restkv.display import holdings, pace
-from restkv.errors import PromptError, RestKVError
+from restkv.errors import OutputError, PromptError, RestKVError
 from restkv.policies import Policy
 from restkv.results import Generation
 from restkv.terminal import put, put_line, say, status
@@ -30,6 +32,10 @@ Ctrl-C stops an answer; at the prompt it ends the chat, as Ctrl-D does."""
 NEEDED = {"save": "one file", "load": "one file", "method": "NAME [OPTION=VALUE ...]"}
 
 
+class _Gone(Exception):
+    """Whoever read stdout has gone: nothing can be said any more."""
+
+
 class Talk:
     """One person's conversation on stdin, stdout and stderr.
 
@@ -42,9 +48,16 @@ class Talk:
     def __init__(self, chat: Chat, policy_of: Callable[[str, list[str]], Policy], decoding: dict[str, Any]) -> None:
         self._chat, self._policy_of, self._decoding = chat, policy_of, decoding
         self._last: Generation | None = None
+        self._unheard: OutputError | None = None  # why answers are missing on stdout
 
     def run(self) -> None:
-        """Answer line after line until /quit or the end of input. A user's error costs one line, not the conversation."""
+        """Answer line after line until /quit or the end of input, or until nobody reads the answers any more.
+
+        Whatever else goes wrong costs one line on stderr: the conversation is what it was before.
+
+        Raises:
+            BrokenPipeError: nobody reads them. OutputError, in the end: some could not be written.
+        """
         interrupts.only_raise()
         for line in _lines():
             if line.rstrip() == "/quit":
@@ -58,6 +71,12 @@ class Talk:
                 say(f"restkv: error: {error}")
             except KeyboardInterrupt:  # the second one, or one in the middle of a command
                 say("stopped")
+            except _Gone:
+                raise BrokenPipeError from None
+            except BaseException as error:  # a plugin or a library may raise anything, and exit
+                say(f"restkv: error: {_unforeseen(line, error)}")
+        if self._unheard is not None:
+            raise self._unheard
 
     def _answer(self, line: str) -> None:
         stream = self._chat.send(line, **self._decoding)
@@ -65,14 +84,24 @@ class Talk:
             try:
                 status.show("reading")
                 for piece in stream:
-                    put(piece)
+                    self._put(piece)
                     if interrupted():
                         break
                 else:
                     self._last = stream.generation
             finally:
                 self._chat.stop()
-                put_line("")
+                self._put("\n")
+
+    def _put(self, text: str) -> None:
+        """Write to stdout at once."""
+        try:
+            put(text)
+        except BrokenPipeError:
+            raise _Gone from None
+        except OutputError as error:
+            self._unheard = error
+            raise
 
     def _command(self, name: str = "help", *words: str) -> None:
         if name == "stats" and not words:
@@ -85,10 +114,10 @@ class Talk:
             self._chat.save(words[0])
             say(f"saved to {words[0]}")
         elif name == "load" and len(words) == 1:
-            self._chat, self._last = Chat.load(words[0], self._chat.lm), None
+            self._go_on_with(Chat.load(words[0], self._chat.lm))
             self._say_stats()
         elif name == "new" and not words:
-            self._chat, self._last = self._chat.anew(), None
+            self._go_on_with(self._chat.anew())
             say(f"a new conversation, with {self._chat.policy.name}")
         elif name == "help":
             say(HELP)
@@ -97,11 +126,25 @@ class Talk:
         else:
             raise PromptError(f"/{' '.join((name, *words))}: no such command; /help lists them")
 
+    def _go_on_with(self, chat: Chat) -> None:
+        chat.check()
+        self._chat, self._last = chat, None
+
     def _say_stats(self) -> None:
         stats = self._chat.stats
         say(f"{self._chat.policy.name}: nothing said yet" if stats is None else holdings(stats))
         if self._last is not None:
             say(pace(self._last))
+
+
+def _unforeseen(line: str, error: BaseException) -> str:
+    """What failed in a line, in one."""
+    place = line.split(maxsplit=1)[0] if line.startswith("/") else "this turn"
+    try:
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # its text is a stranger's work as well
+        reason = type(error).__name__
+    return one_line(f"{place} failed ({reason}); the conversation is what it was before")
 
 
 def _words(text: str) -> list[str]:
@@ -113,12 +156,16 @@ def _words(text: str) -> list[str]:
 
 
 def _lines() -> Iterator[str]:
-    """The person's lines, without their ends; a prompt is shown on a terminal only."""
+    """The person's lines, without their ends (a line feed, or one behind a carriage return); a prompt is shown on a terminal
+    only."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is no reason to stop
+        if not sys.stdin.isatty():
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        import readline  # noqa: F401 - importing it gives input() editing and history
+        with contextlib.suppress(ImportError):  # some Pythons come without
+            import readline  # noqa: F401 - importing it gives input() editing and history
 
         say("/help lists the commands, Ctrl-D ends the chat")
     while True:
@@ -129,7 +176,7 @@ def _lines() -> Iterator[str]:
             return
         if not terminal and not line:
             return
-        yield line.removeprefix("\ufeff").removesuffix("\n")  # a byte-order mark is no text
+        yield line.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")  # a byte-order mark is no text
 
 
 @contextmanager

@@ -198,6 +198,12 @@ def test_a_chat_is_written_as_by_hf(tmp_path):
     assert model.chat_template(True) == theirs.chat_template(True) == template
     with pytest.raises(PromptError, match="'other' cannot be chosen"):
         model.chat_template("other")
+    template = template.replace("[assistant]", "{{ 'no ' if enable_thinking is false }}[assistant]")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    for given in ({"enable_thinking": False}, '{"enable_thinking": false}'):
+        assert ours(tmp_path, template_args=given).apply_chat_template(chat[:1]).endswith("no [assistant]")
+    with pytest.raises(PromptError, match="template_args '3': give a JSON object"):
+        ours(tmp_path, template_args="3")
 
 
 def test_our_anli_with_the_full_cache_is_lm_evals_with_hf(checkpoint, tmp_path):

@@ -416,7 +416,7 @@ def circle() -> list:
         ("ab\udc80", r"'x' has '\\udc80' at place 2, which is no character"),
         (circle(), "'x' is more than 100 lists and objects deep"),
         pytest.param(10**5000, "'x' holds a number of more digits", id="10**5000"),
-        pytest.param({10**5000: 1}, "'x' has the key a int, which is no text", id="{10**5000: 1}"),
+        pytest.param({10**5000: 1}, "'x' has the key <int>, which is no text", id="{10**5000: 1}"),
         (len, "'x' holds a builtin_function_or_method"),
         ({1, 2}, "'x' holds a set"),
     ],

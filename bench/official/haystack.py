@@ -16,6 +16,7 @@ from bench.official.suite import OFFICIAL, Item, Source, Suite, Task, check_prot
 from bench.official.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs import digest
 from modeling.files import reason
+from modeling.text import decoded
 from modeling.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -91,7 +92,7 @@ def _essays(folder: Path) -> list[str]:
     essays = []
     for path in sorted(folder.glob("*.txt")):
         try:
-            essays.append(path.read_text(encoding="utf-8"))
+            essays.append(decoded(path.read_bytes()))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read ({reason(error)}); give UTF-8 text files") from None
     if not "".join(essays).strip():

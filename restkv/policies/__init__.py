@@ -83,7 +83,7 @@ def policy_class(name: str) -> type[Policy]:
     return cls
 
 
-def get_policy(name: str, preset: str | None = None, **options: Any) -> Policy:
+def get_policy(name: str, /, preset: str | None = None, **options: Any) -> Policy:
     """Build a policy from its name.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from modeling.text import brief
 from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
@@ -230,9 +231,9 @@ class Policy(ABC):
     def _require(self, condition: bool, option: str, mend: str) -> None:
         if not condition:
             value = getattr(self, option)
-            if isinstance(value, int) and value >= TOO_MANY:
+            if isinstance(value, int | float) and value >= TOO_MANY:
                 mend = f"give a number below {TOO_MANY}"
-            raise PolicyError(f"{self.name}: {option} {value!r}: {mend}")
+            raise PolicyError(f"{self.name}: {option} {brief(value)}: {mend}")
 
     def _one_of(self, option: str, values: tuple[str, ...]) -> None:
         if getattr(self, option) is None and "none" in values:  # what an option written as none has been read as
@@ -253,4 +254,9 @@ def require_policy(policy: object) -> Policy:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < TOO_MANY
+    return isinstance(value, int) and is_number(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether an option's value is a number that tensors can be computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < TOO_MANY

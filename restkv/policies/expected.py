@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling.rope import rotate
 from restkv.observe import Observation
-from restkv.policies.base import Policy
+from restkv.policies.base import Policy, is_number
 
 QUERIES = 256  # turned back at a time: few enough for a CPU's cache
 MOST_FUTURE = 1 << 16  # positions whose rotations are averaged at once
@@ -48,11 +48,10 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.future, int) and not isinstance(self.future, bool)
+        whole = isinstance(self.future, int) and is_number(self.future)
         fine = whole and 1 <= self.future <= MOST_FUTURE
         self._require(fine, "future", f"give a whole number of at least 1, at most {MOST_FUTURE}")
-        number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
-        self._require(number and self.epsilon >= 0, "epsilon", "give a number of at least 0")
+        self._require(is_number(self.epsilon) and self.epsilon >= 0, "epsilon", "give a number of at least 0")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -24,7 +24,7 @@ from restkv import pooling
 from restkv.budgets import Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
-from restkv.policies.base import Policy
+from restkv.policies.base import Policy, is_number
 from restkv.pooling import WIDEST
 from restkv.select import are_largest, largest
 
@@ -81,11 +81,11 @@ class ReSTKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
-        fine = self.alpha is None or (_is_number(self.alpha) and 0 < self.alpha <= 1)
+        fine = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha <= 1)
         self._require(fine, "alpha", "give a number above 0, at most 1, or None for the plain mean")
-        fine = _is_number(self.scale) and self.scale >= LEAST_SCALE
+        fine = is_number(self.scale) and self.scale >= LEAST_SCALE
         self._require(fine, "scale", f"give a number of at least {LEAST_SCALE}")
-        self._require(_is_number(self.tau) and self.tau >= 0, "tau", "give a number of at least 0")
+        self._require(is_number(self.tau) and self.tau >= 0, "tau", "give a number of at least 0")
         fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
         self._require(fine, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("aggregate", ("attention", "indicator"))
@@ -347,7 +347,3 @@ def _length(x: Tensor) -> Tensor:
 
 def _tiny(obs: Observation) -> float:
     return torch.finfo(obs.dtype).tiny
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
