@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache, partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ import typer
 
 from modeling.errors import RestKVError, RestKVWarning
 from restkv import __version__
+from restkv.commands import add_commands
 from restkv.errors import PolicyError, PromptError
 from restkv.files import described
 from restkv.options import (
@@ -56,6 +56,7 @@ from restkv.options import (
     sizing_policy,
     with_fields,
 )
+from restkv.plugins import entry_points
 from restkv.sink import Sink
 
 if TYPE_CHECKING:
@@ -117,18 +118,8 @@ def _open_closed_streams() -> None:
 
 @cache
 def _command() -> Any:
-    """The commands of this file, and those that installed packages register (typer apps, or functions), as bench does."""
-    for point in sorted(entry_points(group="restkv.commands"), key=lambda point: point.name):
-        try:
-            loaded = point.load()
-            if isinstance(loaded, typer.Typer):
-                app.add_typer(loaded, name=point.name)
-            else:
-                app.command(point.name)(loaded)
-        except Exception as error:  # whatever a foreign module raises is no reason to refuse all other commands
-            warnings.warn(
-                f"command {point.name!r} ({point.value}) cannot be used: {error}", RestKVWarning, stacklevel=2
-            )
+    """The commands of this file, and those that installed packages register."""
+    add_commands(app, entry_points(group="restkv.commands"))
     return typer.main.get_command(app)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling.rope import rotate
 from restkv.observe import Observation
-from restkv.policies.base import Policy
+from restkv.policies.base import TOO_MANY, Policy
 
 QUERIES = 256  # turned back at a time: few enough for a CPU's cache
 MOST_FUTURE = 1 << 16  # positions whose rotations are averaged at once
@@ -52,7 +52,7 @@ class ExpectedAttention(Policy):
         fine = whole and 1 <= self.future <= MOST_FUTURE
         self._require(fine, "future", f"give a whole number of at least 1, at most {MOST_FUTURE}")
         number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
-        self._require(number and self.epsilon >= 0, "epsilon", "give a number of at least 0")
+        self._require(number and 0 <= self.epsilon < TOO_MANY, "epsilon", "give a number of at least 0")
 
     @property
     def needs(self) -> frozenset[str]:
