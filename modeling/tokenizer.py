@@ -8,6 +8,7 @@ and decoding never "cleans up" spaces (that would change text already streamed).
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,6 +80,12 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The template's source."""
         return self._template
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for exactly this tokenizer and chat template."""
+        parts = (self._tokenizer.to_str(), self.chat_template, sorted(self.special_tokens.items()), self.encode(""))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.

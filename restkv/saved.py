@@ -24,6 +24,7 @@ from restkv.evict import companions_of
 from restkv.policies import Policy
 from restkv.policies.base import TOO_MANY
 from restkv.sparse import parse_prefill
+from restkv.strict_json import shown
 
 EVER = 1 << 30  # tokens: longer than any text
 MOST_CHUNK = 1 << 16  # tokens of a chunk, where the text so far is no longer
@@ -50,12 +51,6 @@ def whole(value: Any, least: int, most: int, what: str) -> int:
     if type(value) is not int or not least <= value <= most:
         raise SavedError(f"{what} is {shown(value)}, not a whole number from {least} to {most}")
     return value
-
-
-def shown(value: Any) -> str:
-    """A value in a message: short, and in one line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def model_name(value: Any) -> str:
