@@ -172,14 +172,14 @@ def _progress_bar() -> Iterator[Report | None]:
 
 def _print_tables(folder: Path) -> None:
     """The tables of a run, and how to make a page of it."""
-    from bench.parts import parts
-    from bench.runs import SAMPLES, read_manifest, read_rows
+    from bench.parts import parts, read_run
+    from bench.runs import SAMPLES
     from bench.tables import Table
     from restkv.console import table_console
 
-    manifest = read_manifest(folder)
+    manifest, rows = read_run(folder)
     console = table_console(piped=200)  # a file need not break lines
-    for part in parts(manifest["kind"], manifest["arguments"], read_rows(folder)):
+    for part in parts(manifest["kind"], manifest["arguments"], rows):
         if isinstance(part, Table):
             print_table(console, part.caption, part.columns, part.lines)
     console.print(f"results: {folder / SAMPLES}; a page with figures: restkv bench report {folder}", soft_wrap=True)

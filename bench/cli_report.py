@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from restkv.errors import PromptError
+from restkv.errors import PromptError, RestKVWarning
 from restkv.terminal import json_text, put, put_line
 
 
@@ -35,11 +36,20 @@ def report(
         put(markdown(folder) if as_markdown else latex(folder))
         return
     from bench.needle import draw_needle
+    from bench.parts import fitting, read_run
     from bench.report import write_report
-    from bench.runs import read_manifest, read_rows
 
     page = write_report(folder)
-    if read_manifest(folder)["kind"] == "needle":
-        for picture in draw_needle(read_rows(folder), folder):
+    manifest, rows = read_run(folder)
+    if manifest["kind"] == "needle":
+        with fitting("heat maps"):
+            pictures = draw_needle(rows, folder)
+        for picture in pictures:
             put_line(picture)
+    if "check" not in manifest:
+        warnings.warn(
+            f"{folder}: made before results had check values; whether they are as they were written cannot be told",
+            RestKVWarning,
+            stacklevel=2,
+        )
     put_line(page)

@@ -29,6 +29,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osDv^P*X<>hpd8"
 DASHES = ("-", "--", "-.", ":")
 GREY = "#5f5f5f"
+MOST_CELLS = 10_000  # of heat maps side by side
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,14 @@ def heat_maps(
     limits: tuple[float, float] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """Maps side by side under one scale, the value in every cell."""
+    """Maps side by side under one scale, the value in every cell.
+
+    Raises:
+        OutputError: there are too many cells to write into.
+    """
+    cells = sum(len(grid.rows) * len(grid.columns) for grid in grids)
+    if cells > MOST_CELLS:
+        raise OutputError(f"a map of {cells} cells cannot be drawn; give fewer lengths, depths or methods")
     columns = min(columns, len(grids))
     rows = math.ceil(len(grids) / columns)
     wide = max(len(grid.columns) for grid in grids) * 0.5 + 0.5 + 0.06 * max(len(r) for g in grids for r in g.rows)

@@ -96,8 +96,8 @@ def main() -> None:
         text = path.read_text("utf-8")
         try:
             fresh = quoted(text, ROOT / "bench" / "results")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{path.relative_to(ROOT)}: {error}") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(f"{path.relative_to(ROOT)}: {type(error).__name__}: {error}") from None
         if fresh != text:
             stale.append(path.relative_to(ROOT))
             if not check:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import as_image, need_matplotlib
+from bench.lines import RunError, lines
 from bench.official.tables import TITLES as OFFICIAL_TITLES
-from bench.parts import parts, progress
-from bench.runs import TIMINGS, RunError, read_manifest, read_rows
+from bench.parts import fitting, parts, progress, read_run
+from bench.runs import TIMINGS
 from bench.tables import Table
 from restkv.files import write_text
+from restkv.strict_json import parse
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -101,10 +103,8 @@ def as_json(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: see build.
     """
-    manifest, rows = read_manifest(folder), read_rows(folder)
+    manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
-    if kind not in TITLES:
-        raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
     done, total = progress(kind, arguments, rows)
     tables = [asdict(part) for part in parts(kind, arguments, rows) if isinstance(part, Table)]
     return {"manifest": manifest, "done": done, "total": total, "computing": _hours(folder), "tables": tables}
@@ -126,10 +126,8 @@ def build(folder: Path) -> str:
     Raises:
         RunError: no run in the folder, or of a kind that has no page.
     """
-    manifest, rows = read_manifest(folder), read_rows(folder)
+    manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
-    if kind not in TITLES:
-        raise RunError(f"{folder}: a run of kind {kind!r}; pages are made of {', '.join(TITLES)}")
     title = f"{TITLES[kind]}: {manifest['model']['fingerprint']}"
     done, total = progress(kind, arguments, rows)
     body = [f"<h1>{escape(title)}</h1>", "\n".join(_how(manifest, folder))]
@@ -139,7 +137,8 @@ def build(folder: Path) -> str:
         if isinstance(part, Table):
             body.append(_table(part))
         else:
-            image = as_image(part.draw(), part.caption)
+            with fitting("figures"):
+                image = as_image(part.draw(), part.caption)
             body.append(f"<figure>{image}<figcaption>{escape(part.caption)}</figcaption></figure>")
     body.append("<h2>Methods in full</h2>\n" + "\n".join(_methods(manifest)))
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
@@ -184,12 +183,20 @@ def _hours(folder: Path) -> str:
     """Time spent, summed over all sittings; a line that a kill has torn does not count."""
     seconds = 0.0
     try:
-        lines = (folder / TIMINGS).read_text(encoding="utf-8").split("\n")
-    except OSError:
+        for line in lines(folder / TIMINGS):
+            seconds += _seconds(line)
+    except RunError:
         return "unknown"
-    for line in lines:
-        try:
-            seconds += json.loads(line)["seconds"]
-        except ValueError:
-            continue
     return f"{seconds / 3600:.2f} h"
+
+
+def _seconds(line: bytes) -> float:
+    """What a line says; 0 for one that says nothing of the kind."""
+    try:
+        said = parse(line.decode())
+    except ValueError:
+        return 0.0
+    spent = said.get("seconds") if isinstance(said, dict) else None
+    if isinstance(spent, bool) or not isinstance(spent, int | float):
+        return 0.0
+    return float(spent) if 0 <= spent < 1e9 else 0.0

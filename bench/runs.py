@@ -7,12 +7,15 @@
 A run that was killed goes on where it stopped: what is in samples.jsonl is not done again, and a line the kill left unfinished is
 cut off. Everything that differs from one run to the next is kept out of samples.jsonl, so that an interrupted run
 ends with the very file of an unbroken one.
+
+Every line of samples.jsonl ends with a check value: a digest of the result and of the run's arguments, which the manifest has as
+"check". A result that was changed later, or comes from another run, is refused by name. Folders made before there were check
+values have no such manifest; they are read as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,10 +27,15 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from bench.lines import RunError as RunError
+from bench.lines import append_line, check_value, cut_unfinished_line, lines, lock, opened
+from bench.schema import GENERAL, require
 from restkv import __version__
-from restkv.errors import PromptError, RestKVError
+from restkv.errors import OutputError, PromptError
+from restkv.files import refusal, write_text
+from restkv.strict_json import parse, shown
 
 if TYPE_CHECKING:
     from bench.methods import Method
@@ -35,12 +43,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, SAMPLES, TIMINGS = "manifest.json", "samples.jsonl", "timings.jsonl"
+MOST_MANIFEST = 16 << 20  # bytes
 
 Report = Callable[[int, int], None]  # (rows done, rows in all)
-
-
-class RunError(RestKVError):
-    """A folder of results that cannot be written, read, or gone on with."""
 
 
 @dataclass
@@ -54,8 +59,8 @@ class Run:
     folder: Path
     manifest: dict[str, Any]
     done: set[str]
-    _samples: IO[str]
-    _timings: IO[str]
+    _samples: BinaryIO
+    _timings: BinaryIO
     _total: int
     _report: Report | None
     _lap: float = field(default_factory=time.perf_counter)
@@ -66,11 +71,8 @@ class Run:
         lap = time.perf_counter()
         timing = {"key": key, "seconds": round(lap - self._lap, 4), "finished": _now()}
         self._lap = lap
-        try:
-            _write_line(self._samples, {"key": key, **row})
-            _write_line(self._timings, timing)
-        except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written ({error.strerror}); rerun to go on") from None
+        append_line(self.folder / SAMPLES, self._samples, {"key": key, **row}, self.manifest.get("check"))
+        append_line(self.folder / TIMINGS, self._timings, timing)
         self.done.add(key)
         if self._report is not None:
             self._report(len(self.done), self._total)
@@ -113,21 +115,21 @@ def open_run(
     made = {"kind": kind, "arguments": dict(arguments), "versions": versions()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        samples, timings = ((folder / name).open("a+", encoding="utf-8") for name in (SAMPLES, TIMINGS))
+    except FileExistsError:
+        raise RunError(f"{folder}: cannot be written (it is a file); choose another --out") from None
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    with samples, timings:
-        try:
-            fcntl.flock(samples, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except OSError:
-            raise RunError(f"{folder}: another run is writing there; wait for it or choose another --out") from None
-        for name in (SAMPLES, TIMINGS):
-            _cut_unfinished_line(folder / name)
+        raise RunError(str(refusal(folder, error, "choose another --out"))) from None
+    except ValueError:
+        raise RunError(f"{str(folder)!r}: no folder can have this name; choose another --out") from None
+    with opened(folder / SAMPLES) as samples, opened(folder / TIMINGS) as timings:
+        lock(folder, samples)
+        for file in (samples, timings):
+            cut_unfinished_line(file)
         path = folder / MANIFEST
         if path.exists() or (folder / SAMPLES).stat().st_size:
             manifest = read_manifest(folder)
             before, now = manifest.get("arguments", {}), json.loads(json.dumps(made))
-            grown = may_grow in before and before[may_grow] < now["arguments"][may_grow]
+            grown = may_grow in before and _less(before[may_grow], now["arguments"][may_grow])
             if grown:
                 manifest = {**manifest, "arguments": {**before, may_grow: now["arguments"][may_grow]}}
             _require_same(folder, manifest, now)
@@ -135,7 +137,9 @@ def open_run(
             if grown:
                 _write_manifest(path, manifest)
         else:
-            manifest = {"format": FORMAT, **made, **details, "machine": machine(), "started": _now()}
+            lasting = {name: value for name, value in arguments.items() if name != may_grow}
+            check = digest(json.dumps([kind, lasting], sort_keys=True))
+            manifest = {"format": FORMAT, **made, **details, "machine": machine(), "started": _now(), "check": check}
             _write_manifest(path, manifest)
         yield Run(folder, manifest, {row["key"] for row in read_rows(folder)}, samples, timings, total, report)
 
@@ -149,7 +153,12 @@ def setting(lm: LM) -> dict[str, Any]:
     """Which model, where and how: what the results of every run depend on, for its arguments."""
     from restkv.store import fingerprint
 
-    return {"model": fingerprint(lm.model), "device": lm.device.type, "backend": lm.backend}
+    return {
+        "model": fingerprint(lm.model),
+        "tokenizer": lm.tokenizer.digest,
+        "device": lm.device.type,
+        "backend": lm.backend,
+    }
 
 
 def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
@@ -175,42 +184,55 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of results.
 
     Raises:
-        RunError: there is none, or not of this format.
+        RunError: there is none, or not of this format, or it has something of a wrong type.
     """
     path = folder / MANIFEST
+    text = b"".join(lines(path, MOST_MANIFEST))
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
+        manifest = parse(text.decode())
     except ValueError:
         raise RunError(f"{path}: not a manifest; name the folder of a run") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RunError(f"{path}: not a manifest of format {FORMAT}; run the bench again with this version")
+    try:
+        require(GENERAL, manifest, all_of_them=False)
+    except ValueError as error:
+        raise RunError(f"{path}: not as a bench writes it ({error}); run the bench again into another folder") from None
     return manifest
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All finished rows of a folder, also of one that is being written to.
+    """All finished rows of a folder, also of one that is being written to, without their check values.
 
     Raises:
-        RunError: a line is no JSON object with a key, or has the key of an earlier one (it is named).
+        RunError: a line is no JSON object with a key, has the key of an earlier one, or is not as it was written (it is named).
     """
     path = folder / SAMPLES
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
+        check = read_manifest(folder).get("check")
+    except RunError:
+        check = None  # whoever makes something of the rows needs the manifest too, and says what is wrong with it
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
+    for number, line in enumerate(lines(path), 1):
+        if not line.endswith(b"\n"):
+            break  # unfinished
         try:
-            row = json.loads(line)
+            row = parse(line.decode())
         except ValueError:
             row = None
-        if not isinstance(row, dict) or "key" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
             raise RunError(f"{path}: line {number} is not a result; delete it and run again")
-        if row["key"] in rows:
-            raise RunError(f"{path}: line {number} repeats the result {row['key']!r}; delete it")
-        rows[row["key"]] = row
+        key, said = row["key"], row.pop("check", None)
+        if check is not None and said is None:
+            raise RunError(f"{path}: line {number} has no check value, so no run wrote it; delete it and run again")
+        if check is not None and said != check_value(row, check):
+            raise RunError(
+                f"{path}: line {number}, the result {shown(key)}, was changed after it was written, or is another run's; "
+                "delete it and run again"
+            )
+        if key in rows:
+            raise RunError(f"{path}: line {number} repeats the result {shown(key)}; delete it")
+        rows[key] = row
     return list(rows.values())
 
 
@@ -291,22 +313,14 @@ def _require_same_policies(folder: Path, before: Mapping[str, Any], now: Mapping
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    part = path.with_name(MANIFEST + ".part")
-    part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    except OutputError as error:
+        raise RunError(str(error)) from None
 
 
-def _cut_unfinished_line(path: Path) -> None:
-    """Drop what a kill left of the last line."""
-    with path.open("rb+") as file:
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-
-
-def _write_line(file: IO[str], row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+def _less(was: Any, now: Any) -> bool:
+    return type(was) is int and was < now
 
 
 def _now() -> str:

@@ -7,6 +7,7 @@ nothing about samples not seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -37,6 +38,11 @@ class Estimate:
     def through(self, rising: Callable[[float], float]) -> Estimate:
         """The estimate of a rising function of what was estimated."""
         return Estimate(rising(self.mean), rising(self.low), rising(self.high), self.n)
+
+
+def exp(x: float) -> float:
+    """e^x; infinite where it is too large for a number."""
+    return math.exp(x) if x < 709 else math.inf
 
 
 def mean_interval(*groups: Sequence[float], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Estimate:

@@ -5,7 +5,6 @@ A figure is a description and a function that draws it, so that tables need no m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from bench.figures import Line, Panel, line_panels
 from bench.needle import needle_figure, needle_grids
-from bench.stats import Estimate, grouped, mean_interval, paired_difference
+from bench.stats import Estimate, exp, grouped, mean_interval, paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 FULL = "full"
+MOST_PANELS = 60
 QUESTION = {
     "aware": "question in sight while evicting (query-aware)",
     "agnostic": "context compressed before the question (query-agnostic)",
@@ -166,9 +166,11 @@ def drawing(
     log_x: bool = True,
     **options: Any,
 ) -> list[Part]:
-    """A figure of the panels that have lines; none where only the full cache has been run. options: of line_panels."""
+    """A figure of the panels that have lines; none where only the full cache has been run, or there are more than anybody
+    looks at. options: of line_panels.
+    """
     drawn = [one for one in panels if one.lines]
-    if not drawn:
+    if not drawn or len(drawn) > MOST_PANELS:
         return []
     return [Drawing(caption, partial(line_panels, drawn, arguments["methods"][1:], x, y, log_x=log_x, **options))]
 
@@ -204,7 +206,7 @@ def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
                 f"{plain_mean(row['kept'] for row in part):.0f}",
                 divergence.show(4),
                 mean_interval([row["top1"] for row in part]).show(),
-                ratio.through(math.exp).show(),
+                ratio.through(exp).show(),
                 mean_interval(errors).show() if errors else "positions renumbered",
                 str(len(part)),
             ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench.stats import Estimate, grouped, mean_interval, paired_difference, ratio_interval
+from bench.stats import Estimate, exp, grouped, mean_interval, paired_difference, ratio_interval
 from bench.tables import (
     FULL,
     QUESTION,
@@ -72,7 +71,7 @@ def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -
 
 
 def _perplexity(rows: Sequence[Row], unit: str = "token") -> Estimate:
-    return ratio_interval([row["nll"] for row in rows], [row[UNITS[unit]] for row in rows]).through(math.exp)
+    return ratio_interval([row["nll"] for row in rows], [row[UNITS[unit]] for row in rows]).through(exp)
 
 
 def _nats(rows: Sequence[Row]) -> dict[Any, float]:
@@ -98,7 +97,7 @@ def _perplexities(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
                 f"{asked:g}",
                 f"{plain_mean(row['kept'] for row in part):.0f}",
                 *(_perplexity(part, unit).show() for unit in UNITS),
-                ratio.through(math.exp).show() if ratio else "",
+                ratio.through(exp).show() if ratio else "",
                 str(len(part)),
             ]
         )

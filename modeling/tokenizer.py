@@ -8,6 +8,7 @@ never "cleans up" spaces (that would change text already streamed), and no merge
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +94,12 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the template that is used when none is named."""
         return self._templates.default
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for exactly this tokenizer and chat template."""
+        parts = (self._tokenizer.to_str(), self.chat_template, sorted(self.special_tokens.items()), self.encode(""))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.

@@ -35,7 +35,9 @@ def guarded(place: str, doing: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or _is_panic(error):
-            raise TokenizerError(f"{place}: {doing} failed in tokenizers ({reason(error)}); download its files again") from None
+            raise TokenizerError(
+                f"{place}: {doing} failed in tokenizers ({reason(error)}); download its files again"
+            ) from None
         raise
 
 

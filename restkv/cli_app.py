@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
@@ -21,8 +20,10 @@ from restkv import __version__
 from restkv.cli_chat import chat
 from restkv.cli_generate import generate
 from restkv.cli_sizes import inspect, methods, warmup
+from restkv.commands import add_commands
 from restkv.files import described
 from restkv.options import SPINS
+from restkv.plugins import entry_points
 from restkv.terminal import announcing, prepare, put_line, say, silence, status, writing
 
 app = typer.Typer(
@@ -80,18 +81,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 @cache
 def _command() -> Any:
-    """The commands of this file, and those that installed packages register (typer apps, or functions), as bench does."""
-    for point in sorted(entry_points(group="restkv.commands"), key=lambda point: point.name):
-        try:
-            loaded = point.load()
-            if isinstance(loaded, typer.Typer):
-                app.add_typer(loaded, name=point.name)
-            else:
-                app.command(point.name)(loaded)
-        except Exception as error:  # whatever a foreign module raises is no reason to refuse all other commands
-            warnings.warn(
-                f"command {point.name!r} ({point.value}) cannot be used: {error}", RestKVWarning, stacklevel=2
-            )
+    """The commands of this file, and those that installed packages register."""
+    add_commands(app, entry_points(group="restkv.commands"))
     return typer.main.get_command(app)
 
 

@@ -24,6 +24,7 @@ from restkv.evict import companions_of
 from restkv.policies import Policy
 from restkv.policies.base import TOO_MANY
 from restkv.sparse import parse_prefill
+from restkv.strict_json import shown
 
 EVER = 1 << 30  # tokens: longer than any text
 MOST_CHUNK = 1 << 16  # tokens of a chunk, where the text so far is no longer
@@ -50,12 +51,6 @@ def whole(value: Any, least: int, most: int, what: str) -> int:
     if type(value) is not int or not least <= value <= most:
         raise SavedError(f"{what} is {shown(value)}, not a whole number from {least} to {most}")
     return value
-
-
-def shown(value: Any) -> str:
-    """A value in a message: short, and in one line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def model_name(value: Any) -> str:
@@ -107,7 +102,7 @@ def require_context(about: Mapping[str, Any], next_pos: list[int]) -> int:
 
 def require_chat(about: Mapping[str, Any], next_pos: list[int], vocab: int) -> None:
     """What Chat.save said."""
-    chat = _about(about, "chat", "messages tokens template reading spared", next_pos)
+    chat = _about(about, "chat", "messages tokens template rendering reading spared", next_pos)
     if not isinstance(chat["messages"], list) or not isinstance(chat["tokens"], list):
         raise SavedError("the chat's messages and tokens are no lists")
     for message in chat["messages"]:
@@ -121,6 +116,9 @@ def require_chat(about: Mapping[str, Any], next_pos: list[int], vocab: int) -> N
         raise SavedError(f"the chat has {said} tokens, its cache has read {next_pos[0]}")
     if not isinstance(chat["template"], bool):
         raise SavedError(f"template is {shown(chat['template'])}, not true or false")
+    rendering = record(chat["rendering"], "template_name template_args", "how the chat is rendered")
+    if not isinstance(rendering["template_name"], str | None) or not isinstance(rendering["template_args"], dict):
+        raise SavedError(f"how the chat is rendered is {shown(rendering)}")
     require_reading(record(chat["reading"], "prefill chunk", "how the chat is read"), said)
     whole(chat["spared"], 0, said, "spared")
 

@@ -35,9 +35,9 @@ from restkv.saved import (
     remembered,
     require_job,
     revived_states,
-    shown,
     state_fields,
 )
+from restkv.strict_json import shown
 
 MOST_NAME = 100  # letters of a policy's name
 MOST_SAID = 300  # letters of what is wrong with a file

@@ -25,6 +25,12 @@ def parse(text: str) -> Any:
     return value
 
 
+def shown(value: Any) -> str:
+    """A value in a message: short, and in one line."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-from restkv.errors import PolicyError
+from restkv.errors import PolicyError, RestKVError
 from restkv.policies.adakv import AdaKV
 from restkv.policies.base import Policy
 from restkv.policies.caote import CAOTE
@@ -109,4 +109,10 @@ def get_policy(name: str, /, preset: str | None = None, **options: Any) -> Polic
             raise PolicyError(f"{name}: option {option!r} is unknown; it takes {', '.join(known_options)}")
     if "budget" not in options and known_options["budget"].default is MISSING:
         raise PolicyError(f"{name}: budget is missing; give the entries to keep per head, or a fraction in (0, 1]")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except RestKVError:
+        raise
+    except Exception as error:  # a plugin that does not expect what it is given
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise PolicyError(f"{name}: cannot be made of these options ({said})") from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling.rope import rotate
 from restkv.observe import Observation
-from restkv.policies.base import Policy, is_number
+from restkv.policies.base import TOO_MANY, Policy, is_number
 
 QUERIES = 256  # turned back at a time: few enough for a CPU's cache
 MOST_FUTURE = 1 << 16  # positions whose rotations are averaged at once
@@ -51,7 +51,8 @@ class ExpectedAttention(Policy):
         whole = isinstance(self.future, int) and is_number(self.future)
         fine = whole and 1 <= self.future <= MOST_FUTURE
         self._require(fine, "future", f"give a whole number of at least 1, at most {MOST_FUTURE}")
-        self._require(is_number(self.epsilon) and self.epsilon >= 0, "epsilon", "give a number of at least 0")
+        fine = is_number(self.epsilon) and 0 <= self.epsilon < TOO_MANY
+        self._require(fine, "epsilon", "give a number of at least 0")
 
     @property
     def needs(self) -> frozenset[str]:

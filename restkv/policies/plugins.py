@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from restkv.errors import PolicyError
+from restkv.plugins import PluginError, entry_points, load, origin, origins
 from restkv.policies.base import Policy
 
 GROUP = "restkv.policies"
@@ -20,32 +22,45 @@ def load_plugin(name: str) -> type[Policy] | None:
     """Import the policy registered under a name; None where no package registers it.
 
     Raises:
-        PolicyError: two packages register it, it cannot be imported, or it is no Policy of that name.
+        PolicyError: two packages register it, it cannot be imported, or it is no Policy of that name that can be made.
     """
-    points = list(entry_points(group=GROUP, name=name))
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
     if not points:
         return None
     if len(points) > 1:
-        both = " and ".join(sorted(map(_origin, points)))
-        raise PolicyError(f"method {name!r}: registered by {both}; uninstall all but one")
+        raise PolicyError(f"method {name!r}: registered by {origins(points)}; uninstall all but one")
     (point,) = points
     try:
-        cls: Any = point.load()
-    except Exception as error:  # whatever a foreign module raises while it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        cls: Any = load(point)
+    except PluginError as error:
         raise PolicyError(
-            f"method {name!r}: {_origin(point)} cannot be imported ({reason}); repair or uninstall it"
+            f"method {name!r}: {origin(point)} cannot be imported ({error}); repair or uninstall it"
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise PolicyError(
-            f"method {name!r}: {_origin(point)} is not a subclass of restkv.Policy; repair or uninstall it"
+            f"method {name!r}: {origin(point)} is not a subclass of restkv.Policy; repair or uninstall it"
         )
     if getattr(cls, "name", None) != name:
         raise PolicyError(
-            f"method {name!r}: {_origin(point)} calls itself {getattr(cls, 'name', None)!r}; make the names equal"
+            f"method {name!r}: {origin(point)} calls itself {getattr(cls, 'name', None)!r}; make the names equal"
         )
+    wrong = _incomplete(cls)
+    if wrong:
+        raise PolicyError(f"method {name!r}: {origin(point)} {wrong}; repair or uninstall it")
     return cls
 
 
-def _origin(point: EntryPoint) -> str:
-    return f"{point.value} of the package {point.dist.name if point.dist else 'unknown'}"
+def _incomplete(cls: type[Policy]) -> str | None:
+    """What a policy's class lacks before anything can be made of it."""
+    if inspect.isabstract(cls):
+        return f"has no {' and no '.join(sorted(cls.__abstractmethods__))}"
+    presets: Any = cls.PRESETS
+    if not isinstance(presets, Mapping) or not all(
+        isinstance(name, str) and isinstance(options, Mapping) for name, options in presets.items()
+    ):
+        return "has PRESETS that do not map names to options"
+    for choices in ("granularities", "reductions"):
+        values: Any = getattr(cls, choices)
+        if not isinstance(values, tuple) or not all(isinstance(value, str) for value in values):
+            return f"has {choices} {values!r}, not a tuple of names"
+    return None

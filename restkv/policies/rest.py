@@ -24,11 +24,12 @@ from restkv import pooling
 from restkv.budgets import Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
-from restkv.policies.base import Policy, is_number
+from restkv.policies.base import TOO_MANY, Policy, is_number
 from restkv.pooling import WIDEST
 from restkv.select import are_largest, largest
 
 LEAST_SCALE = 0.01  # a kernel is at most 2 / scale times as wide as the cache
+MOST_TAU = 16  # higher powers of a length leave the range of float32
 _PAPER = {"alpha": 0.3, "budget_by": "uniform"}
 _SCRIPTS = {**_PAPER, "granularity": "query", "interval": None}
 
@@ -83,9 +84,10 @@ class ReSTKV(Policy):
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
         fine = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha <= 1)
         self._require(fine, "alpha", "give a number above 0, at most 1, or None for the plain mean")
-        fine = is_number(self.scale) and self.scale >= LEAST_SCALE
+        fine = is_number(self.scale) and LEAST_SCALE <= self.scale < TOO_MANY
         self._require(fine, "scale", f"give a number of at least {LEAST_SCALE}")
-        self._require(is_number(self.tau) and self.tau >= 0, "tau", "give a number of at least 0")
+        fine = is_number(self.tau) and 0 <= self.tau <= MOST_TAU
+        self._require(fine, "tau", f"give a number of at least 0, at most {MOST_TAU}")
         fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
         self._require(fine, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("aggregate", ("attention", "indicator"))
