@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from modeling.errors import CompileError
+from modeling.errors import CompileError, TooManyShapes
 
 Result = TypeVar("Result")
 
@@ -18,6 +18,7 @@ def compiled(function: Callable[..., Result], **options: Any) -> Callable[..., R
 
     Raises (when called):
         CompileError: what makes machine code failed, for want of a C++ compiler for instance. Nothing has been run then.
+        TooManyShapes: torch.compile's limit of graphs for one function is reached. Nothing has been run then either.
     """
     run = torch.compile(function, fullgraph=True, dynamic=False, **options)
 
@@ -26,8 +27,15 @@ def compiled(function: Callable[..., Result], **options: Any) -> Callable[..., R
         try:
             return run(*arguments)
         except Exception as error:
-            from torch._dynamo.exc import BackendCompilerFailed  # loaded only now: compiling has imported it anyway
+            from torch._dynamo.exc import (  # loaded only now: compiling has imported it anyway
+                BackendCompilerFailed,
+                FailOnRecompileLimitHit,
+            )
 
+            if isinstance(error, FailOnRecompileLimitHit):
+                raise TooManyShapes(
+                    f"{function.__name__.strip('_')!r} has been compiled for too many shapes"
+                ) from error
             if not isinstance(error, BackendCompilerFailed):
                 raise
             raise CompileError(
