@@ -84,7 +84,7 @@ class Ours(Worker):
         prompts = torch.randint(0, self._engine.model.config.vocab_size, (batch, context)).tolist()
         self._session = Session(self._engine, self._policy, [context] * batch, self._tokens, prefill=self._prefill)
         self._session.evictor = self._evictor = TimedEvictor(
-            self._engine.model, self._policy, self._engine.roots, [context] * batch
+            self._engine.model, self._policy, self._engine.roots, [context] * self._session.cache.rows
         )
         self._session.prefill(prompts)
 

@@ -19,12 +19,13 @@ from modeling.pages import KVCache
 from modeling.sparse import BlockMap
 from restkv.errors import PromptError
 from restkv.evict import Evictor, companions_of
-from restkv.generate import Session, page_size
+from restkv.generate import Session
 from restkv.lm import LM
 from restkv.memory import Meter
 from restkv.policies import FullCache, Policy
 from restkv.prefill import embed
 from restkv.results import Decoding, Generation, Row, Stats
+from restkv.sizing import page_size
 from restkv.sparse import Pattern, chooser, parse_prefill
 
 Found = TypeVar("Found")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from modeling.errors import CompileError
+from modeling.errors import CompileError, TooManyShapes
 
 Result = TypeVar("Result")
 
@@ -53,6 +53,7 @@ def compiled(function: Callable[..., Result], **options: Any) -> Callable[..., R
     Raises (when called):
         CompileError: the compiler is off, or what makes machine code failed, for want of a C++ compiler for instance. Nothing has
             been run then.
+        TooManyShapes: torch.compile's limit of graphs for one function is reached. Nothing has been run then either.
     """
     name = function.__name__.strip("_")
 
@@ -72,6 +73,10 @@ def compiled(function: Callable[..., Result], **options: Any) -> Callable[..., R
         try:
             return run(*arguments, **named)
         except Exception as error:
+            if (
+                type(error).__name__ == "FailOnRecompileLimitHit"
+            ):  # its module is loaded by then, and costs seconds before
+                raise TooManyShapes(f"{name!r} has been compiled for too many shapes") from error
             if _before_it_ran(error):
                 raise cannot_compile(name, error) from error
             raise

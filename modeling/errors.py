@@ -26,8 +26,16 @@ class NumericError(RestKVError):
     """A model's logits are no numbers, so that nothing can be drawn from them."""
 
 
+class TooLargeError(RestKVError):
+    """There is not enough memory for what was asked for; the line names the numbers to lower."""
+
+
 class CompileError(RestKVError):
     """This machine cannot compile what was to be compiled."""
+
+
+class TooManyShapes(CompileError):
+    """torch.compile has compiled as many shapes of a function as it allows, and takes no other."""
 
 
 class RestKVWarning(UserWarning):

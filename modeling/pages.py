@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modeling.pool import EMPTY, SINK_PAGE, Companions, PagePool, read
+from modeling.pool import EMPTY, SINK_PAGE, Companions, PagePool, pool_size, read
 from modeling.rope import rotate
 
 UNBOUNDED = 2**31 - 1  # reach of a layer without a window, in a model where others have one
@@ -52,15 +52,21 @@ class LayerCache:
     Args:
         pool: where the pages come from.
         rows, heads: B and K; the cache has R = B*K lists.
-        max_pages: M, pages a list may hold before the table must grow (which recompiles).
+        ragged: lists of one row may differ in length, or those of other layers over the same pool.
         reach: see LayerView.
+    Attributes:
+        max_pages: M. It follows from the pool, so that pools of one size make tables of one shape: all of it where one list may
+            hold everything, else a head's share of it.
     """
 
-    def __init__(self, pool: PagePool, rows: int, heads: int, max_pages: int, reach: Tensor | None = None) -> None:
+    def __init__(
+        self, pool: PagePool, rows: int, heads: int, ragged: bool = False, reach: Tensor | None = None
+    ) -> None:
         self.pool = pool
         self.reach = reach
         self.rows, self.heads = rows, heads
-        self.max_pages = max_pages
+        self.ragged = ragged
+        self.max_pages = 0
         self.lists: list[list[int]] = [[] for _ in range(rows * heads)]
         self.used = torch.zeros(rows * heads, dtype=torch.int32, device=pool.pos.device)
         self._table = torch.zeros(0, dtype=torch.int32, device=pool.pos.device)
@@ -70,7 +76,7 @@ class LayerCache:
 
     def view(self) -> LayerView:
         pool = self.pool
-        if len(self._table) < len(self.lists) * self.max_pages + pool.num_pages:
+        if len(self._table) != len(self.lists) * self.max_pages + pool.num_pages:
             self.refresh()
         # The CPU lowering of flex wants one column per page of the pool; rows M apart cost R*M + P integers instead of R*P.
         table = self._table.as_strided((len(self.lists), pool.num_pages), (self.max_pages, 1))
@@ -78,15 +84,14 @@ class LayerCache:
         return LayerView(pool.k, pool.v, pool.pos, table, self.used, keep, self.reach, raw)
 
     def refresh(self, changed: slice = slice(None)) -> None:
-        """Copy the lists (or those that changed) to the device table, making it larger when a list or the pool outgrew it."""
-        longest = max(len(pages) for pages in self.lists)
-        if longest > self.max_pages:
-            self.max_pages = max(longest, 2 * self.max_pages)
-            changed = slice(None)  # every list begins elsewhere
+        """Copy the lists (or those that changed) to the device table, made anew when a list or the pool has outgrown it."""
+        usable = self.pool.num_pages - 1
+        share = usable if self.ragged else -(-usable // self.heads)
+        self.max_pages = max(self.max_pages, share, *(len(pages) for pages in self.lists))
         size = len(self.lists) * self.max_pages + self.pool.num_pages
-        if len(self._table) < size:
+        if len(self._table) != size:
             self._table = torch.zeros(size, dtype=torch.int32, device=self.pool.pos.device)
-            changed = slice(None)
+            changed = slice(None)  # every list begins elsewhere
         longest = max(map(len, self.lists[changed]))  # a table with room for a whole pool is mostly empty
         fresh = [pages + [SINK_PAGE] * (longest - len(pages)) for pages in self.lists[changed]]
         table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
@@ -233,7 +238,7 @@ class LayerCache:
     def row(self, index: int) -> LayerCache:
         """A window onto one row: what is done to it is done to this cache, which sees it after `refresh`."""
         lists = slice(index * self.heads, (index + 1) * self.heads)
-        part = LayerCache(self.pool, 1, self.heads, self.max_pages, self.reach)
+        part = LayerCache(self.pool, 1, self.heads, self.ragged, self.reach)
         part.lists = self.lists[lists]
         part.used = self.used[lists]
         part.refresh()
@@ -241,7 +246,7 @@ class LayerCache:
 
     def fork(self, rows: Sequence[int]) -> LayerCache:
         """A cache whose row i continues row rows[i] of this one; both share the pages until one of them writes."""
-        twin = LayerCache(self.pool, len(rows), self.heads, self.max_pages, self.reach)
+        twin = LayerCache(self.pool, len(rows), self.heads, self.ragged, self.reach)
         sources = [row * self.heads + head for row in rows for head in range(self.heads)]
         twin.used = self.used[sources].clone()
         used = self.lengths()
@@ -315,16 +320,27 @@ class KVCache:
         spare: int = 0,
         ragged: bool = False,
         shared: bool = False,
+        most: int | None = None,
+        filled: int | None = None,
+        steps: int = 4,
     ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head on average, one layer per entry of `windows`.
 
         `spare` pages per list lie ready besides. `ragged` lists may differ within a layer; with `shared`, all layers draw on
         one pool and may differ too.
+
+        Args:
+            most: entries that will do for all that is planned, where that is known. If there is room for them from the start, the
+                pools have exactly their size; else one of those that they grow through.
+            filled: rows that there is room for; None: all. The others are padding.
+            steps: which sizes those are (pool_size).
         """
-        max_pages = -(-entries // page)
-        per_layer = rows * num_kv_heads * (max_pages + spare)
+        lists = (rows if filled is None else filled) * num_kv_heads * (len(windows) if shared else 1)
+        pages = lists * (-(-entries // page) + spare)
+        limit = None if most is None else lists * (-(-most // page) + spare)
+        size = pool_size(pages, steps) if limit is None else min(pool_size(pages, steps), limit)
         pools = [
-            PagePool(per_layer * (len(windows) if shared else 1), page, head_dim, dtype, device, companions)
+            PagePool(size, page, head_dim, dtype, device, companions, steps, limit)
             for _ in range(1 if shared else len(windows))
         ]
         layers = []
@@ -333,10 +349,7 @@ class KVCache:
             if any(windows):
                 reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
             pool = pools[0 if shared else index]
-            # Ragged lists may take any share of the pool; a table that never grows never recompiles.
-            layers.append(
-                LayerCache(pool, rows, num_kv_heads, pool.num_pages if ragged or shared else max_pages, reach)
-            )
+            layers.append(LayerCache(pool, rows, num_kv_heads, ragged or shared, reach))
         return cls(layers, window, num_heads)
 
     def reserve(self, extra: int | Sequence[int]) -> None:
@@ -352,6 +365,13 @@ class KVCache:
             layer.refresh()
 
     def views(self) -> list[LayerView]:
+        """What a step reads and writes. Pools that have grown apart, by a page of some ragged list, are brought to one size: a
+        compiled step would know every combination of sizes for another.
+        """
+        largest = max(layer.pool.num_pages for layer in self.layers)
+        for layer in self.layers:
+            if layer.pool.num_pages < largest:
+                layer.pool.grow(largest - layer.pool.num_pages)
         return [layer.view() for layer in self.layers]
 
     def recent(self, layer: int) -> tuple[Tensor, Tensor]:

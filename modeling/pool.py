@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from modeling.room import require
+
 EMPTY = -1  # pos of a slot without a live entry
 SINK_PAGE = 0  # the page that swallows writes nobody may read
 Companions = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> (shape of one slot's value, dtype)
@@ -22,6 +24,15 @@ Companions = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> (shape o
 def read(slab: Tensor, slot: Tensor) -> Tensor:
     """slab[slot] of the first dimension, [*slot.shape, ...]: on a CPU several times as fast as indexing with a tensor."""
     return slab.index_select(0, slot.flatten()).view(*slot.shape, *slab.shape[1:])
+
+
+def pool_size(pages: int, steps: int) -> int:
+    """The smallest of the sizes a pool may have that is not below `pages`: `steps` of them between a power of two and the next.
+
+    With 4 steps: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...; with 1: powers of two.
+    """
+    step = 1 << max(0, (pages - 1).bit_length() - steps.bit_length())
+    return -(-pages // step) * step
 
 
 class PagePool:
@@ -33,6 +44,10 @@ class PagePool:
         head_dim, dtype, device: of k and v, which start at zero (a masked NaN would still poison a flex block).
         companions: per-slot data that moves with its entry, zero at first. Known to the forward pass: `keep` [S, G] bool and
             `raw` [S, D] (see LayerView).
+        steps: which sizes it may grow to (pool_size).
+        most: usable pages that will do for all that is planned: a pool that grows stops there before it goes on.
+    Raises:
+        MemoryError: so much memory is not free (or whatever torch raises about it).
     """
 
     def __init__(
@@ -43,9 +58,14 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
         companions: Companions | None = None,
+        steps: int = 4,
+        most: int | None = None,
     ) -> None:
-        self.page = page
+        self.page, self._steps, self._most = page, steps, most
         slots = (num_pages + 1) * page
+        sizes = [2 * head_dim * dtype.itemsize, 4]
+        sizes += [torch.Size(shape).numel() * kind.itemsize for shape, kind in (companions or {}).values()]
+        require(slots * sum(sizes), device)
         self.k = torch.zeros(1, 1, slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.pos = torch.full((slots,), EMPTY, dtype=torch.int32, device=device)
@@ -82,7 +102,12 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """`count` empty pages (pos = -1 and all else 0 throughout); the pool grows when it has too few."""
         if count > len(self._free):
-            self.grow(max(count - len(self._free), self.num_pages // 2))
+            usable = self.num_pages - 1
+            least = usable + count - len(self._free)
+            size = pool_size(least, self._steps)
+            if self._most is not None and least <= self._most:
+                size = min(size, self._most)
+            self.grow(size - usable)
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
@@ -124,13 +149,18 @@ class PagePool:
         return copy
 
     def grow(self, count: int) -> None:
-        """Add `count` pages. Shapes change, so compiled graphs that read this pool are compiled anew."""
-        more = count * self.page
-        first = self.num_pages
-        self.k = torch.cat([self.k, self.k.new_zeros(1, 1, more, self.k.shape[-1])], dim=2)
-        self.v = torch.cat([self.v, self.v.new_zeros(1, 1, more, self.v.shape[-1])], dim=2)
-        self.pos = torch.cat([self.pos, self.pos.new_full((more,), EMPTY)])
-        for name, data in self.companions.items():
-            self.companions[name] = torch.cat([data, data.new_zeros(more, *data.shape[1:])])
+        """Add `count` pages. Shapes change, so compiled graphs that read this pool are compiled anew.
+
+        Where memory is lacking it stays as it is, and so does every page.
+        """
+        more, first = count * self.page, self.num_pages
+        require((first + count) * self.page_bytes, self.k.device)  # the old slabs go only when the new ones are made
+        k = torch.cat([self.k, self.k.new_zeros(1, 1, more, self.k.shape[-1])], dim=2)
+        v = torch.cat([self.v, self.v.new_zeros(1, 1, more, self.v.shape[-1])], dim=2)
+        pos = torch.cat([self.pos, self.pos.new_full((more,), EMPTY)])
+        companions = {
+            name: torch.cat([data, data.new_zeros(more, *data.shape[1:])]) for name, data in self.companions.items()
+        }
+        self.k, self.v, self.pos, self.companions = k, v, pos, companions
         self._refs.extend([0] * count)
         self._free[:0] = range(first + count - 1, first - 1, -1)

@@ -8,6 +8,8 @@ from modeling.errors import (
     RestKVError,
     RestKVWarning,
     TokenizerError,
+    TooLargeError,
+    TooManyShapes,
 )
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "RestKVError",
     "RestKVWarning",
     "TokenizerError",
+    "TooLargeError",
+    "TooManyShapes",
 ]
 
 

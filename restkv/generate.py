@@ -6,12 +6,14 @@ Text lives in lm.py and cli.py. Letters: B batch rows, T new tokens, V vocabular
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.compiled import compiled
@@ -21,19 +23,26 @@ from modeling.layers import Decoder
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
 from modeling.pages import KVCache, LayerView
+from modeling.room import lacking
 from modeling.sparse import sparse_attention
 from restkv.compiling import check_compiler
-from restkv.errors import NumericError, PromptError
+from restkv.errors import NumericError, PromptError, TooManyShapes
 from restkv.evict import Evictor, Roots, companions_of
 from restkv.policies.base import Policy, require_policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
+from restkv.sizing import Job, power, room_for, too_large
 from restkv.sparse import Pattern, parse_prefill
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 CHUNK = 512  # tokens per chunk of a chunked prefill
 COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 BROKEN = -1  # drawn from logits that are no numbers
-COMPILED_SHAPES = 64  # distinct cache shapes a process may compile before torch.compile raises
+# Graphs that torch.compile may make of a function. A server of one model and policy needs fewer (docs/performance.md, "Shapes");
+# one that goes beyond goes on with sdpa.
+COMPILED_SHAPES = 128
 SAVED_ROOM = 64 << 20  # bytes of pages that a session read from a file may have ready beyond four times what it holds
 
 
@@ -72,6 +81,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.roots = Roots(self.model)
+        self._remarked = False
         self._decode, self._hidden = (compiled(function, options=OPTIONS) for function in (_decode, step))
         if self.backend == "flex":
             try:
@@ -99,6 +109,9 @@ class Engine:
         if self.backend == "flex":
             try:
                 return compiling(*inputs, **options, backend="flex")
+            except TooManyShapes:
+                self._remark_shapes()
+                return eager(*inputs, **options, backend="sdpa")
             except CompileError as error:
                 self._give_way(error)
         return eager(*inputs, **options, backend=self.backend)
@@ -109,12 +122,34 @@ class Engine:
         self.backend = "sdpa"
         warnings.warn(f"{error}; going on with sdpa", RestKVWarning, stacklevel=2)
 
+    def _remark_shapes(self) -> None:
+        """Once: whatever has one of the compiled shapes runs compiled all the same."""
+        if not self._remarked:
+            self._remarked = True
+            warnings.warn(
+                f"caches of {torch._dynamo.config.recompile_limit} shapes have been compiled, as many as torch.compile allows "
+                "here; those of other shapes go on with sdpa, which compiles nothing. Fewer policies and chunk sizes in a "
+                "process make fewer shapes",
+                RestKVWarning,
+                stacklevel=3,
+            )
+
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     def new_cache(
-        self, policy: Policy, rows: int, entries: int, queries: int, ragged: bool, shared: bool, forks: int, page: int
+        self,
+        policy: Policy,
+        rows: int,
+        entries: int,
+        queries: int,
+        ragged: bool,
+        shared: bool,
+        forks: int,
+        page: int,
+        most: int | None = None,
+        filled: int | None = None,
     ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head.
 
@@ -124,6 +159,7 @@ class Engine:
             shared: layers too.
             forks: pages per list to have ready for forks.
             page: slots per page.
+            most, filled: see KVCache.create.
         """
         config = self.model.config
         return KVCache.create(
@@ -141,12 +177,10 @@ class Engine:
             spare=int(ragged or shared) + forks,
             ragged=ragged,
             shared=shared,
+            most=most,
+            filled=filled,
+            steps=1 if self.backend == "flex" else 4,
         )
-
-
-def page_size(entries: int) -> int:
-    """Slots per page: small caches waste less with small pages, large ones read faster with large pages."""
-    return 128 if entries >= 512 else 32
 
 
 def _decode(
@@ -165,6 +199,22 @@ def _decode(
     return model.head(x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B])
 
 
+def _says_what_to_lower(method: Callable[Concatenate[Session, P], Result]) -> Callable[Concatenate[Session, P], Result]:
+    """A session's method in which lack of memory is one line."""
+
+    @functools.wraps(method)
+    def call(self: Session, *arguments: P.args, **options: P.kwargs) -> Result:
+        try:
+            return method(self, *arguments, **options)
+        except (MemoryError, RuntimeError) as error:
+            if (asked := lacking(error)) is None:
+                raise
+            wide = self.engine.model.dtype.itemsize > 2
+            raise too_large(self._sized, self.policy, self._chunked, wide, asked) from None
+
+    return call
+
+
 class Session:
     """Rows of tokens over one paged cache: prefill, then decode step by step under a policy.
 
@@ -172,7 +222,7 @@ class Session:
         engine: model and backend.
         policy: what is evicted, and when.
         lengths: prompt lengths of the rows.
-        max_new_tokens: room to plan for; a cache without a decode budget is sized by it.
+        max_new_tokens: how long the answer may get. A cache without a decode budget grows with it.
         prefill: "dense": each prompt in one piece, evicted when a layer is through (the paper); "chunked": `chunk` tokens at a
             time, each chunk attending before it is evicted, so that memory is bounded for prompts of any length; a Pattern of
             restkv.sparse or its text, such as "flexprefill:gamma=0.95": in one piece, and only a part of the attention is
@@ -190,6 +240,7 @@ class Session:
     """
 
     @own_modes
+    @_says_what_to_lower
     def __init__(
         self,
         engine: Engine,
@@ -217,13 +268,28 @@ class Session:
             "forks": forks,
         }
         self._chunked, self._chunk = prefill == "chunked", chunk
-        self.evictor = Evictor(engine.model, policy, engine.roots, lengths)
+        # A compiled step knows few numbers of rows and of tokens: what is missing is padding.
+        few = engine.backend == "flex"
+        self._width = power(chunk) if few else chunk
+        rows = power(len(lengths)) if few else len(lengths)
+        self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
         self._interval = policy.interval if policy.budget is not None else None
         # Very frequent evictions only mark; the pages are reclaimed every so many tokens (0: nothing is evicted while decoding).
         self.period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
         if self._interval and self._interval >= COMPACT_EVERY // 4:
             self.period = self._interval
-        self.cache = self._new_cache(lengths, max_new_tokens, extends or self._chunked, forks, saved)
+        layers = engine.model.config.num_layers
+        self._sized = Job(
+            lengths=lengths,
+            budgets=[-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)][: len(lengths)],
+            max_new_tokens=max_new_tokens,
+            interval=self._interval,
+            period=self.period,
+            chunk=self._width if extends or self._chunked else 0,
+            forks=forks,
+            compiled=few,
+        )
+        self.cache = self._new_cache(saved)
         self.ids: list[list[int]] = [[] for _ in lengths]
         self.logits_BV = torch.empty(0)
         self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
@@ -236,53 +302,37 @@ class Session:
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
         self._sound_B = torch.ones_like(self._active_B)  # the logits after every prompt and chunk were numbers
 
-    def _new_cache(
-        self, lengths: Sequence[int], max_new_tokens: int, extends: bool, forks: int, saved: Saved | None
-    ) -> KVCache:
-        """A cache for this job. Its shape does not depend on the prompt when the budget is a number: then nothing recompiles.
-
-        Needs that no policy bounds are rounded up by at most a quarter, so that jobs of similar length share a compiled graph.
-        """
-        policy, group = self.policy, self.engine.model.config.group
-        layers = self.engine.model.config.num_layers
-        union = group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
-        room = self.period + (self._chunk if extends else 0)
-        budgets = [-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)]
-        fixed = policy.budget is not None and not isinstance(policy.budget, float)
-        if fixed and self._interval:
-            entries = max(max(budgets), policy.high_water or 0) * union + room
-        else:
-            held = [budget * union for budget in budgets]
-            need = max(held if fixed else map(min, lengths, held))
-            need += room + (min(max_new_tokens, self._interval) if self._interval else max_new_tokens)
-            quarter = 1 << max(need.bit_length() - 3, 5)
-            entries = -(-need // quarter) * quarter
+    def _new_cache(self, saved: Saved | None) -> KVCache:
+        """An empty cache for this job."""
+        policy, config = self.policy, self.engine.model.config
+        room = room_for(self._sized, policy, config)
         queries = 0
         if self._interval or self._chunked:
-            fresh = (self._interval or 0) + (self._chunk if extends else 0)
+            fresh = (self._interval or 0) + self._sized.chunk
             queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
-        page = page_size(entries - room)
+        entries, forks = room.entries, room.forks
         if saved is not None:
             if saved.queries != queries:
                 raise PromptError(f"{saved.queries} queries are remembered, {policy.name} looks at {queries}")
-            per_entry = len(lengths) * self.engine.model.config.kv_bytes_per_token(self.engine.model.dtype)
-            if per_entry * entries * (1 + forks) > max(SAVED_ROOM, 4 * per_entry * saved.entries):
-                entries, forks = saved.entries + page, 0
-        # A fork that evicts moves all it holds to pages of its own; one that only appends copies the page it goes on in.
-        own = entries if self._interval else min(entries, max_new_tokens + room + page)
-        uneven = policy.budget is not None and len(set(policy.layer_budgets(1 << 30, layers))) > 1
+            per_entry = len(self._sized.lengths) * config.kv_bytes_per_token(self.engine.model.dtype)
+            if per_entry * (entries + forks * room.page) > max(SAVED_ROOM, 4 * per_entry * saved.entries):
+                entries, forks = saved.entries + room.page, 0
+        uneven = policy.budget is not None and len(set(policy.layer_budgets(1 << 30, config.num_layers))) > 1
         return self.engine.new_cache(
             policy,
-            len(lengths),
+            len(self.evictor.states),
             entries,
             queries,
-            ragged=policy.allocation.ragged or union > 1,
+            ragged=policy.allocation.ragged or (policy.granularity == "query" and config.group > 1),
             shared=policy.allocation.across_layers or uneven,
-            forks=forks * -(-own // page),
-            page=page,
+            forks=forks,
+            page=room.page,
+            most=room.most,
+            filled=None if room.every_row else len(self._sized.lengths),
         )
 
     @own_modes
+    @_says_what_to_lower
     def prefill(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Run the prompts, one row at a time (a row of a batch is the same computation as the prompt alone).
 
@@ -316,6 +366,7 @@ class Session:
                 raise self.numeric_error(row)
 
     @own_modes
+    @_says_what_to_lower
     def extend(self, rows: Sequence[Sequence[int]]) -> None:
         """Append several tokens per row (none for some, perhaps), in chunks, each attending before it is evicted.
 
@@ -333,6 +384,7 @@ class Session:
             self._room = 0
 
     @own_modes
+    @_says_what_to_lower
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Append tokens as `extend` does, and say how likely each was: log-probabilities (nats), float32, [T] for every row.
 
@@ -383,8 +435,10 @@ class Session:
     def _append(self, cache: KVCache, pieces: Sequence[Sequence[int]], run: Callable[..., Tensor]) -> Tensor:
         """What `run` (Engine.decode or Engine.hidden) returns for one chunk, which the cache takes in."""
         engine, self._drawn_B = self.engine, None
+        rows = len(pieces)
+        pieces = [*pieces, *[[]] * (cache.rows - rows)]
         counts = [len(piece) for piece in pieces]
-        width = self._chunk if engine.backend == "flex" else max(counts)  # one compiled graph for all pieces
+        width = self._width if engine.backend == "flex" else max(counts)  # one compiled graph for all pieces
         padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
         ids_BT = torch.tensor(padded, device=engine.device)
         counts_B = torch.tensor(counts, dtype=torch.int32, device=engine.device)
@@ -393,7 +447,7 @@ class Session:
         cache.reserve(counts)
         result = run(engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window)
         cache.next_pos.add_(counts_B)
-        return result
+        return result[:rows]
 
     @own_modes
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
@@ -428,6 +482,7 @@ class Session:
         return torch.where(fine_B | ~self._active_B, ids_B, BROKEN)
 
     @own_modes
+    @_says_what_to_lower
     def feed(self, ids_B: Tensor) -> None:
         """Append one token per active row and compute the next logits; evicts when the interval is over.
 
@@ -442,12 +497,16 @@ class Session:
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
                 self._room = min(self._room, self._planned)
             cache.reserve(self._room)
-        pos_B1 = torch.where(self._active_B, cache.next_pos, -1)[:, None]
-        self.logits_BV = engine.decode(
+        rows, active_B = len(ids_B), self._active_B
+        if unused := cache.rows - rows:
+            ids_B, active_B = F.pad(ids_B, (0, unused)), F.pad(active_B, (0, unused))
+        pos_B1 = torch.where(active_B, cache.next_pos, -1)[:, None]
+        logits_BV = engine.decode(
             engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window
         )
+        self.logits_BV = logits_BV[:rows] if unused else logits_BV
         self._room, self._planned = self._room - 1, self._planned - 1
-        cache.next_pos.add_(self._active_B)
+        cache.next_pos.add_(active_B)
         self._after(1, compact=self._since_compaction + 1 >= self.period)
 
     def _after(self, tokens: int, compact: bool) -> None:
@@ -457,7 +516,9 @@ class Session:
         if self._interval and self._since_eviction >= self._interval:
             self._since_eviction = 0
             self.max_live = max(self.max_live, *(int(layer.live_counts().max()) for layer in self.cache.layers))
-            self.evictions += self.evictor.round(self.cache, compact, self.active)
+            self.evictions += self.evictor.round(
+                self.cache, compact, [*self.active, *[False] * (self.cache.rows - len(self.active))]
+            )
             if compact:
                 self._since_compaction = self._room = 0
 
@@ -486,6 +547,7 @@ class Session:
         self._planned = max_new_tokens
 
     @own_modes
+    @_says_what_to_lower
     def fork(self, max_new_tokens: int = 0) -> Session:
         """A session that goes on from here on its own; pages are shared until one of the two writes."""
         twin = copy.copy(self)
@@ -503,5 +565,5 @@ class Session:
     @own_modes
     def kept(self) -> list[list[float]]:
         """Live entries per KV head (mean over heads), one list per layer with one number per row."""
-        counts = [layer.live_counts().double().mean(-1) for layer in self.cache.layers]
+        counts = [layer.live_counts()[: len(self.active)].double().mean(-1) for layer in self.cache.layers]
         return [count_B.tolist() for count_B in counts]  # sync: figures for a person, never while decoding

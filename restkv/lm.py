@@ -272,7 +272,7 @@ class LM:
     def measure(self, session: Session, stats: Stats) -> None:
         """Write into `stats` what the cache of a session holds now."""
         cache = session.cache
-        stats.seen = cache.next_pos.tolist()  # sync: once, at the end
+        stats.seen = cache.next_pos[: len(session.active)].tolist()  # sync: once, at the end
         stats.kept = session.kept()
         stats.max_kept = max(session.max_live, *(int(layer.live_counts().max()) for layer in cache.layers))
         stats.live_bytes, stats.allocated_bytes = cache.live_bytes, cache.allocated_bytes

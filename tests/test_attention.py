@@ -69,7 +69,7 @@ class Scene:
             pool.release([page])
         self.window = dice.choice([1, 5, s.page, 3 * s.page, None]) if s.windowed else None
         reach = torch.tensor([self.window or UNBOUNDED], dtype=torch.int32) if s.windowed else None
-        self.cache = LayerCache(pool, s.B, s.K, MAX_PAGES, reach)
+        self.cache = LayerCache(pool, s.B, s.K, True, reach)
 
         # All keys of a steep scene point away from all its queries: logits near -150, where a maximum that starts at 0 fails.
         steep = dice.random() < 0.3
@@ -280,7 +280,7 @@ def test_soft_capped_attention_in_pieces_is_attention_at_once(logits, monkeypatc
 
 
 def test_eager_attention_over_lists_without_entries_is_zero():
-    cache = LayerCache(PagePool(4, 8, 16, torch.float32, CPU), 1, 2, 2)
+    cache = LayerCache(PagePool(4, 8, 16, torch.float32, CPU), 1, 2)
     q_pos_BT = torch.tensor([[3, -1]], dtype=torch.int32)
     for softcap in (None, 5.0):
         out = paged_attention(
@@ -306,7 +306,7 @@ class Decoded:
         prompt, tokens = small_ids(10), small_ids(self.TOKENS, seed=1)
         self.logits = {}
         for backend in ("sdpa", "flex"):
-            session = Session(Engine(model, backend), FullCache(), [len(prompt)], 400_000)
+            session = Session(Engine(model, backend), FullCache(), [400_000], 40)  # a large pool
             session.prefill([prompt])
             pools = [layer.pool for layer in session.cache.layers]
             self.pool_bytes = pools[0].k.numel() * pools[0].k.element_size()

@@ -35,7 +35,7 @@ from stepwise import Head, Kept, Ladder, Row, exact
 from torch import Tensor
 
 from modeling.rope import rotate
-from restkv import generate
+from restkv import generate, sizing
 from restkv.context import CompressedContext
 from restkv.generate import Engine, Session
 from restkv.lm import LM
@@ -273,7 +273,7 @@ class Machine(RuleBasedStateMachine):
         self._contexts = ExitStack()
         self._contexts.enter_context(torch.no_grad())
         self._contexts.enter_context(patch.object(generate, "COMPACT_EVERY", COMPACT_EVERY))
-        self._contexts.enter_context(patch.object(generate, "page_size", lambda entries: PAGE))
+        self._contexts.enter_context(patch.object(sizing, "page_size", lambda entries: PAGE))
         self._watch = self._contexts.enter_context(watched())
         self._watch.ladders = False
         self.live: list[Live] = []

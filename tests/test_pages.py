@@ -32,7 +32,7 @@ def cache_of(windows=(None,), rows=1, heads=1, entries=4, **options) -> KVCache:
 
 
 def layer_of(pages: int, rows: int = 1, heads: int = 1, companions=None) -> LayerCache:
-    return LayerCache(PagePool(pages, PAGE, D, torch.float32, CPU, companions), rows, heads, 4)
+    return LayerCache(PagePool(pages, PAGE, D, torch.float32, CPU, companions), rows, heads)
 
 
 def fill(cache: LayerCache, row: int, count: int, first: int = 0) -> None:

@@ -1,0 +1,58 @@
+"""Lack of memory: known before the operating system has to end the process, and said in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+LARGE = 1 << 26  # bytes; less is not worth a look at what is free
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def require(count: int, device: torch.device) -> None:
+    """Refuse to begin what takes more memory of the host than is free. Linux would grant it, and end the process later.
+
+    Raises:
+        MemoryError: `count` bytes are not free.
+    """
+    if device.type != "cpu" or count < LARGE:
+        return
+    free = free_bytes()
+    if free is not None and count > free:
+        raise MemoryError(f"tried to allocate {count} bytes of {free} that are free")
+
+
+def free_bytes() -> int | None:
+    """Memory that the host, or the container, can still give; None where nobody says."""
+    try:
+        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE))
+        free = 1024 * (int(fields["MemAvailable"]) + int(fields.get("SwapFree", 0)))
+    except (OSError, KeyError):
+        return None
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        return min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0))  # "max" is no number
+    except (OSError, ValueError):
+        return free
+
+
+def lacking(error: BaseException) -> str | None:
+    """How much memory an error is about, in words such as " (8.1 GB were asked for)", or ""; None if it is another error."""
+    said = str(error)
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search(
+            r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed", said
+        )
+    )
+    if not lacks:
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", said, re.IGNORECASE)
+    if asked is None:
+        return ""
+    if asked[2] != "bytes":
+        return f" ({asked[1]} {asked[2]} were asked for)"
+    return f" ({int(asked[1]) / 1e9:.1f} GB were asked for)" if int(asked[1]) >= 1e8 else ""

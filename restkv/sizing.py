@@ -1,0 +1,123 @@
+"""How much room a session's cache has from the start, and what to say where there is none.
+
+A shape of cache is a graph to compile, and room is memory: both are to be few. A cache that a policy bounds has its whole room at
+once and never changes; any other begins with the prompt and some tokens more, and grows through few sizes (modeling/pool.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modeling.config import ModelConfig
+from restkv.errors import TooLargeError
+from restkv.policies.base import Policy
+
+AHEAD = 512  # tokens for which a cache that grows with them has room from the start
+FIXED = 8192  # entries per head up to which a bounded cache has all its room from the start, whatever the prompt
+LEAST_PAGES = 4  # of a list in a compiled cache that grows: smaller ones would be more shapes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a session is to do.
+
+    Args:
+        lengths: tokens of each row's prompt.
+        budgets: entries per head that each row may keep, the mean over layers.
+        max_new_tokens: of an answer, at most.
+        interval, period: tokens between two evictions (None: none while decoding), and between two compactions (0).
+        chunk: tokens that are appended at once, at most; 0 if always one.
+        forks: alive at the same time.
+        compiled: few shapes are wanted, at the cost of more room.
+    """
+
+    lengths: Sequence[int]
+    budgets: Sequence[int]
+    max_new_tokens: int
+    interval: int | None
+    period: int
+    chunk: int
+    forks: int
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Room:
+    """Room of a cache, per list of pages.
+
+    Attributes:
+        entries: from the start.
+        most: that will ever be needed; None: nobody knows.
+        page: slots of a page.
+        forks: pages for forks besides.
+        every_row: rows that are only padding have room too, so that its shape is that of the full number of rows.
+    """
+
+    entries: int
+    most: int | None
+    page: int
+    forks: int
+    every_row: bool
+
+
+def room_for(job: Job, policy: Policy, config: ModelConfig) -> Room:
+    """Room for a session. It does not depend on the prompt where the budget is a number of at most FIXED entries."""
+    union = config.group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
+    budgets = [max(budget, policy.high_water or 0) * union for budget in job.budgets]
+    fixed = policy.budget is not None and not isinstance(policy.budget, float)
+    later, soon = job.period + job.chunk, min(job.period, AHEAD) + min(job.chunk, AHEAD)
+    answer = 0 if job.interval else min(job.max_new_tokens, AHEAD)
+    most = max(budgets) + later if fixed and job.interval else None
+    if most is not None and most <= FIXED:
+        entries, page, every_row = most, page_size(most - later), True
+    else:
+        constant = fixed and max(budgets) <= FIXED
+        held = max(budgets) if constant else max(map(min, job.lengths, budgets))
+        # A text that goes on and on may become long: then pages that are read fast.
+        planned = FIXED if job.chunk else held + job.max_new_tokens
+        page = page_size(held if job.interval or constant else planned)
+        entries = max(held + soon + answer, LEAST_PAGES * page if job.compiled else 1)
+        every_row = False
+    # A fork that evicts moves all it holds to pages of its own; one that only appends copies the page it goes on in.
+    own = entries if job.interval else min(entries, answer + soon + page)
+    return Room(entries, most, page, job.forks * -(-own // page), every_row)
+
+
+def page_size(entries: int) -> int:
+    """Slots per page: small caches waste less with small pages, large ones read faster with large pages."""
+    return 128 if entries >= 512 else 32
+
+
+def power(count: int) -> int:
+    """The power of two that is not below."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def too_large(job: Job, policy: Policy, chunked: bool, wide: bool, asked: str) -> TooLargeError:
+    """What to raise where memory is lacking: which of the job's numbers to lower.
+
+    Args:
+        chunked: the prompt is read in chunks, so that its length costs nothing.
+        wide: the model would take less in a narrower dtype.
+        asked: how much memory was lacking, in words, or "".
+    """
+    lower = []
+    if policy.budget is None or not chunked:
+        lower.append(f"the prompt ({max(job.lengths, default=0)} tokens)")
+    if policy.budget is not None:
+        lower.append(f"the budget ({policy.budget})")
+    if job.interval is None:
+        lower.append(f"max_new_tokens ({job.max_new_tokens})")
+    elif job.interval > AHEAD:
+        lower.append(f"the interval ({job.interval})")
+    if len(job.lengths) > 1:
+        lower.append(f"the rows ({len(job.lengths)})")
+    if job.chunk > AHEAD:
+        lower.append(f"the chunk ({job.chunk} tokens)")
+    numbers = " or ".join([", ".join(lower[:-1]), lower[-1]] if lower[1:] else lower)
+    other = ", or take a method with a budget" if policy.budget is None else ""
+    dtype = ", or load the model in bfloat16" if wide else ""
+    return TooLargeError(
+        f"not enough memory for this prompt and answer under {policy.name}{asked}; lower {numbers}{other}{dtype}"
+    )
