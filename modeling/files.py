@@ -69,7 +69,7 @@ def read_text(path: Path, error: type[RestKVError]) -> str:
     try:
         return read_bytes(path, error).decode()
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: not UTF-8 text (byte {problem.start}); copy or download the file again") from None
+        raise error(f"{path}: unreadable (not UTF-8, byte {problem.start}); copy or download the file again") from None
 
 
 def size_limit(path: Path) -> int:

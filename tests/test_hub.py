@@ -18,7 +18,7 @@ from modeling.hub import HubName, download, hub_name
 from modeling.loading import load_outline, resolve
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
-SECONDS = 0.3  # of patience in these tests
+PATIENT, IMPATIENT = 10, 0.3  # seconds
 
 
 @pytest.fixture
@@ -34,8 +34,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", SECONDS)
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", SECONDS)
+        wait_for(PATIENT, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what has come of a chunk is lost with it
         monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
@@ -53,6 +52,14 @@ def _forget_client() -> None:
     close = getattr(huggingface_hub, "close_session", None)
     if close is not None:
         close()
+
+
+def wait_for(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long the library waits for a server that says nothing."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", seconds)
 
 
 def failure(name: str, within: float = 20.0) -> str:
@@ -153,8 +160,9 @@ def test_a_connection_that_always_drops_ends_in_one_line_and_a_rerun_goes_on(hub
 
 
 @pytest.mark.parametrize("stage", ["info", "tree", "head", "body"])
-def test_a_silent_server_ends_in_one_line(hub, stage):
+def test_a_silent_server_ends_in_one_line(hub, stage, monkeypatch):
     hub.silent = {stage}
+    wait_for(IMPATIENT, monkeypatch)
     if stage == "tree" and not _lists_trees():
         pytest.skip("this version of huggingface_hub asks for no tree")
     message = failure("org/name")
@@ -165,9 +173,10 @@ def _lists_trees() -> bool:
     return hasattr(huggingface_hub, "get_cached_repo_tree")
 
 
-def test_a_server_that_falls_silent_is_met_with_the_cache(hub):
+def test_a_server_that_falls_silent_is_met_with_the_cache(hub, monkeypatch):
     folder = resolve("org/name")
     hub.silent = {"info"}
+    wait_for(IMPATIENT, monkeypatch)
     assert resolve("org/name") == folder
 
 
@@ -285,13 +294,14 @@ def test_what_the_library_does_not_meet_with_the_cache_we_do(error, words, hub, 
         assert resolve("org/name") == folder
 
 
-def test_the_client_is_as_it_was_afterwards(hub):
+def test_the_client_is_as_it_was_afterwards(hub, monkeypatch):
     from huggingface_hub.utils import get_session
 
     send = get_session().send
     resolve("org/name")
     assert get_session().send == send
     hub.silent = {"info"}
+    wait_for(IMPATIENT, monkeypatch)
     failure("org/name@v1")
     assert get_session().send == send
 
