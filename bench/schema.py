@@ -211,13 +211,9 @@ def require_row(kind: str, arguments: Mapping[str, Any], row: Mapping[str, Any])
     require(fields, row)
     for field, argument in AMONG.items():
         values = arguments.get(argument)
-        if (
-            field in fields
-            and isinstance(values, list)
-            and values
-            and row[field] is not None
-            and row[field] not in values
-        ):
+        if not isinstance(values, list) or not values or None in values:  # a depth of None is left to the task
+            continue
+        if field in fields and row[field] is not None and row[field] not in values:
             raise ValueError(f"{field} is {shown(row[field])}, which is not among the run's {argument}")
     budgets: Sequence[Any] = arguments.get("budgets", ())
     if fields is _ANSWERED and row["budget"] is not None and row["budget"] not in budgets:
