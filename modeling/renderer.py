@@ -171,7 +171,7 @@ class Renderer:
         try:
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-ISB", str(CHILD), *sorted(folders)],
+                    [sys.executable or "", "-ISB", str(CHILD), *sorted(folders)],
                     stdin=theirs.fileno(),
                     stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,

@@ -544,6 +544,12 @@ def test_another_template_does_not_suffer(tmp_path):
         tokenizer.render(HELLO, template_name="bad")
 
 
+@pytest.mark.parametrize("messages", [None, 3, "hello", {"role": "user"}, [None], [{"content": 1}], [["role"]]])
+def test_what_is_no_conversation_is_one_line(messages, rendered):
+    with pytest.raises(TokenizerError, match=r"^chat message"):
+        rendered("x", messages)
+
+
 def test_no_template_at_all():
     assert not ChatTemplates({}, "here") and ChatTemplates({}, "here").default is None
     with pytest.raises(TokenizerError, match="here: has no chat template; pass plain text"):
