@@ -36,22 +36,11 @@ def stand_in(start: bytes) -> str | None:
     return next((text for begin, text in STAND_INS.items() if lowered.startswith(begin)), None)
 
 
-def check_file(path: Path, error: type[RestKVError]) -> None:
-    """Raise `error` with one line when a file is too large, cannot be read, or is a Git LFS pointer or a web page.
-
-    For files that other libraries read by their name, such as tokenizer.json.
-    """
-    try:
-        with path.open("rb") as file:
-            _check_size(path, os.fstat(file.fileno()).st_size, error)
-            start = file.read(LONGEST_START)
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({reason(problem)})") from None
-    _check_start(path, start, error)
-
-
 def read_bytes(path: Path, error: type[RestKVError]) -> bytes:
-    """The content of a small file; raises `error` as check_file does."""
+    """The content of a small file.
+
+    Raises `error` with one line when it is too large, cannot be read, or is a Git LFS pointer or a web page.
+    """
     limit = size_limit(path)
     try:
         with path.open("rb") as file:
@@ -62,14 +51,6 @@ def read_bytes(path: Path, error: type[RestKVError]) -> bytes:
     _check_size(path, len(content), error)  # some files have no size before they are read
     _check_start(path, content, error)
     return content
-
-
-def read_text(path: Path, error: type[RestKVError]) -> str:
-    """The text of a small UTF-8 file; raises `error` as check_file does, and for bytes that are no UTF-8."""
-    try:
-        return read_bytes(path, error).decode()
-    except UnicodeDecodeError as problem:
-        raise error(f"{path}: unreadable (not UTF-8, byte {problem.start}); copy or download the file again") from None
 
 
 def size_limit(path: Path) -> int:

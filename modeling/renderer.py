@@ -7,6 +7,7 @@ where there is nothing to lose: that process gets no environment, no files, and 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -46,18 +47,17 @@ class Child:
     channel: socket.socket
     owner: int  # the process that started it
 
-    def ended(self) -> int:
-        """How it ended (see subprocess.Popen.returncode), if need be now."""
-        self.process.kill()
-        return self.process.wait()
-
-    def end(self) -> None:
-        """End it; in a fork of its owner, let go of it."""
+    def end(self) -> int:
+        """End it, and say how it ended (see subprocess.Popen.returncode); in a fork of its owner, let go of it."""
         self.channel.close()
-        if os.getpid() == self.owner:
-            self.ended()
-        else:
+        if os.getpid() != self.owner:
             self.process.returncode = 0  # nobody here is to wait for it
+            return 0
+        with contextlib.suppress(
+            PermissionError
+        ):  # we have become another user: it ends by itself, having nobody to answer
+            self.process.kill()
+        return self.process.wait()
 
 
 class Renderer:
@@ -148,7 +148,7 @@ class Renderer:
         except TimeoutError:
             raise self._refuse(f"it takes longer than {WALL_SECONDS:.0f} s; mend it, or {PLAIN}") from None
         except OSError:
-            code = self._child.ended()
+            code = self._child.end()
             self._end()
             if served and code != -signal.SIGPROF:  # it may have been killed since the last text: another one tells
                 return self._exchange(request, limits)
@@ -156,33 +156,13 @@ class Renderer:
         return json.loads(got)
 
     def _started(self) -> Child:
-        """A process that is told the template first.
-
-        It has no environment but what an interpreter may need to find its libraries and the clock's zone, no file but its end of
-        the line, no part in our process group (Ctrl-C is ours) and none in our working folder.
-        """
-        specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
-        folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
-        environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
         try:
-            ours, theirs = socket.socketpair()
+            child = _start()
         except OSError as error:
-            raise self._unstarted(error) from None
-        try:
-            with theirs:
-                process = subprocess.Popen(
-                    [sys.executable, "-ISB", str(CHILD), *sorted(folders)],
-                    stdin=theirs.fileno(),
-                    stdout=theirs.fileno(),
-                    stderr=subprocess.DEVNULL,
-                    env=environment,
-                    cwd="/",
-                    process_group=0,
-                )
-        except OSError as error:
-            ours.close()
-            raise self._unstarted(error) from None
-        child = Child(process, ours, os.getpid())
+            raise TokenizerError(
+                f"{self._place}: the chat template cannot be rendered, as no process can be started for it ({error.strerror}); "
+                f"allow one more, or {PLAIN}"
+            ) from None
         self._ending = weakref.finalize(self, child.end)
         return child
 
@@ -191,14 +171,47 @@ class Renderer:
             self._child = None
             self._ending()
 
-    def _unstarted(self, error: OSError) -> TokenizerError:
-        return TokenizerError(
-            f"{self._place}: the chat template cannot be rendered, as no process can be started for it ({error.strerror}); "
-            f"allow one more, or {PLAIN}"
-        )
-
     def _refuse(self, why: str) -> TokenizerError:
         return TokenizerError(f"{self._place}: the chat template failed: {why}")
+
+
+def _start() -> Child:
+    """A process that is to be told the template first.
+
+    It has no environment but what an interpreter may need to find its libraries and the clock's zone, no file but its end of the
+    line, no part in our process group (Ctrl-C is ours) and none in our working folder.
+
+    Raises:
+        OSError: there can be no such process.
+    """
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
+    command = [sys.executable or "python3", "-ISB", str(CHILD), *sorted(folders)]
+    ours, theirs = socket.socketpair()
+    try:
+        try:
+            process = _process(command, theirs, sys.executable)
+        except (FileNotFoundError, PermissionError):  # out of reach, as when we have become another user
+            process = _process(command, theirs, "/proc/self/exe")
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Child(process, ours, os.getpid())
+
+
+def _process(command: list[str], line: socket.socket, program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        executable=program or None,
+        stdin=line.fileno(),
+        stdout=line.fileno(),
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ},
+        cwd="/",
+        process_group=0,
+    )
 
 
 def _death(code: int, limits: Mapping[str, float]) -> str:

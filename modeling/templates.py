@@ -120,8 +120,12 @@ class ChatTemplates:
         name: str | None,
     ) -> str:
         """See Tokenizer.render."""
-        renderer = self._renderer(name, variables.get("tools"))
-        check_names(variables)
+        given = plain_variables(variables)
+        renderer = self._renderer(name, given.get("tools"))
+        if not isinstance(messages, Iterable):
+            raise TokenizerError(
+                f"chat messages {brief(messages)} are no list of messages, each with a 'role' and a 'content'"
+            )
         said = []
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or "role" not in message:
@@ -130,7 +134,6 @@ class ChatTemplates:
                 )
             plain = _plain(message, f"chat message {number}")
             said.append({key: value for key, value in plain.items() if value is not None})  # as transformers does
-        given = {key: _plain(value, f"template variable {key!r}") for key, value in variables.items()}
         return renderer.text(
             {
                 "tools": None,
@@ -142,14 +145,15 @@ class ChatTemplates:
             }
         )
 
-    def unread(self, variables: Iterable[str], name: str | None) -> list[str]:
+    def unread(self, variables: Mapping[str, Any], name: str | None) -> list[str]:
         """Those of the variables that the template never reads.
 
         Raises:
-            TokenizerError: there is no such template, or it is broken.
+            TokenizerError: there is no such template, it is broken, or a variable is none that it can be given.
         """
-        read = self._renderer(name, None).names()
-        return [variable for variable in variables if variable not in read]
+        given = plain_variables(variables)
+        read = self._renderer(name, given.get("tools")).names()
+        return [variable for variable in given if variable not in read]
 
     def _renderer(self, name: str | None, tools: Any) -> Renderer:
         if not self._sources:
@@ -157,7 +161,7 @@ class ChatTemplates:
         chosen = self._name(name, tools)
         if chosen is None:
             names = ", ".join(sorted(self._sources))
-            wrong = f"none called {name!r}" if name is not None else f"none called {DEFAULT!r}"
+            wrong = f"none called {brief(name)}" if name is not None else f"none called {DEFAULT!r}"
             raise TokenizerError(
                 f"{self._place}: has chat templates named {names}, and {wrong}; choose one by name "
                 f"(--template-name, template_name=), or {PLAIN}"
@@ -172,23 +176,30 @@ class ChatTemplates:
     def _name(self, name: str | None, tools: Any) -> str | None:
         """Which template is meant, None if it cannot be said."""
         if name is not None:
-            return name if name in self._sources else None
+            return name if isinstance(name, str) and name in self._sources else None
         if tools is not None and TOOL_USE in self._sources:
             return TOOL_USE
         return DEFAULT if DEFAULT in self._sources else None
 
 
-def check_names(variables: Iterable[str]) -> None:
-    """Refuse names that no template variable can have.
+def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a template as JSON holds them.
 
     Raises:
-        TokenizerError: a name that is no name, or that says what the template always gets.
+        TokenizerError: JSON does not hold one; or a name that is no name, or that says what the template always gets.
     """
+    if not isinstance(variables, Mapping):
+        raise TokenizerError(
+            f"template variables {brief(variables)}: give names and values, such as {{'enable_thinking': False}}"
+        )
     for name in variables:
         if not isinstance(name, str) or not name.isidentifier():
-            raise TokenizerError(f"template variable {name!r}: is no name of a variable; use letters, digits and _")
+            raise TokenizerError(
+                f"template variable {brief(name)}: is no name of a variable; use letters, digits and _"
+            )
         if name in RESERVED:
             raise TokenizerError(f"template variable {name!r}: is what the chat itself says; choose another name")
+    return {name: _plain(value, f"template variable {name!r}") for name, value in variables.items()}
 
 
 def _plain(value: Any, place: str, depth: int = 0) -> Any:

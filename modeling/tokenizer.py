@@ -21,7 +21,7 @@ import tokenizers
 from modeling.errors import RestKVWarning, TokenizerError
 from modeling.special_tokens import SideFiles, complete, id_of
 from modeling.stream import Stream
-from modeling.templates import DEFAULT, ChatTemplates, Source, check_names, find_templates
+from modeling.templates import DEFAULT, ChatTemplates, Source, find_templates, plain_variables
 from modeling.text import fault
 from modeling.tokenizer_file import TokenizerFile, joins_bytes, read_tokenizer
 from modeling.tokenizer_guard import guarded
@@ -197,18 +197,18 @@ class Tokenizer:
             TokenizerError: there is no template, or it is broken, refuses the messages, or takes too long or too much; or a
                 variable that no template can be given.
         """
-        for name in (template_args or {}).keys() & variables.keys():
+        given = plain_variables(template_args or {})
+        for name in given.keys() & variables.keys():
             raise TokenizerError(f"template variable {name!r}: given twice; drop one of them")
-        given = {**(template_args or {}), **variables}
+        given |= variables
         return self._templates.render(messages, self.special_tokens, add_generation_prompt, given, template_name)
 
     def check_template(self, template_args: Mapping[str, Any], template_name: str | None = None) -> None:
         """Warn of variables that the chat template never reads, such as misspelt ones; they change nothing.
 
         Raises:
-            TokenizerError: there is no such template, it is broken, or a name is none of a variable.
+            TokenizerError: there is no such template, it is broken, or a variable is none that it can be given.
         """
-        check_names(template_args)
         for name in self._templates.unread(template_args, template_name):
             warnings.warn(
                 f"the chat template reads no variable {name!r}, which changes nothing", RestKVWarning, stacklevel=3

@@ -69,7 +69,7 @@ class Chat:
         self.tokens: list[int] = []
         self._tokenizer = lm.tokenizer
         self._template = lm.tokenizer.has_chat_template if template is None else template
-        self._rendering: dict[str, Any] = {"template_name": template_name, "template_args": dict(template_args or {})}
+        self._rendering: dict[str, Any] = {"template_name": template_name, "template_args": template_args or {}}
         self._check_template()
         parse_prefill(str(prefill))  # refused now, not at the first turn
         self._reading: dict[str, Any] = {"prefill": str(prefill), "chunk": chunk}
@@ -89,6 +89,7 @@ class Chat:
             raise PromptError(f"{given}: this chat uses no chat template, its turns are plain lines; leave it out")
         if name or variables:
             self._tokenizer.check_template(variables, name)
+            self._rendering["template_args"] = dict(variables)
 
     def check(self) -> None:
         """Refuse now what the first turn would refuse whatever is said.

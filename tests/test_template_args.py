@@ -101,6 +101,10 @@ def test_what_is_of_no_use_is_refused_or_remarked_on(lm, rambler):
         ({"template_name": "verbose"}, "named default, terse, and none called 'verbose'"),
         ({"template_args": {"messages": []}}, "'messages': is what the chat itself says"),
         ({"template_args": {"enable thinking": 1}}, "is no name of a variable"),
+        ({"template_args": {"x": {1, 2}}}, "'x' holds a set"),
+        ({"template_args": ["x"]}, r"template variables \['x'\]: give names and values"),
+        ({"template_args": "x"}, "template variables 'x': give names and values"),
+        ({"template_name": ["terse"]}, r"none called \['terse'\]"),
     ):
         with pytest.raises(TokenizerError, match=words):
             Chat(lm, FullCache(), **options)
