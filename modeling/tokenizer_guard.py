@@ -1,8 +1,8 @@
 """One guard around every call into the library `tokenizers`: whatever goes wrong in it is one line.
 
 Its panics are no Exception: pyo3 raises them as a BaseException, after Rust has written them to file descriptor 2. No setting
-keeps them off the terminal, so that descriptor points to memory while a guarded call runs. What others write to it in the
-meantime follows right afterwards; only of a call that panicked it is dropped.
+keeps them off the terminal, so that descriptor points to memory while a guarded call runs. What others write to it meanwhile
+follows right afterwards; only of a call that panicked it is dropped.
 """
 
 from __future__ import annotations

@@ -136,11 +136,10 @@ def says(monkeypatch):
     lm = restkv.load(RECALL)
     bos, words = lm.tokenizer.bos_id, lm.tokenizer
     script = [*words.encode("Red", bos=False), bos, *words.encode(" blue. And so on, and on, and on.", bos=False)]
-    steps: dict[int, int] = {}
 
     def sample(self, *_):
-        step = steps[id(self)] = steps.get(id(self), -1) + 1
-        return torch.full((len(self.active),), script[step % len(script)])
+        self.said = getattr(self, "said", -1) + 1
+        return torch.full((len(self.active),), script[self.said % len(script)])
 
     monkeypatch.setattr(Session, "sample", sample)
     return lm, words.special_tokens["bos_token"]
