@@ -80,7 +80,7 @@ def kernel_folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        reason = f"{error.filename or 'the folder'}: {error.strerror}" if isinstance(error, OSError) else error
         raise CompileError(f"compiled kernels cannot be kept ({reason}); set {FOLDER} to a folder of yours") from None
 
 
