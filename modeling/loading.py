@@ -20,6 +20,7 @@ from modeling.config import DTYPES, ModelConfig, read_json
 from modeling.errors import CheckpointError, ConfigError
 from modeling.families import read_config
 from modeling.layers import Decoder
+from modeling.room import require
 
 CHUNK_BYTES = 32 << 20  # bytes of a file mapped at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,10 +56,12 @@ def load_model(
         check_weights: look for NaN and Inf in every tensor after its conversion (reads everything once more).
 
     Raises ConfigError when config.json cannot be obeyed, CheckpointError when files are absent, broken, stored twice,
-    or do not fit config.json: all missing, unexpected and misshapen tensors come in one message.
+    or do not fit config.json: all missing, unexpected and misshapen tensors come in one message; MemoryError when the weights
+    do not fit into what memory is free.
     """
     folder = Path(folder)
     model, stored = _outline(folder, dtype, fused)
+    require(sum(parameter.nbytes for parameter in model.parameters()), torch.device(device))
     model.to_empty(device=device)
     slots = tensor_slots(model)
     broken = [name for name, slot in slots.items() if not _fill(slot, stored[name], check_weights)]

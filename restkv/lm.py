@@ -19,6 +19,7 @@ from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
+from modeling.room import enough_memory
 from modeling.tokenizer import Tokenizer
 from restkv.compiling import EAGER_TOKENS, Mark, repays
 from restkv.context import CompressedContext
@@ -58,10 +59,14 @@ def load(
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
+        TooLargeError: there is not enough memory for the weights.
     """
     folder = resolve(path_or_name)
     where = _device(device)
-    model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights)
+    with enough_memory(
+        f"load {folder} in dtype {dtype}", "give a narrower dtype, such as bfloat16, or a smaller model"
+    ):
+        model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights)
     by_job = backend == compile == "auto"
     chosen = _backend(backend, compile, where, model.config.head_dim)
     return LM(model, Tokenizer.from_folder(folder), chosen, by_job)
@@ -177,6 +182,7 @@ class LM:
             PromptError: empty prompt, neither text nor token ids, token id out of range, impossible sampling value.
             PolicyError: protected entries exceed the budget, or the policy is none.
             NumericError: the model's logits are no numbers; the line says which layer made the first.
+            TooLargeError: there is not enough memory; the line names the numbers to lower.
         """
         prompts = _listed(prompts)
         single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0
@@ -359,9 +365,11 @@ class LM:
 
         Raises:
             NumericError: some of them are no numbers.
+            TooLargeError: there is not enough memory for them.
         """
         ids = self.encode(ids)
-        logits_LV = self.model.head(dense_hidden(self.model, ids))
+        with enough_memory(f"make logits at {len(ids)} places", "give fewer tokens"):
+            logits_LV = self.model.head(dense_hidden(self.model, ids))
         if not sound(logits_LV).all():  # sync: once
             raise numeric_error(self.model, ids)
         return logits_LV
