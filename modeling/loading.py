@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from modeling.config import DTYPES, ModelConfig
-from modeling.errors import CheckpointError, ConfigError
+from modeling.errors import CheckpointError, ConfigError, TooLargeError
 from modeling.expected import expected_shapes
 from modeling.families import read_config
 from modeling.files import reason, shortened
 from modeling.folders import INDEX, SINGLE, check_layout, checkpoint_folder, find_shards, why_a_file
 from modeling.hub import download, hub_name
 from modeling.layers import Decoder
+from modeling.room import free_bytes, lacking
 from modeling.tensor_file import STORED_DTYPES, StoredTensor, read_header, read_pieces
 
 __all__ = ["INDEX", "SINGLE", "load_model", "load_outline", "resolve", "tensor_slots"]
@@ -48,7 +49,8 @@ def load_model(
         progress: called with the bytes that are filled and those in all, tensor by tensor.
 
     Raises ConfigError when config.json cannot be obeyed, CheckpointError when files are absent, broken, stored twice,
-    or do not fit config.json: all missing, unexpected and misshapen tensors come in one message.
+    or do not fit config.json: all missing, unexpected and misshapen tensors come in one message; TooLargeError when the
+    weights do not fit into what memory is free.
     """
     folder = Path(folder)
     model, stored = _outline(folder, dtype, fused)
@@ -90,32 +92,22 @@ def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decod
 
 
 def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
-    """Give the model empty memory; CheckpointError where there is not enough, before the machine has to end someone."""
+    """Give the model empty memory; TooLargeError where there is not enough, before the machine has to end someone."""
     size = sum(parameter.nbytes for parameter in model.parameters())
-    free = _free_bytes() if device.type == "cpu" else None
+    free = free_bytes() if device.type == "cpu" else None
     try:
         if free is not None and size > free:
             raise MemoryError
         model.to_empty(device=device)
     except (MemoryError, RuntimeError) as error:
-        # torch has no kind of error of its own for an allocation that fails on a CPU.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if lacking(error) is None:
             raise
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         there = "" if free is None else f", {free / 1e9:,.1f} GB are free"
-        raise CheckpointError(
+        raise TooLargeError(
             f"{folder}: the weights take {size / 1e9:,.1f} GB as {dtype}{there}; ask for a narrower dtype than that, "
             "or free memory"
         ) from None
-
-
-def _free_bytes() -> int | None:
-    """Memory that Linux could give out, swap included; None where it does not say."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
 
 
 def tensor_slots(model: Decoder) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeling.errors import NumericError
 from modeling.forward import CHUNK, dense_layer
 from modeling.layers import Block, Decoder
+from modeling.room import lacking
 
 
 def sound(logits_BV: Tensor) -> Tensor:
@@ -101,4 +102,7 @@ def _first(model: Decoder, ids: Sequence[int]) -> _Found | None:
                 return _Found("the output matrix", logits_lV, [*model.norm.parameters(), *matrix.parameters()])
     except _Found as found:
         return found
+    except (MemoryError, RuntimeError) as error:
+        if lacking(error) is None:  # dense attention may need more than what has been run
+            raise
     return None

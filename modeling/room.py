@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from modeling.errors import TooLargeError
 
 LARGE = 1 << 26  # bytes; less is not worth a look at what is free
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -56,3 +60,18 @@ def lacking(error: BaseException) -> str | None:
     if asked[2] != "bytes":
         return f" ({asked[1]} {asked[2]} were asked for)"
     return f" ({int(asked[1]) / 1e9:.1f} GB were asked for)" if int(asked[1]) >= 1e8 else ""
+
+
+@contextmanager
+def enough_memory(work: str, mend: str) -> Iterator[None]:
+    """Around what may take too much of it.
+
+    Raises:
+        TooLargeError: there is not enough memory to do this work.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (asked := lacking(error)) is None:
+            raise
+        raise TooLargeError(f"not enough memory to {work}{asked}; {mend}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling.modes import own_modes
+from modeling.room import enough_memory
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import CHUNK, Session
 from restkv.memory import Meter
@@ -332,7 +333,8 @@ class Chat:
         Raises:
             PromptError: no such file, a damaged one, not a chat, or one of another model (both are named).
         """
-        session, about = load_session(lm.engine, path)
+        with enough_memory(f"read {path}", "free some, or save it under a smaller budget"):
+            session, about = load_session(lm.engine, path)
         if about.get("kind") == "context":
             raise PromptError(f"{path}: holds a context, not a chat; ask it questions with CompressedContext.load")
         with refused(path):

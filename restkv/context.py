@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling.modes import own_modes
+from modeling.room import enough_memory
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.memory import Meter
@@ -95,7 +96,8 @@ class CompressedContext:
         Raises:
             PromptError: no such file, a damaged one, not a context, or one of another model (both are named).
         """
-        session, about = load_session(lm.engine, path)
+        with enough_memory(f"read {path}", "free some, or save it under a smaller budget"):
+            session, about = load_session(lm.engine, path)
         if about.get("kind") == "chat":
             raise PromptError(
                 f"{path}: holds a chat, not a context; go on with it in Chat.load, or `restkv chat --load`"

@@ -31,7 +31,7 @@ from restkv.evict import Evictor, Roots, companions_of
 from restkv.policies.base import Policy, require_policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
-from restkv.sizing import Job, power, room_for, too_large
+from restkv.sizing import AHEAD, Job, power, room_for, too_large
 from restkv.sparse import Pattern, parse_prefill
 
 P = ParamSpec("P")
@@ -307,7 +307,7 @@ class Session:
         policy, config = self.policy, self.engine.model.config
         room = room_for(self._sized, policy, config)
         queries = 0
-        if self._interval or self._chunked:
+        if self._interval or (self._chunked and policy.budget is not None):
             fresh = (self._interval or 0) + self._sized.chunk
             queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
         entries, forks = room.entries, room.forks
@@ -493,10 +493,12 @@ class Session:
         cache, engine = self.cache, self.engine
         self._drawn_B = None
         if self._room == 0:
-            self._room = self.period - self._since_compaction if self._interval else cache.layers[0].pool.page
+            room = self.period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
-                self._room = min(self._room, self._planned)
-            cache.reserve(self._room)
+                room = min(room, self._planned)
+            room = min(room, AHEAD)  # of a long interval as much as is soon needed
+            cache.reserve(room)
+            self._room = room
         rows, active_B = len(ids_B), self._active_B
         if unused := cache.rows - rows:
             ids_B, active_B = F.pad(ids_B, (0, unused)), F.pad(active_B, (0, unused))

@@ -18,6 +18,7 @@ from modeling.layers import Decoder
 from modeling.loading import load_model, resolve
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
+from modeling.room import enough_memory
 from modeling.tokenizer import Tokenizer
 from restkv.context import CompressedContext
 from restkv.errors import PromptError
@@ -60,6 +61,7 @@ def load(
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
         CompileError: flex is asked for by name, and torch cannot compile (`generate` and all else may raise it too).
+        TooLargeError: there is not enough memory for the weights.
     """
     folder = resolve(path_or_name)
     where = _device(device)
@@ -171,6 +173,7 @@ class LM:
             PromptError: empty prompt, neither text nor token ids, token id out of range, impossible sampling value.
             PolicyError: protected entries exceed the budget, or the policy is none.
             NumericError: the model's logits are no numbers; the line says which layer made the first.
+            TooLargeError: there is not enough memory; the line names the numbers to lower.
         """
         prompts = _listed(prompts)
         single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0
@@ -340,9 +343,11 @@ class LM:
 
         Raises:
             NumericError: some of them are no numbers.
+            TooLargeError: there is not enough memory for them.
         """
         ids = self.encode(ids)
-        logits_LV = self.model.head(dense_hidden(self.model, ids))
+        with enough_memory(f"make logits at {len(ids)} places", "give fewer tokens"):
+            logits_LV = self.model.head(dense_hidden(self.model, ids))
         if not sound(logits_LV).all():  # sync: once
             raise numeric_error(self.model, ids)
         return logits_LV

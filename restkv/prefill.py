@@ -14,6 +14,7 @@ from torch import Tensor
 from modeling.forward import Attend, dense_layer
 from modeling.layers import Decoder
 from modeling.pages import KVCache
+from modeling.room import require
 from modeling.sparse import sparse_attention
 from restkv.evict import Evictor
 from restkv.sparse import Pattern, chooser
@@ -41,7 +42,11 @@ def prefill(
     Returns:
         hidden state [1, E] of the last token after the last layer.
     """
-    length = len(ids)
+    length, config = len(ids), model.config
+    width = config.hidden_size + 2 * config.num_kv_heads * config.head_dim
+    require(
+        length * width * model.dtype.itemsize, model.device
+    )  # the least of it: hidden states, one layer's keys and values
     x_LE, rotary = embed(model, ids)
     last = max(evictor.policy.observed_prompt, cache.window, 1)  # without a query nobody knows what is still in sight
     for index, block in enumerate(model.blocks):
@@ -54,12 +59,12 @@ def prefill(
             last,
             watch=watch,
             raw=evictor.policy.slot_positions,
-            choose=chooser(pattern, model.config, block.window, length),
+            choose=chooser(pattern, config, block.window, length),
             attend=attend,
         )
         evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
         if progress is not None:
-            progress(index + 1, model.config.num_layers)
+            progress(index + 1, config.num_layers)
     evictor.prompt_done(cache, length)
     return x_LE[-1:]
 

@@ -74,8 +74,8 @@ def room_for(job: Job, policy: Policy, config: ModelConfig) -> Room:
     else:
         constant = fixed and max(budgets) <= FIXED
         held = max(budgets) if constant else max(map(min, job.lengths, budgets))
-        # A text that goes on and on may become long: then pages that are read fast.
-        planned = FIXED if job.chunk else held + job.max_new_tokens
+        # A text that goes on and on may become long: then pages that are read fast. (Pages of two sizes would double the shapes.)
+        planned = FIXED if job.chunk or job.compiled else held + job.max_new_tokens
         page = page_size(held if job.interval or constant else planned)
         entries = max(held + soon + answer, LEAST_PAGES * page if job.compiled else 1)
         every_row = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -102,6 +103,46 @@ def test_greedy_takes_the_lowest_id_of_a_tie():
     assert sample(logits_BV, Sampling(), []).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 5e-324, 1e-46, 1e-39, math.ulp(0.0), Fraction(1, 10**300)])
+def test_the_smallest_top_p_takes_the_likeliest(top_p):
+    """In float32 all of these are 0, or no normal number."""
+    logits_BV = torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 4
+    for temperature in (COLDEST, 0.3, 1.0, 50.0):
+        sampling = Sampling(temperature, top_p=top_p, seed=1)
+        assert torch.equal(sample(logits_BV, sampling, sampling.generators(5)), logits_BV.argmax(-1))
+
+
+extremes = st.builds(
+    Sampling,
+    temperature=st.sampled_from([COLDEST, 1e-5, 1e-3, 1.0, 1e6, 1e39, 1e300, math.inf]),
+    top_k=st.sampled_from([0, 1, 3, 10**30]),
+    top_p=st.sampled_from([1.0, 1 - 1e-12, 0.999999999, 0.5, 1e-9, 1e-45, 1e-300]),
+    min_p=st.sampled_from([0.0, 1e-300, 1e-45, 1e-9, 0.5, 1 - 1e-12]),
+    seed=st.integers(0, 2**64 - 1),
+)
+far = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 1e30, -1e30, 3e38, -3e38, 88.0, 1e4, -1e4, -math.inf])
+
+
+@settings(max_examples=300)
+@given(logits=st.lists(far, min_size=2, max_size=6).filter(lambda row: max(row) > -math.inf), sampling=extremes)
+def test_whatever_the_numbers_what_is_drawn_is_possible(logits, sampling):
+    """Never an entry of -inf, nor one that a filter leaves out, however far apart the logits and how extreme the options."""
+    logits_1V = torch.tensor([logits])
+    (token,) = sample(logits_1V, sampling, sampling.generators(1)).tolist()
+    assert logits[token] > -math.inf
+    if sampling.temperature <= 1 and (sampling.top_k == 1 or sampling.top_p <= 1e-9):  # hotter ones make ties
+        assert logits[token] == max(logits)
+    if sampling.temperature == COLDEST:
+        assert logits[token] >= max(logits) - max(1e-3, abs(max(logits)) * 1e-6)
+
+
+def test_a_large_vocabulary_loses_no_tail():
+    """Masses add up to p over 200,000 tokens: a sum in float32 would be off by more than the tail has."""
+    logits_1V = torch.zeros(1, 200_000)
+    kept = (filter_logits(logits_1V, Sampling(1.0, top_p=0.9999)) > -math.inf).sum()
+    assert abs(int(kept) - 199_980) <= 1
+
+
 def test_rows_draw_from_generators_of_their_own():
     logits_BV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     generators = Sampling(1.0, seed=7).generators(3)
@@ -133,6 +174,11 @@ def test_the_largest_seed_and_the_coldest_temperature_do_draw():
     [
         ("temperature", -0.1),
         ("temperature", math.nan),
+        ("temperature", Fraction(1, 10**400)),
+        ("top_p", Fraction(1, 10**400)),
+        ("top_p", 10**400),
+        ("top_p", math.nan),
+        ("min_p", math.nan),
         ("temperature", 1e-39),
         ("top_k", -1),
         ("top_k", 2.5),
