@@ -38,8 +38,9 @@ class Sink:
         else:
             text = shown(text) if self._special.isatty() else text  # such as /dev/stdout
             try:
-                self._special.write(text.encode("utf-8", "replace"))
-                self._special.flush()
+                left = memoryview(text.encode("utf-8", "replace"))
+                while left:
+                    left = left[self._special.write(left) :]
             except OSError as error:
                 raise refusal(self._path, error) from None
 
@@ -74,4 +75,4 @@ def _opened_special(path: Path) -> BinaryIO | None:
                 f"{path}: cannot be written (nobody reads from this pipe); start its reader first"
             ) from None
         raise refusal(path, error) from None
-    return open(number, "wb")
+    return open(number, "wb", buffering=0)
