@@ -150,9 +150,7 @@ def few(policy: Policy, jobs: int, seed: int, monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         for _ in range(jobs):
             server.job()
-    sizes = 2 + int(
-        math.log2(2 * POSITIONS / 512)
-    )  # of a pool for one row: room for 512 entries ... what two answers need
+    sizes = 2 + int(math.log2(POSITIONS / 256))
     bound = 2 * ((1 + int(math.log2(ROWS))) * sizes + sizes + int(math.log2(ROWS)))
     for name, shapes in server.shapes.items():
         assert len(shapes) <= min(bound, 64, COMPILED_SHAPES), (name, len(shapes))
