@@ -100,12 +100,12 @@ def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
             raise MemoryError
         model.to_empty(device=device)
     except (MemoryError, RuntimeError) as error:
-        if lacking(error) is None:
+        if (asked := lacking(error)) is None:
             raise
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         there = "" if free is None else f", {free / 1e9:,.1f} GB are free"
         raise TooLargeError(
-            f"{folder}: the weights take {size / 1e9:,.1f} GB as {dtype}{there}; ask for a narrower dtype than that, "
+            f"{folder}: not enough memory, the weights take {size / 1e9:,.1f} GB as {dtype}{there}{asked}; ask for a narrower dtype than that, "
             "or free memory"
         ) from None
 

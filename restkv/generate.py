@@ -40,8 +40,9 @@ Result = TypeVar("Result")
 CHUNK = 512  # tokens per chunk of a chunked prefill
 COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 BROKEN = -1  # drawn from logits that are no numbers
-# Graphs that torch.compile may make of a function. A server of one model and policy needs fewer (docs/performance.md, "Shapes");
-# one that goes beyond goes on with sdpa.
+# Graphs that torch.compile may make of the step. A server of one model and policy makes 2 (r s + s + log2 R) at most, for prompts
+# and answers of up to P positions and R rows at once: r = 1 + log2 R, s = 2 + log2(P / 256). That is 116 for 131,072 positions
+# and 8 rows. Other shapes go on with sdpa.
 COMPILED_SHAPES = 128
 SAVED_ROOM = 64 << 20  # bytes of pages that a session read from a file may have ready beyond four times what it holds
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from modeling.layers import Decoder
 from restkv.archive import opened, write_archive
 from restkv.budgets import ALLOCATIONS, Allocation
-from restkv.errors import PolicyError, PromptError, RestKVError
+from restkv.errors import PolicyError, PromptError, RestKVError, TooLargeError
 from restkv.files import writable
 from restkv.generate import Engine, Saved, Session
 from restkv.policies import Policy, policy_class
@@ -181,6 +181,8 @@ def refused(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except TooLargeError:
+        raise
     except (SavedError, RestKVError) as error:
         said = str(error)
         if isinstance(error, PromptError) and said.startswith(f"{path}: "):

@@ -32,7 +32,7 @@ def warm_up(
     """Compile what a job of this shape runs, by running a prompt of random tokens and two new ones.
 
     Kernels depend on the shape of the cache. A policy with an interval and a budget in entries fixes it; otherwise it follows
-    from the lengths of prompt and answer, which need to agree roughly only (shapes are rounded up by at most a quarter).
+    from the lengths of prompt and answer, which need to agree roughly only (shapes are rounded up to powers of two).
 
     Raises:
         PromptError: a model that is not compiled, or lengths below 1.

@@ -186,7 +186,11 @@ def test_whatever_the_allocator_says(failure, monkeypatch, tmp_path, rambler):
     for place, name, call in (
         ("restkv.generate.prefill", "the prompt", lambda: lm.generate("one two")),
         ("restkv.lm.dense_hidden", "logits at 1 places", lambda: lm.logits([5])),
-        ("restkv.lm.load_model", f"load {rambler} in dtype float32", lambda: restkv.load(rambler, dtype="float32")),
+        (
+            "modeling.layers.Decoder.to_empty",
+            f"{rambler}: not enough memory, the weights take",
+            lambda: restkv.load(rambler),
+        ),
         ("modeling.pages.LayerCache.reserve", "the prompt", lambda: context.ask(" four")),
         ("modeling.pages.LayerCache.view", "the prompt", lambda: context.logprobs([" four five"])),
         ("modeling.pages.KVCache.create", "the prompt", lambda: lm.compress("one two", FullCache())),
