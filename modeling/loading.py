@@ -105,8 +105,8 @@ def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         there = "" if free is None else f", {free / 1e9:,.1f} GB are free"
         raise TooLargeError(
-            f"{folder}: not enough memory, the weights take {size / 1e9:,.1f} GB as {dtype}{there}{asked}; ask for a narrower dtype than that, "
-            "or free memory"
+            f"{folder}: not enough memory, the weights take {size / 1e9:,.1f} GB as {dtype}{there}{asked}; "
+            "ask for a narrower dtype than that, or free memory"
         ) from None
 
 
