@@ -23,16 +23,16 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from bench.cli_common import EAGER
-from bench.methods import Method
-from bench.teacher_forcing import Score, Tally, score_rows, score_unevicted
-from modeling.tokenizer import Tokenizer
+from bench.cli.options import EAGER
+from bench.quality.teacher_forcing import Score, Tally, score_rows, score_unevicted
+from bench.runs.methods import Method
+from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import RECALL, make_policy, parse_field
 from restkv.errors import OutputError, PromptError, RestKVWarning
 from restkv.lm import load
-from restkv.options import RECALL, make_policy, parse_field
+from restkv.patterns import parse_prefill
 from restkv.policies import Policy
-from restkv.sparse import parse_prefill
-from restkv.store import fingerprint, policy_to_dict
+from restkv.saving.store import fingerprint, policy_to_dict
 
 NAME = "restkv"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -45,7 +45,7 @@ class RestKVHarness(TemplateLM):
 
     Args:
         pretrained: a checkpoint folder, or org/name[@revision] with the extra `hub`; recall-mini when none is given.
-        method: NAME[@PRESET][:OPTION=VALUE]..., see bench/methods.py.
+        method: NAME[@PRESET][:OPTION=VALUE]..., see bench/runs/methods.py.
         preset: another way to name one.
         budget: entries per KV head, a fraction of the context, or a list of one number per layer.
         dtype, device, backend: see restkv.load.

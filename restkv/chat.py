@@ -13,13 +13,13 @@ from modeling.modes import own_modes
 from modeling.room import enough_memory
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import CHUNK, Session
-from restkv.memory import Meter
+from restkv.meter import Meter
+from restkv.patterns import Pattern, parse_prefill
 from restkv.policies import Policy
 from restkv.policies.base import require_policy
 from restkv.results import Decoding, Generation, Stats, TextStream
-from restkv.saved import require_chat
-from restkv.sparse import Pattern, parse_prefill
-from restkv.store import load_session, refused, save_session
+from restkv.saving.checks import require_chat
+from restkv.saving.store import load_session, refused, save_session
 
 if TYPE_CHECKING:
     from restkv.lm import LM

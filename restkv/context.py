@@ -10,10 +10,10 @@ from modeling.modes import own_modes
 from modeling.room import enough_memory
 from restkv.errors import PromptError
 from restkv.generate import Session
-from restkv.memory import Meter
+from restkv.meter import Meter
 from restkv.results import Decoding, Generation, Stats, TextStream
-from restkv.saved import require_context
-from restkv.store import load_session, refused, save_session
+from restkv.saving.checks import require_context
+from restkv.saving.store import load_session, refused, save_session
 
 if TYPE_CHECKING:
     from restkv.lm import LM, Prompt

@@ -25,14 +25,14 @@ from modeling.nonfinite import numeric_error, sound
 from modeling.pages import KVCache, LayerView
 from modeling.room import lacking
 from modeling.sparse import sparse_attention
-from restkv.compiling import check_compiler
 from restkv.errors import NumericError, PromptError, TooManyShapes
 from restkv.evict import Evictor, Roots, companions_of
+from restkv.kernels import check_compiler
+from restkv.patterns import Pattern, parse_prefill
 from restkv.policies.base import Policy, require_policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
 from restkv.sizing import AHEAD, Job, power, room_for, too_large
-from restkv.sparse import Pattern, parse_prefill
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -226,7 +226,7 @@ class Session:
         max_new_tokens: how long the answer may get. A cache without a decode budget grows with it.
         prefill: "dense": each prompt in one piece, evicted when a layer is through (the paper); "chunked": `chunk` tokens at a
             time, each chunk attending before it is evicted, so that memory is bounded for prompts of any length; a Pattern of
-            restkv.sparse or its text, such as "flexprefill:gamma=0.95": in one piece, and only a part of the attention is
+            restkv.patterns or its text, such as "flexprefill:gamma=0.95": in one piece, and only a part of the attention is
             computed.
         extends: more tokens than one at a time will be appended later (`extend`).
         forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.

@@ -13,22 +13,22 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from modeling.checkpoint.loading import load_model, resolve
 from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
-from modeling.loading import load_model, resolve
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
 from modeling.room import enough_memory
-from modeling.tokenizer import Tokenizer
+from modeling.text.tokenizer import Tokenizer
 from restkv.context import CompressedContext
 from restkv.errors import PromptError
 from restkv.generate import BROKEN, CHUNK, Engine, Session
-from restkv.memory import Meter
+from restkv.meter import Meter
+from restkv.patterns import Pattern
 from restkv.policies import FullCache, Policy, ReSTKV
 from restkv.policies.base import require_policy
 from restkv.prefill import Progress, dense_hidden
 from restkv.results import Decoding, Generation, Row, Stats, TextStream
-from restkv.sparse import Pattern
 
 Prompt = str | Sequence[int]
 BURST = 8  # tokens that a GPU makes before the host reads them

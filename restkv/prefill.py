@@ -17,7 +17,7 @@ from modeling.pages import KVCache
 from modeling.room import require
 from modeling.sparse import sparse_attention
 from restkv.evict import Evictor
-from restkv.sparse import Pattern, chooser
+from restkv.patterns import Pattern, chooser
 
 Progress = Callable[[int, int], None]  # (layers or tokens done, of how many)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modeling.stream import Stream
-from modeling.tokenizer import Tokenizer
+from modeling.text.stream import Stream
+from modeling.text.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.sampling import Sampling
 from restkv.stops import StopSearch

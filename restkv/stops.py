@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modeling.stream import Stream
-from modeling.tokenizer import Tokenizer
+from modeling.text.stream import Stream
+from modeling.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -11,7 +11,7 @@ from modeling.modes import own_modes
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
-from restkv.memory import Meter
+from restkv.meter import Meter
 from restkv.policies import Policy
 
 

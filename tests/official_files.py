@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.official import wording
-from bench.official.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
-from bench.official.longbench import METRICS as LONGBENCH_TASKS
-from bench.official.ruler import NEW_TOKENS as RULER_TASKS
+from bench.published import wording
+from bench.published.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
+from bench.published.longbench import METRICS as LONGBENCH_TASKS
+from bench.published.ruler import NEW_TOKENS as RULER_TASKS
 
 CLASSES = ["Place", "Number of days", "Number"]
 STORY = "Lily went to the park. She saw a red ball and a big dog. "

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.lessons import make_tokenizer
-from modeling.families import read_config
+from bench.recall_mini.lessons import make_tokenizer
+from modeling.checkpoint.loading import tensor_slots
+from modeling.families.registry import read_config
 from modeling.layers import Decoder
-from modeling.loading import tensor_slots
-from restkv.options import RECALL
+from restkv.cli.options import RECALL
 
 
 def save_rambler(folder: Path) -> None:

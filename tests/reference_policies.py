@@ -245,7 +245,7 @@ def rotation(frequencies, position, factor=1.0):
 
 
 def expected(policy, obs, b, h, frequencies, factor):
-    """Expected attention of one query head, times the values' norms, [C] (bench/peers/README.md)."""
+    """Expected attention of one query head, times the values' norms, [C] (bench/speed/peers/README.md)."""
     k_head = h // (obs.q.shape[1] // obs.k.shape[1])
     positions = [p for p in obs.q_pos[b].tolist() if p >= policy.sinks]
     rows = [w for w, p in enumerate(obs.q_pos[b].tolist()) if p >= policy.sinks]

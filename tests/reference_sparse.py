@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from restkv.sparse import AShape, FlexPrefill, Pattern, VerticalSlash
+from restkv.patterns import AShape, FlexPrefill, Pattern, VerticalSlash
 
 Pair = Callable[[int, int], bool]  # (query, key) of positions
 

@@ -22,7 +22,7 @@ from modeling.masks import visible
 from modeling.pages import UNBOUNDED, LayerCache
 from modeling.pool import PagePool
 from restkv.generate import Engine, Session
-from restkv.memory import PeakMemory
+from restkv.meter import PeakMemory
 from restkv.policies import FullCache
 
 CPU = torch.device("cpu")

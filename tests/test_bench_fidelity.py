@@ -14,20 +14,20 @@ from small import small_ids, small_model
 from torch import Tensor
 
 import restkv
-from bench.fidelity import FidelityPlan, Questions, compare, layer_errors, run_fidelity
-from bench.kept import kept_masks
-from bench.methods import parse_methods
-from bench.oracle import Oracle, elimination_order
-from bench.outputs import attention_output, full_pass, observation, relative_error
-from bench.runs import SAMPLES, read_rows
-from bench.tasks import Frame, make_sample
-from bench.together import prefill_together
+from bench.quality.fidelity import FidelityPlan, Questions, compare, layer_errors, run_fidelity
+from bench.quality.kept import kept_masks
+from bench.quality.oracle import Oracle, elimination_order
+from bench.quality.outputs import attention_output, full_pass, observation, relative_error
+from bench.quality.tasks import Frame, make_sample
+from bench.runs.folder import SAMPLES, read_rows
+from bench.runs.methods import parse_methods
+from bench.runs.together import prefill_together
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.observe import Observation
-from restkv.options import RECALL
 from restkv.policies import FullCache, Policy
 
 CONTEXT, TAIL = 40, 6

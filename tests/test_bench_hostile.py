@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from test_bench_report import FIDELITY, KINDS, METHODS
 from test_saved_files import alter_remarks
 
-from bench import lines
-from bench.figures import Grid, heat_maps
-from bench.parts import read_run
-from bench.report import build, latex, markdown
-from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, open_run, read_rows
+from bench.report.figures import Grid, heat_maps
+from bench.report.kinds import read_run
+from bench.report.page import build, latex, markdown
+from bench.runs import lines
+from bench.runs.folder import MANIFEST, SAMPLES, TIMINGS, RunError, open_run, read_rows
 from restkv.cli import main
 from restkv.errors import OutputError, RestKVError
 

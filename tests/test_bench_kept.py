@@ -12,13 +12,13 @@ from PIL import Image
 from small import small_ids, small_model
 
 import restkv
-from bench.kept import Kept, find_marks, kept_masks, look, over_text, terminal
-from bench.together import pattern_of, prefill_together
+from bench.quality.kept import Kept, find_marks, kept_masks, look, over_text, terminal
+from bench.runs.together import pattern_of, prefill_together
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
-from restkv.options import RECALL
 
 PROMPT = (
     "Once upon a time, there was a little girl named Lily. Lily has a red ball. Tom has a blue kite. The sun was warm."

@@ -17,27 +17,27 @@ from pathlib import Path
 import pytest
 from official_files import write_essays, write_infinitebench, write_longbench, write_ruler
 
-import bench.official.run
-import bench.ruler
+import bench.published.run
+import bench.quality.ruler
 import restkv
-from bench.anli import AnliPlan, run_anli
-from bench.corpus import Document
-from bench.fidelity import FidelityPlan, run_fidelity
-from bench.methods import parse_methods
-from bench.official.haystack import haystack
-from bench.official.infinitebench import infinitebench
-from bench.official.longbench import longbench
-from bench.official.ruler import ruler
-from bench.official.run import Plan, run
-from bench.official.suite import OFFICIAL, PAPER, Suite
-from bench.perplexity import PerplexityPlan, Protocol, run_perplexity
-from bench.report import markdown
-from bench.ruler import Plan as RulerPlan
-from bench.ruler import run as run_ruler
-from bench.runs import SAMPLES, TIMINGS, read_rows
-from bench.smoothing import SmoothingPlan, run_smoothing
+from bench.published.haystack import haystack
+from bench.published.infinitebench import infinitebench
+from bench.published.longbench import longbench
+from bench.published.ruler import ruler
+from bench.published.run import Plan, run
+from bench.published.suite import OFFICIAL, PAPER, Suite
+from bench.quality.anli import AnliPlan, run_anli
+from bench.quality.corpus import Document
+from bench.quality.fidelity import FidelityPlan, run_fidelity
+from bench.quality.perplexity import PerplexityPlan, Protocol, run_perplexity
+from bench.quality.ruler import Plan as RulerPlan
+from bench.quality.ruler import run as run_ruler
+from bench.quality.smoothing import SmoothingPlan, run_smoothing
+from bench.report.page import markdown
+from bench.runs.folder import SAMPLES, TIMINGS, read_rows
+from bench.runs.methods import parse_methods
+from restkv.cli.options import RECALL
 from restkv.lm import LM
-from restkv.options import RECALL
 
 METHODS = tuple(parse_methods("restkv:window=4,h2o"))
 STORY = (RECALL / "story.txt").read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ def test_killed_at_any_byte_a_run_ends_as_an_unbroken_one(kind: str, lm: LM, tmp
         assert markdown(killed) == tables
 
 
-@pytest.mark.parametrize(("kind", "module"), [("longbench", bench.official.run), ("ruler", bench.ruler)])
+@pytest.mark.parametrize(("kind", "module"), [("longbench", bench.published.run), ("ruler", bench.quality.ruler)])
 def test_what_a_kill_left_of_an_items_answers_is_made_in_the_batch_it_would_have_come_from(
     kind: str, module: object, lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,21 +17,21 @@ from stepwise import Row, exact
 from torch import Tensor
 
 import restkv
-from bench.anli import anli_items, read_examples
-from bench.choice import encode, told_items
-from bench.corpus import Document, cut_windows, read_documents
-from bench.methods import parse_methods
-from bench.perplexity import Protocol, read
-from bench.plans import Cell, cells_of, compressed, modes_of, share
-from bench.stats import Estimate, ratio_interval
-from bench.tasks import Frame, make_sample
-from bench.teacher_forcing import score_choices, tail_logprobs
+from bench.quality.anli import anli_items, read_examples
+from bench.quality.choice import encode, told_items
+from bench.quality.corpus import Document, cut_windows, read_documents
+from bench.quality.perplexity import Protocol, read
+from bench.quality.tasks import Frame, make_sample
+from bench.quality.teacher_forcing import score_choices, tail_logprobs
+from bench.report.stats import Estimate, ratio_interval
+from bench.runs.methods import parse_methods
+from bench.runs.plans import Cell, cells_of, compressed, modes_of, share
 from modeling.layers import Decoder
-from modeling.tokenizer import Tokenizer
+from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
-from restkv.options import RECALL
 from restkv.policies import Policy
 
 MODEL = {"seed": 3, "windows": (None, 23, None)}

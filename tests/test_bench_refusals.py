@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.parts import progress
-from bench.runs import read_manifest, read_rows
+from bench.report.kinds import progress
+from bench.runs.folder import read_manifest, read_rows
 from restkv.cli import main
 
 LONE = {"text": "half a pair \ud800 here"}  # JSON can spell it, UTF-8 cannot

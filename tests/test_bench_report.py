@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.figures import Grid, Line, Panel, heat_maps, line_panels, save_png, style
-from bench.parts import parts, progress
-from bench.report import build, write_report
-from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
-from bench.stats import Estimate, mean_interval
-from bench.tables import Drawing, Table
+from bench.report.figures import Grid, Line, Panel, heat_maps, line_panels, save_png, style
+from bench.report.kinds import parts, progress
+from bench.report.page import build, write_report
+from bench.report.stats import Estimate, mean_interval
+from bench.report.tables import Drawing, Table
+from bench.runs.folder import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
 from restkv.cli import main
 from restkv.errors import OutputError
 

@@ -17,17 +17,17 @@ import pytest
 import torch
 
 import restkv
-from bench.methods import Method, equal_bytes, parse_methods
-from bench.needle import needle_plan, run_needle
-from bench.plans import cells_of
-from bench.ruler import Plan, answer, run
-from bench.runs import SAMPLES, RunError, digest, read_manifest, read_rows
-from bench.tasks import TASKS, Frame, Sample, make_sample
-from bench.together import Held, answer_together, kept_mean, prefill_all, prefill_together
+from bench.quality.needle import needle_plan, run_needle
+from bench.quality.ruler import Plan, answer, run
+from bench.quality.tasks import TASKS, Frame, Sample, make_sample
+from bench.runs.folder import SAMPLES, RunError, digest, read_manifest, read_rows
+from bench.runs.methods import Method, equal_bytes, parse_methods
+from bench.runs.plans import cells_of
+from bench.runs.together import Held, answer_together, kept_mean, prefill_all, prefill_together
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.generate import Session
-from restkv.options import RECALL
 
 EVERY = (
     "restkv,restkv:budget_by=global,restkv:gqa=joint:aggregate=indicator,restkv:granularity=query,snapkv,pyramidkv,adakv,"

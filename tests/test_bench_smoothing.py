@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 
 import restkv
-from bench.anli import AnliPlan, run_anli
-from bench.corpus import Document
-from bench.methods import parse_methods
-from bench.parts import parts, progress
-from bench.perplexity import PerplexityPlan, Protocol, run_perplexity
-from bench.report import markdown, write_report
-from bench.runs import SAMPLES, read_manifest, read_rows
-from bench.smoothing import ARMS, SmoothingPlan, run_smoothing
-from bench.tables import Table
+from bench.quality.anli import AnliPlan, run_anli
+from bench.quality.corpus import Document
+from bench.quality.perplexity import PerplexityPlan, Protocol, run_perplexity
+from bench.quality.smoothing import ARMS, SmoothingPlan, run_smoothing
+from bench.report.kinds import parts, progress
+from bench.report.page import markdown, write_report
+from bench.report.tables import Table
+from bench.runs.folder import SAMPLES, read_manifest, read_rows
+from bench.runs.methods import parse_methods
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
-from restkv.options import RECALL
 
 FEW = "restkv,snapkv:granularity=query,h2o"
 STORY = (RECALL / "story.txt").read_text(encoding="utf-8")

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import restkv
 from restkv.cli import main
-from restkv.display import byte_text, titled
-from restkv.options import RECALL
+from restkv.cli.display import byte_text, titled
+from restkv.cli.options import RECALL
 from restkv.policies import POLICIES
 
 STORY = (

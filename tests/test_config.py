@@ -11,7 +11,7 @@ import transformers
 from families import CASES
 
 from modeling.errors import ConfigError, RestKVError
-from modeling.families import FAMILIES, config_from_dict, read_config
+from modeling.families.registry import FAMILIES, config_from_dict, read_config
 
 LLAMA = {
     "model_type": "llama",

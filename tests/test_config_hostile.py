@@ -16,12 +16,12 @@ from families import CASES
 from hypothesis import HealthCheck, given, settings
 
 from modeling import fields
+from modeling.checkpoint.expected import expected_shapes
+from modeling.checkpoint.loading import load_outline, tensor_slots
 from modeling.config import ModelConfig, read_json
 from modeling.errors import CheckpointError, ConfigError, RestKVWarning
-from modeling.expected import expected_shapes
-from modeling.families import config_from_dict, read_config
+from modeling.families.registry import config_from_dict, read_config
 from modeling.fields import shown
-from modeling.loading import load_outline, tensor_slots
 from modeling.rope import Rotary
 
 LLAMA = VALID["llama"]
@@ -221,7 +221,7 @@ def test_sizes_that_the_weights_deny_are_refused_before_anything_is_built(change
     raw = json.loads((folder / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
-    monkeypatch.setattr("modeling.loading.Decoder", None)
+    monkeypatch.setattr("modeling.checkpoint.loading.Decoder", None)
     with pytest.raises(CheckpointError, match="the weights do not fit config") as caught:
         load_outline(tmp_path)
     assert len(str(caught.value)) < 2000
@@ -229,7 +229,7 @@ def test_sizes_that_the_weights_deny_are_refused_before_anything_is_built(change
 
 HEAVY = """
 import json, pathlib, resource, sys, time
-import modeling.loading
+import modeling.checkpoint.loading
 from modeling.errors import RestKVError
 folder, raw = pathlib.Path(sys.argv[1]), json.loads((pathlib.Path(sys.argv[1]) / "config.json").read_text())
 def peak():
@@ -243,7 +243,7 @@ for change in (
     (folder / "config.json").write_text(json.dumps(raw | change))
     start = time.process_time()
     try:
-        modeling.loading.load_outline(folder)
+        modeling.checkpoint.loading.load_outline(folder)
         sys.exit(f"taken: {str(change)[:60]}")
     except RestKVError as error:
         assert len(str(error)) < 2000

@@ -21,7 +21,7 @@ from config_draws import VALID
 
 from modeling.config import REFUSED_UNLESS
 from modeling.errors import ConfigError
-from modeling.families import config_from_dict
+from modeling.families.registry import config_from_dict
 
 # Obeyed wherever transformers obeys it; single families may refuse a value (tests/test_config.py).
 READ = {

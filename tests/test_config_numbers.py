@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from modeling.checkpoint.loading import load_model
 from modeling.errors import ConfigError, RestKVWarning
-from modeling.families import config_from_dict
-from modeling.loading import load_model
+from modeling.families.registry import config_from_dict
 
 LENGTH, PROMPT = 40, 30  # tokens in all, and in the first pass of those over a cache
 IDS = torch.randint(VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(3))

@@ -18,13 +18,13 @@ from test_schedules import engine_kept
 
 import restkv
 from modeling.layers import Decoder
-from restkv import store
 from restkv.budgets import Allocation
 from restkv.context import CompressedContext
 from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import H2O, POLICIES, FullCache, LaCache, ReSTKV, SnapKV, StreamingLLM, get_policy
+from restkv.saving import store
 
 FOUR = (None,) * 4  # layers: LaCache's shortest ladders need as many
 CONTEXT, FIRST, SECOND = small_ids(70, 1), small_ids(5, 2), small_ids(20, 3)

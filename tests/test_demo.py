@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 import restkv
-from bench.demo import Contender, _answers, _marked
-from bench.methods import parse_methods
-from bench.tasks import Frame, make_sample
+from bench.cli.demo import Contender, _answers, _marked
+from bench.quality.tasks import Frame, make_sample
+from bench.runs.methods import parse_methods
 from restkv.cli import main
-from restkv.options import RECALL
+from restkv.cli.options import RECALL
 
 SMALL = ["demo", "--context", "512", "--compression", "8"]
 

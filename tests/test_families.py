@@ -12,8 +12,8 @@ from families import CASES, POSITIONS, TRAINED, VOCAB, prompt_ids, reference_log
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modeling.checkpoint.loading import load_model
 from modeling.layers import Block, Decoder, RMSNorm, rounded
-from modeling.loading import load_model
 from modeling.rope import Rotary
 
 

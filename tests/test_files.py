@@ -20,15 +20,15 @@ from typing import Any
 import pytest
 from small import small_ids, small_model
 
-from bench.figures import new_figure, save_png
+from bench.report.figures import new_figure, save_png
 from restkv import files
 from restkv.cli import main
+from restkv.cli.sink import Sink
 from restkv.context import CompressedContext
 from restkv.errors import OutputError
 from restkv.files import replaced, require_writable, write_text
 from restkv.lm import LM
 from restkv.policies import FullCache, ReSTKV
-from restkv.sink import Sink
 
 FORK = multiprocessing.get_context(
     "fork"

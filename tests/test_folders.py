@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import restkv
+from modeling.checkpoint.loading import INDEX, SINGLE, load_model, load_outline, resolve
 from modeling.config import read_json
 from modeling.errors import CheckpointError, ConfigError, RestKVError, RestKVWarning, TokenizerError
 from modeling.files import MAX_VALUES, MB, SIZE_LIMITS, read_bytes, reason, size_limit
-from modeling.loading import INDEX, SINGLE, load_model, load_outline, resolve
-from modeling.tokenizer import Tokenizer
+from modeling.text.tokenizer import Tokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 4976698672\n"
 STAND_INS = {

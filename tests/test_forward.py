@@ -15,9 +15,9 @@ from small import small_ids, small_model
 from torch import Tensor
 
 from modeling import layers
+from modeling.checkpoint.loading import load_model
 from modeling.forward import dense_layer, extend, step
 from modeling.layers import WIDENED_ROWS, Decoder
-from modeling.loading import load_model
 from modeling.pages import KVCache
 from restkv.generate import Engine, Session
 from restkv.lm import LM

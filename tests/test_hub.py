@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from hub_server import BRANCH, TAG, Hub, serving
 
-import modeling.hub
+import modeling.checkpoint.hub
+from modeling.checkpoint.hub import HubName, download, hub_name
+from modeling.checkpoint.loading import load_outline, resolve
 from modeling.errors import CheckpointError, RestKVWarning
-from modeling.hub import HubName, download, hub_name
-from modeling.loading import load_outline, resolve
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 PATIENT, IMPATIENT = 10, 0.3  # seconds
@@ -315,5 +315,5 @@ def test_two_downloads_at_once_both_end(hub):
     for thread in threads:
         thread.join(30)
     assert len(set(folders)) == 2
-    assert modeling.hub._ONE_AT_A_TIME.acquire(timeout=1)
-    modeling.hub._ONE_AT_A_TIME.release()
+    assert modeling.checkpoint.hub._ONE_AT_A_TIME.acquire(timeout=1)
+    modeling.checkpoint.hub._ONE_AT_A_TIME.release()

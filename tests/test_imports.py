@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling.families import FAMILIES
+from modeling.families.registry import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("modeling", "restkv", "bench")  # each may import itself and those before it

@@ -15,10 +15,10 @@ import pytest
 from small import small_model
 
 import restkv
-from restkv import compiling
+from restkv import kernels as compiling
 from restkv.cli import main
-from restkv.compiling import keep_kernels, kernel_folder
 from restkv.errors import CompileError, RestKVWarning
+from restkv.kernels import keep_kernels, kernel_folder
 from restkv.lm import LM
 from restkv.policies import ReSTKV
 

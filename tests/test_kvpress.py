@@ -1,4 +1,4 @@
-"""Kept positions and scores recorded from NVIDIA kvpress 0.5.5 (bench/peers/README.md): 20 random cases, seven presses."""
+"""Kept positions and scores recorded from NVIDIA kvpress 0.5.5 (bench/speed/peers/README.md): 20 random cases, seven presses."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_all_cases_are_there_and_some_decisions_are_hard():
     [("snapkv", {"pooling": "max"}, 19), ("tova", {"window": 0}, 8), ("observed_attention", {"per_query": False}, 20)],
 )
 def test_what_the_authors_do_otherwise_shows(name, other, differing):
-    """As counted in bench/peers/README.md: the official reading of a method keeps other entries in so many cases."""
+    """As counted in bench/speed/peers/README.md: the official reading of a method keeps other entries in so many cases."""
     count = 0
     for path in CASES:
         about, data = case_of(path)

@@ -21,8 +21,8 @@ import torch
 
 import restkv
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import OutputError, PolicyError, PromptError, RestKVWarning
-from restkv.options import RECALL
 
 pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
 pytest.importorskip("accelerate", reason="pip install accelerate, which lm-eval's hf model needs")
@@ -34,10 +34,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from bench.anli import AnliPlan, run_anli
 from bench.harness import RestKVHarness
-from bench.methods import parse_methods
-from bench.runs import read_rows
+from bench.quality.anli import AnliPlan, run_anli
+from bench.runs.folder import read_rows
+from bench.runs.methods import parse_methods
 
 ROOT = Path(__file__).parent.parent
 STORY = (RECALL / "story.txt").read_text(encoding="utf-8").strip()

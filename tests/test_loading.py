@@ -15,11 +15,11 @@ from dense import dense_logits
 from families import prompt_ids
 from safetensors.torch import load_file, save_file
 
-import modeling.loading
+import modeling.checkpoint.loading
+from modeling.checkpoint.loading import INDEX, SINGLE, load_model, load_outline, resolve, tensor_slots
 from modeling.errors import CheckpointError, ConfigError, RestKVError
-from modeling.families import read_config
+from modeling.families.registry import read_config
 from modeling.layers import Decoder
-from modeling.loading import INDEX, SINGLE, load_model, load_outline, resolve, tensor_slots
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -105,7 +105,7 @@ def test_shards_may_be_links_out_of_the_folder_as_in_the_hub_cache(folder, tmp_p
 
 def test_large_tensors_are_read_in_pieces(folder, monkeypatch):
     want = load_model(folder).state_dict()
-    monkeypatch.setattr(modeling.loading, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(modeling.checkpoint.loading, "CHUNK_BYTES", 1000)
     got = load_model(folder).state_dict()
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -330,7 +330,7 @@ def test_resolve_reports_a_failed_download_in_one_line(monkeypatch):
 
 PEAK = """
     import sys, torch
-    from modeling.loading import load_model
+    from modeling.checkpoint.loading import load_model
 
     def status(key):
         lines = open("/proc/self/status").read().splitlines()

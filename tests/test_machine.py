@@ -57,7 +57,7 @@ from restkv.policies import (
     StreamingLLM,
 )
 from restkv.sampling import Sampling
-from restkv.store import load_session, save_session
+from restkv.saving.store import load_session, save_session
 
 STEPS = int(os.environ.get("RESTKV_MACHINE_STEPS", "2000"))
 STEPS_OF_A_LIFE = 50

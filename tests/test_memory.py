@@ -20,13 +20,13 @@ import pytest
 import torch
 from small import small_ids, small_model
 
+from modeling.checkpoint.loading import load_model
 from modeling.forward import CHUNK
 from modeling.layers import Decoder
-from modeling.loading import load_model
 from restkv.budgets import Pyramid
 from restkv.generate import COMPACT_EVERY, Engine, Session
 from restkv.lm import LM
-from restkv.memory import PeakMemory
+from restkv.meter import PeakMemory
 from restkv.policies import H2O, TOVA, FullCache, KeyDiff, LaCache, Policy, ReSTKV, SnapKV, StreamingLLM
 from restkv.sizing import page_size
 

@@ -15,14 +15,14 @@ from test_chat import SYSTEM, TURNS, say
 from torch import Tensor
 
 import restkv
-from modeling import renderer
-from restkv import policies, talk
+from modeling.text import renderer
+from restkv import policies
 from restkv.chat import Chat
-from restkv.cli import main
+from restkv.cli import main, talk
+from restkv.cli.options import parse_field
 from restkv.errors import PolicyError, RestKVError
 from restkv.lm import LM
 from restkv.observe import Observation
-from restkv.options import parse_field
 from restkv.policies import ReSTKV, SnapKV, StreamingLLM
 
 DEEP = "[" * 100_000 + "]" * 100_000

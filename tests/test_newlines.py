@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import anli, corpus
-from bench.official.haystack import _essays
-from modeling.text import decoded
+from bench.published.haystack import _essays
+from bench.quality import anli, corpus
+from modeling.text.characters import decoded
 from restkv.cli import main
+from restkv.cli.options import read_text
 from restkv.errors import PromptError
-from restkv.options import read_text
 
 LINES = ["Once upon a time", "", "there was a girl", "named Lily."]
 ENDS = ["\n", "\r\n", "\r"]

@@ -15,8 +15,8 @@ from small import small_ids, small_model
 from torch._inductor.exc import CppCompileError
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.floor import measure_machine
-from bench.peers.hf import Transformers
+from bench.speed.floor import measure_machine
+from bench.speed.peers.hf import Transformers
 from modeling import flex
 from modeling.attention import paged_attention
 from modeling.compiled import compiled, only_compiled

@@ -24,18 +24,18 @@ from official_files import (
 )
 
 import restkv
-from bench.official import templates, wording
-from bench.official.data import DataError, Rows
-from bench.official.haystack import BUFFER, haystack, insert
-from bench.official.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
-from bench.official.infinitebench import infinitebench
-from bench.official.longbench import METRICS, longbench
-from bench.official.ruler import NEW_TOKENS as RULER_TASKS
-from bench.official.ruler import ruler
-from bench.official.suite import OFFICIAL, PAPER, Suite
-from bench.official.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates, sha12
+from bench.published import templates, wording
+from bench.published.data import DataError, Rows
+from bench.published.haystack import BUFFER, haystack, insert
+from bench.published.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
+from bench.published.infinitebench import infinitebench
+from bench.published.longbench import METRICS, longbench
+from bench.published.ruler import NEW_TOKENS as RULER_TASKS
+from bench.published.ruler import ruler
+from bench.published.suite import OFFICIAL, PAPER, Suite
+from bench.published.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates, sha12
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError
-from restkv.options import RECALL
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bench.official import infinite_metrics as infinite
-from bench.official import metrics
-from bench.official.longbench import METRICS as LONGBENCH
+from bench.published import infinite_metrics as infinite
+from bench.published import metrics
+from bench.published.longbench import METRICS as LONGBENCH
 
 # (prediction, answer, value); every value is a fraction that can be counted from the words.
 QA_F1 = [

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from official_files import write_essays, write_infinitebench, write_longbench, write_ruler
 
-import bench.official.run
+import bench.published.run
 import restkv
-from bench.methods import parse_methods
-from bench.official.haystack import haystack
-from bench.official.infinitebench import infinitebench
-from bench.official.longbench import longbench
-from bench.official.ruler import ruler
-from bench.official.run import Plan, answer, encode, run
-from bench.official.suite import OFFICIAL, PAPER, Item, Suite
-from bench.runs import read_manifest, read_rows
+from bench.published.haystack import haystack
+from bench.published.infinitebench import infinitebench
+from bench.published.longbench import longbench
+from bench.published.ruler import ruler
+from bench.published.run import Plan, answer, encode, run
+from bench.published.suite import OFFICIAL, PAPER, Item, Suite
+from bench.runs.folder import read_manifest, read_rows
+from bench.runs.methods import parse_methods
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.lm import LM
-from restkv.options import RECALL
 
 BOTH = (OFFICIAL, PAPER)
 
@@ -106,13 +106,13 @@ def test_the_halves_of_a_cut_prompt_are_decoded_as_the_benchmark_does_it(stories
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], bool]]:
     """What answers were ended by, and whether their first token could end them."""
     seen = []
-    answer_all = bench.official.run.answer_all
+    answer_all = bench.published.run.answer_all
 
     def looked_at(*given: Any, eos: list[int], least_one: bool) -> Any:
         seen.append((sorted(eos), least_one))
         return answer_all(*given, eos=eos, least_one=least_one)
 
-    monkeypatch.setattr(bench.official.run, "answer_all", looked_at)
+    monkeypatch.setattr(bench.published.run, "answer_all", looked_at)
     return seen
 
 

@@ -26,22 +26,22 @@ from official_files import (
 )
 
 import restkv
-from bench.methods import parse_methods
-from bench.official.haystack import haystack
-from bench.official.infinitebench import infinitebench
-from bench.official.longbench import longbench
-from bench.official.ruler import ruler
-from bench.official.run import Plan, answer, encode, run
-from bench.official.suite import OFFICIAL, PAPER, Item, Suite
-from bench.official.tables import parts, published
-from bench.parts import progress
-from bench.report import build, latex, markdown
-from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
-from bench.tables import Table
-from bench.together import answer_all
+from bench.published.haystack import haystack
+from bench.published.infinitebench import infinitebench
+from bench.published.longbench import longbench
+from bench.published.ruler import ruler
+from bench.published.run import Plan, answer, encode, run
+from bench.published.suite import OFFICIAL, PAPER, Item, Suite
+from bench.published.tables import parts, published
+from bench.report.kinds import progress
+from bench.report.page import build, latex, markdown
+from bench.report.tables import Table
+from bench.runs.folder import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
+from bench.runs.methods import parse_methods
+from bench.runs.together import answer_all
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
-from restkv.options import RECALL
 from restkv.results import Decoding
 
 METHODS = tuple(parse_methods("restkv:window=4,h2o,streamingllm"))
@@ -461,8 +461,8 @@ LONGEST = 90  # tokens of prompt
 def test_the_full_cache_is_transformers_greedy_generation(stories260k: Path, tmp_path: Path) -> None:
     """20 rows of four tasks, some of them too long, token for token, and the same metric of the same text."""
     transformers = pytest.importorskip("transformers")
-    from bench.official import wording
-    from bench.official.longbench import METRICS as metrics
+    from bench.published import wording
+    from bench.published.longbench import METRICS as metrics
 
     lm = restkv.load(stories260k)
     tasks = ["hotpotqa", "triviaqa", "samsum", "lcc"]

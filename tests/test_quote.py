@@ -1,4 +1,4 @@
-"""Tables that documents quote from bench/results (bench/quote.py)."""
+"""Tables that documents quote from bench/results (bench/report/quote.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.quote import ROOT, quoted, table
+from bench.report.quote import ROOT, quoted, table
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -27,7 +27,7 @@ def results(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_what_documents_quote_is_what_was_measured(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert quoted(text, ROOT / "bench" / "results") == text, "python -m bench.quote mends it"
+    assert quoted(text, ROOT / "bench" / "results") == text, "python -m bench.report.quote mends it"
 
 
 def test_the_results_page_quotes() -> None:

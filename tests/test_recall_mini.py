@@ -17,15 +17,15 @@ import transformers
 from tokenizers import Tokenizer
 
 import restkv
-from bench import train_recall
-from bench.lessons import ASKS, COUNTED, EOS, KINDS, Lesson, Lessons, make_tokenizer
-from bench.prose import ADJECTIVES, CODED_WORDS, MEN, NOUNS, WOMEN
-from bench.quote import ROOT
-from bench.ruler import answer
-from bench.tasks import ORDINALS, Frame, make_sample
-from bench.train_recall import MOST_GAPS, Marks, Stage, stretched
-from restkv.options import RECALL
-from restkv.store import fingerprint
+from bench.quality.prose import ADJECTIVES, CODED_WORDS, MEN, NOUNS, WOMEN
+from bench.quality.ruler import answer
+from bench.quality.tasks import ORDINALS, Frame, make_sample
+from bench.recall_mini import train as train_recall
+from bench.recall_mini.lessons import ASKS, COUNTED, EOS, KINDS, Lesson, Lessons, make_tokenizer
+from bench.recall_mini.train import MOST_GAPS, Marks, Stage, stretched
+from bench.report.quote import ROOT
+from restkv.cli.options import RECALL
+from restkv.saving.store import fingerprint
 
 FACT = re.compile(r"The (?:(?:(?:first|second|third|fourth) )?code of the \w+ \w+|box around \w+) is \w+\.")
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import runs
-from bench.runs import MANIFEST, SAMPLES, TIMINGS, RunError, open_run, read_manifest, read_rows
-from bench.stats import Estimate, grouped, mean_interval, paired_difference
+from bench.report.stats import Estimate, grouped, mean_interval, paired_difference
+from bench.runs import folder as runs
+from bench.runs.folder import MANIFEST, SAMPLES, TIMINGS, RunError, open_run, read_manifest, read_rows
 
 ARGUMENTS = {"samples": 3, "lengths": [256, 512], "methods": ["full", "restkv"]}
 

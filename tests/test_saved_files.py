@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from small import VOCAB, small_ids, small_model
 
 import restkv
-from restkv import archive
-from restkv.archive import opened, write_archive
 from restkv.chat import Chat
+from restkv.cli.options import RECALL
 from restkv.context import CompressedContext
 from restkv.errors import OutputError, PromptError
 from restkv.lm import LM
-from restkv.options import RECALL
 from restkv.policies import H2O, FullCache, LaCache, Random, ReSTKV, SnapKV, StreamingLLM
+from restkv.saving import archive
+from restkv.saving.archive import opened, write_archive
 
 POLICIES = {
     "restkv": ReSTKV(20, window=4, interval=8),

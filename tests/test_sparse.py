@@ -18,27 +18,27 @@ from reference_sparse import blocks_with, choose_slowly, mask_of, masked_output,
 from small import small_ids, small_model
 from torch import Tensor
 
-from bench.fidelity import FidelityPlan, run_fidelity
-from bench.methods import parse_methods
-from bench.parts import parts
-from bench.ruler import Plan, answer
-from bench.ruler import run as run_ruler
-from bench.runs import read_manifest, read_rows
-from bench.tables import Table
-from bench.tasks import Frame, make_sample
-from bench.together import prefill_together
+from bench.quality.fidelity import FidelityPlan, run_fidelity
+from bench.quality.ruler import Plan, answer
+from bench.quality.ruler import run as run_ruler
+from bench.quality.tasks import Frame, make_sample
+from bench.report.kinds import parts
+from bench.report.tables import Table
+from bench.runs.folder import read_manifest, read_rows
+from bench.runs.methods import parse_methods
+from bench.runs.together import prefill_together
 from modeling.attention import causal_attention
 from modeling.layers import Decoder
 from modeling.sparse import BlockMap, reachable, sparse_attention
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 from restkv.evict import Evictor
 from restkv.generate import Engine, Session
 from restkv.lm import LM, load
 from restkv.mass import column_mass
-from restkv.options import RECALL
+from restkv.patterns import AShape, FlexPrefill, Pattern, VerticalSlash, parse_prefill, vertical_and_slash
 from restkv.policies import FullCache, Policy, get_policy, known_policies
-from restkv.sparse import AShape, FlexPrefill, Pattern, VerticalSlash, parse_prefill, vertical_and_slash
 
 SHAPES = st.fixed_dictionaries(
     {

@@ -16,7 +16,7 @@ from test_recall_mini import RECALL
 from test_tokenizer import KINDS, SPECIAL
 
 from modeling.errors import TokenizerError
-from modeling.tokenizer import Tokenizer
+from modeling.text.tokenizer import Tokenizer
 
 NEW = ["<extra>", "[NEW]", "word", "\n\n"]  # in no vocabulary
 NAMES = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]

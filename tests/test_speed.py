@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import speed
-from bench.floor import Machine, decode_floor, matrix_parameters, prefill_floor
-from bench.ours import Ours
-from bench.speed import PRESETS, Contest
-from bench.workers import Process
-from modeling.families import config_from_dict
+from bench.speed import contest as speed
+from bench.speed.contest import PRESETS, Contest
+from bench.speed.floor import Machine, decode_floor, matrix_parameters, prefill_floor
+from bench.speed.ours import Ours
+from bench.speed.workers import Process
+from modeling.families.registry import config_from_dict
 from modeling.layers import Decoder
 from restkv.cli import main
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 from restkv.evict import Evictor
-from restkv.options import RECALL
 
 CONTEST = Contest(
     preset="tiny",
@@ -200,7 +200,7 @@ def test_peers_with_nothing_to_compress_stay_away() -> None:
 
 @pytest.mark.parametrize("idle", [False, True], ids=["when asked", "before"])
 def test_a_worker_that_dies_is_named(idle: bool) -> None:
-    process = Process("broken", "bench.ours", [json.dumps({"config": {}})])
+    process = Process("broken", "bench.speed.ours", [json.dumps({"config": {}})])
     if idle:
         process._process.wait()
     with pytest.raises(RuntimeError, match="worker broken died"):

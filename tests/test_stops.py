@@ -14,7 +14,7 @@ from test_recall_mini import RECALL
 from test_tokenizer import KINDS, TOKENS
 
 import restkv
-from modeling.tokenizer import Tokenizer
+from modeling.text.tokenizer import Tokenizer
 from restkv import Chat, FullCache
 from restkv.generate import Session
 from restkv.results import Decoding, Row

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from words import word_tokenizer
 
-from bench.prose import ADJECTIVES, CODED_WORDS, NOUNS, PADS, SYLLABLES, listing, sentences
-from bench.tasks import DEPTH_TASKS, TASKS, Frame, Sample, make_sample, score
-from modeling.tokenizer import Tokenizer
+from bench.quality.prose import ADJECTIVES, CODED_WORDS, NOUNS, PADS, SYLLABLES, listing, sentences
+from bench.quality.tasks import DEPTH_TASKS, TASKS, Frame, Sample, make_sample, score
+from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError
-from restkv.options import RECALL
 
 FRAMES = {
     "words": Frame(word_tokenizer()),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import VOCAB, small_ids, small_model
 
-from bench.teacher_forcing import Tally, score_rows, score_unevicted
+from bench.quality.teacher_forcing import Tally, score_rows, score_unevicted
 from restkv.cli import main
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, LaCache, Policy, PyramidKV, ReSTKV, SnapKV, StreamingLLM

@@ -19,12 +19,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling import renderer
 from modeling.errors import RestKVWarning, TokenizerError
-from modeling.renderer import Renderer
-from modeling.templates import ChatTemplates
-from modeling.tokenizer import Tokenizer
-from restkv.options import RECALL
+from modeling.text import renderer
+from modeling.text.renderer import Renderer
+from modeling.text.templates import ChatTemplates
+from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import RECALL
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -294,7 +294,7 @@ def test_copies_start_anew(one):
 
 SCRIPT = """
 import os, sys, time
-from modeling.renderer import Renderer
+from modeling.text.renderer import Renderer
 one = Renderer("{{ x }}", "here")
 said = one.text({"x": "said"})
 os.write(int(sys.argv[1]), f"{said} {one._child.process.pid}".encode())
@@ -332,8 +332,8 @@ def test_it_ends_with_its_parent_and_needs_nothing_of_it(end, tmp_path):
 
 USER = """
 import os
-from modeling import renderer
-from modeling.renderer import Renderer
+from modeling.text import renderer
+from modeling.text.renderer import Renderer
 renderer.SECONDS = 0.1
 one = Renderer("{{ x }}{% if x == 'slow' %}{% set n = 9 %}{{ n ** (n ** n) }}{% endif %}", "here")
 print(one.text({"x": "root"}))

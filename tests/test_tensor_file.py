@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+from modeling.checkpoint.tensor_file import BITS, HEADER_LIMIT, STORED_DTYPES, StoredTensor, read_header, read_pieces
 from modeling.errors import CheckpointError
-from modeling.tensor_file import BITS, HEADER_LIMIT, STORED_DTYPES, StoredTensor, read_header, read_pieces
 
 FLOATS = list(STORED_DTYPES.values())
 
@@ -187,7 +187,7 @@ def test_a_header_in_front_of_more_than_the_memory_is_read_at_once(tmp_path):
 WITHIN = """
     import json, resource, sys
     import torch
-    from modeling.loading import load_model, load_outline, tensor_slots
+    from modeling.checkpoint.loading import load_model, load_outline, tensor_slots
 
     small, large, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
     load_model(small)  # what a first load imports and allocates once

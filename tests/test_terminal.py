@@ -26,16 +26,16 @@ from rambler import save_rambler
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bench.cli_common import print_table
-from bench.kept import Kept, terminal
-from bench.workers import Process
+from bench.cli.options import print_table
+from bench.quality.kept import Kept, terminal
+from bench.speed.workers import Process
 from modeling.shown import HARMFUL, LONGEST, one_line, shown
 from restkv.cli import main
-from restkv.console import PlainConsole
-from restkv.display import holdings
+from restkv.cli.console import PlainConsole
+from restkv.cli.display import holdings
+from restkv.cli.terminal import json_text, put, status
 from restkv.errors import RestKVError, RestKVWarning
 from restkv.results import Stats
-from restkv.terminal import json_text, put, status
 
 CLIPBOARD, TITLE = "\x1b]52;c;aGk=\x07", "\x9d0;x\x9c"
 HOSTILE = f"a{CLIPBOARD}b\rc\x08d\x7f{TITLE}\u202eevil\u2066[bold]x[/bold]\x00"
@@ -201,7 +201,7 @@ def test_remarks_of_anybody_are_escaped(on_terminal: Run, monkeypatch: pytest.Mo
         warnings.warn(HOSTILE, FutureWarning, stacklevel=1)
         raise RestKVError("that is all")
 
-    monkeypatch.setattr("modeling.loading.load_outline", warn)
+    monkeypatch.setattr("modeling.checkpoint.loading.load_outline", warn)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, category, *_: print(category.__name__, message, file=sys.stderr)
         code, _, err = on_terminal("inspect")
@@ -276,7 +276,7 @@ def test_nobody_writes_past_the_doors() -> None:
         for line in file.read_text("utf-8").splitlines()
         if re.search(r"(?<![\w.])(print|echo|Console)\(|\becho\(|std(out|err)\.write", line)
     }
-    assert {line.partition(":")[0] for line in found} == {"restkv/terminal.py", "restkv/console.py"}
+    assert {line.partition(":")[0] for line in found} == {"restkv/cli/terminal.py", "restkv/cli/console.py"}
 
 
 # -- a process of its own

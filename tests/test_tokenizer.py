@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from modeling.errors import TokenizerError
-from modeling.tokenizer import Tokenizer
+from modeling.text.tokenizer import Tokenizer
 
 CORPUS = [
     "Once upon a time there was a little girl named Lily. She loved to play outside in the park.",

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from test_tokenizer import BYTES, KINDS, TOKENS
 
 from modeling.errors import TokenizerError
-from modeling.tokenizer import Tokenizer
-from modeling.tokenizer_guard import guarded
+from modeling.text.guard import guarded
+from modeling.text.tokenizer import Tokenizer
 
 FILES = {kind: json.loads(build().to_str()) for kind, build in KINDS.items()}
 TEXTS = ["Once upon a time.", "", "<s> 日本 <|im_end|>", "a" * 40]

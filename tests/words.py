@@ -10,8 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from bench.prose import ADJECTIVES, NOUNS, PADS, sentences
-from modeling.tokenizer import Tokenizer
+from bench.quality.prose import ADJECTIVES, NOUNS, PADS, sentences
+from modeling.text.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message.role }}> {{ message.content }} <end>{% endfor %}"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modeling.text import brief
+from modeling.text.characters import brief
 from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation

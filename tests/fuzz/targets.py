@@ -389,7 +389,7 @@ def _saved(ground: Path) -> dict[str, Any]:
 
 def _signed(remarks: str, tensors: Any) -> bytes:
     """A file as a hostile mind would write it, with digests that are right."""
-    from restkv.archive import write_archive
+    from restkv.saving.archive import write_archive
 
     with tempfile.TemporaryDirectory() as folder:
         write_archive(Path(folder) / "saved", remarks, tensors)

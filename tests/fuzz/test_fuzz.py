@@ -42,7 +42,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def warm(ground: Path) -> Iterator[None]:
     """What a command imports and does at its first call is done here, so that no fork pays for it."""
     import restkv.chat
-    import restkv.talk  # noqa: F401
+    import restkv.cli.talk  # noqa: F401
     from restkv.cli import main
 
     case = TARGETS[0].unchanged(TARGETS[0].prepare(ground))[0]

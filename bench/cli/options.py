@@ -1,0 +1,185 @@
+"""What the commands of `restkv bench` have in common: options, how texts become values, a run's progress and its tables.
+
+torch is imported inside the functions, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from restkv.cli.options import RECALL
+from restkv.errors import PromptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.runs.folder import Report
+    from restkv.lm import LM
+
+EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for each takes longer than its short answers
+RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-attention,random"
+METHODS_FORM = "NAME[@PRESET][:OPTION=VALUE...],..."
+
+MethodsOption = Annotated[str, typer.Option(metavar=METHODS_FORM, help="Methods; the full cache always runs too.")]
+CompressionOption = Annotated[str, typer.Option(help="Length over entries per KV head.")]
+PrefillOption = Annotated[
+    str, typer.Option(metavar="dense|PATTERN", help="How prompts are read; see `restkv generate --help`.")
+]
+NamedModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
+]
+QuestionOption = Annotated[
+    str, typer.Option(help="aware: evict with the question in sight; agnostic: before it is known; both.")
+]
+EvictOption = Annotated[
+    str,
+    typer.Option(help="prompt: evict the prompt, keep what follows; always: also while decoding, as the method does."),
+]
+SeedOption = Annotated[int, typer.Option(help="Of the samples.")]
+OutOption = Annotated[Path, typer.Option(help="Folder of the results; a run that was stopped there goes on.")]
+
+
+def pick_model(model: str, named: str | None) -> str:
+    """The model of a command that takes one as its argument or as --model.
+
+    Raises:
+        PromptError: both are given.
+    """
+    if named is not None and model != str(RECALL):
+        raise PromptError(f"two models are given, {model} and --model {named}; give one")
+    return named or model
+
+
+def load_model(model: str, dtype: str, device: str, backend: str) -> LM:
+    """See restkv.load."""
+    from restkv.cli.display import byte_text
+    from restkv.cli.terminal import status
+    from restkv.lm import load
+
+    progress = status.progress("loading the weights", byte_text)
+    return load(model, dtype=dtype, device=device, backend=backend, progress=progress)
+
+
+# -- texts to values
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """What stands between commas, nothing twice."""
+    return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1.
+
+    Raises:
+        PromptError: names the option.
+    """
+    try:
+        numbers = tuple(dict.fromkeys(map(int, split_names(text))))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise PromptError(f"--{option} {text!r}: give whole numbers of at least 1, separated by commas")
+    return numbers
+
+
+def parse_compression(text: str) -> tuple[float, ...]:
+    """Numbers; that they are at least 1 is for the plan to say, which knows what they are of.
+
+    Raises:
+        PromptError: no numbers.
+    """
+    try:
+        rates = tuple(dict.fromkeys(map(float, split_names(text))))
+    except ValueError:
+        rates = ()
+    if not rates:
+        raise PromptError(f"--compression {text!r}: give numbers of at least 1, separated by commas")
+    return rates
+
+
+def parse_budgets(text: str) -> tuple[int | float, ...]:
+    """Entries, or (with a point) fractions of what is read.
+
+    Raises:
+        PromptError: anything else.
+    """
+    try:
+        numbers = (float(part) if "." in part else int(part) for part in split_names(text))
+        budgets = tuple({repr(number): number for number in numbers}.values())  # 1 entry is not 1.0, which is all
+    except ValueError:
+        budgets = ()
+    if not all(0 < budget <= 1 if isinstance(budget, float) else budget > 0 for budget in budgets) or not budgets:
+        raise PromptError(f"--budgets {text!r}: give whole numbers, or fractions in (0, 1], separated by commas")
+    return budgets
+
+
+def evicts_once(evict: str) -> bool:
+    """Whether --evict leaves alone what follows the prompt.
+
+    Raises:
+        PromptError: neither of its values.
+    """
+    if evict not in ("prompt", "always"):
+        raise PromptError(f"--evict {evict!r} is not known; choose prompt or always")
+    return evict == "prompt"
+
+
+# -- runs
+
+
+@contextmanager
+def running(out: Path) -> Iterator[Report | None]:
+    """While a run writes into `out`: a callback that draws its progress. Its tables once it is done."""
+    with _progress_bar() as report:
+        yield report
+    _print_tables(out)
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Columns and lines of text under their title."""
+    from rich.table import Table
+
+    from restkv.cli.display import titled
+
+    table = Table(*columns)
+    for line in lines:
+        table.add_row(*line)
+    console.print(titled(title, table))
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Report | None]:
+    """How far the run is, on stderr; None where no terminal shows it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from restkv.cli.console import PlainConsole
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=PlainConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task("results", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_tables(folder: Path) -> None:
+    """The tables of a run, and how to make a page of it."""
+    from bench.report.kinds import parts, read_run
+    from bench.report.tables import Table
+    from bench.runs.folder import SAMPLES
+    from restkv.cli.console import table_console
+
+    manifest, rows = read_run(folder)
+    console = table_console(piped=200)  # a file need not break lines
+    for part in parts(manifest["kind"], manifest["arguments"], rows):
+        if isinstance(part, Table):
+            print_table(console, part.caption, part.columns, part.lines)
+    console.print(f"results: {folder / SAMPLES}; a page with figures: restkv bench report {folder}", soft_wrap=True)

@@ -1,0 +1,208 @@
+"""`restkv bench speed` and `restkv bench memory`: what a token and a context cost, ours and others' side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bench.cli.options import METHODS_FORM, parse_numbers, print_table, split_names
+from restkv.cli.terminal import put_line
+from restkv.errors import PromptError
+from restkv.files import refusal, write_text
+
+if TYPE_CHECKING:
+    from bench.speed.contest import Contest
+
+# Fixed sets of options by name, as `bench speed` takes them.
+SUITES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "speed" / "suites.json").read_text())
+
+ModelOption = Annotated[str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset.")]
+PresetOption = Annotated[str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
+BatchesOption = Annotated[str, typer.Option(help="Rows, separated by commas.")]
+MethodsOption = Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")]
+BudgetOption = Annotated[int, typer.Option(help="Entries per KV head.")]
+PeersOption = Annotated[
+    str, typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody.")
+]
+PeerPythonOption = Annotated[
+    str | None,
+    typer.Option(help="Interpreter that has the peers (bench/speed/peers/README.md).", show_default="this one"),
+]
+BackendOption = Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")]
+OutOption = Annotated[Path | None, typer.Option(help="Write the JSON here, and a figure beside it.")]
+
+
+def speed(
+    model: ModelOption = None,
+    preset: PresetOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+    contexts: ContextsOption = "2048,8192",
+    batches: BatchesOption = "1",
+    methods: MethodsOption = "restkv,full",
+    budget: BudgetOption = 512,
+    peers: PeersOption = "transformers",
+    peer_python: PeerPythonOption = None,
+    backend: BackendOption = "flex",
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(help="Turns each takes, after one that warms up.")] = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
+    prefills: Annotated[
+        str,
+        typer.Option(
+            "--prefill", metavar="dense|chunked|PATTERN,...", help="How ours read their prompts: every method each way."
+        ),
+    ] = "dense",
+    prompts: Annotated[int, typer.Option(help="Prompts each reads of every length; TTFT is the median.")] = 1,
+    filled: Annotated[
+        bool,
+        typer.Option(
+            "--filled",
+            help="Fill the caches with random entries instead of running the prompts: no TTFT, but TPOT of any context.",
+        ),
+    ] = False,
+    start_up: Annotated[
+        bool,
+        typer.Option(
+            "--start-up", help="Also time ours from nothing to a token, with and without kernels made before."
+        ),
+    ] = False,
+    suite: Annotated[str | None, typer.Option(help="gpu: a fixed set of the options above.")] = None,
+    out: OutOption = None,
+) -> None:
+    """Time to the first token and time per token, beside what the machine allows."""
+    from bench.speed.contest import measure_speed
+
+    options = {
+        "preset": preset,
+        "dtype": dtype,
+        "device": device,
+        "contexts": contexts,
+        "batches": batches,
+        "methods": methods,
+        "budget": budget,
+        "peers": peers,
+        "rounds": rounds,
+    }
+    if suite is not None:
+        if suite not in SUITES:
+            raise PromptError(f"--suite {suite!r} is unknown; choose from {', '.join(SUITES)}")
+        options |= SUITES[suite]
+    contest = replace(
+        _contest(model, options, backend, threads, tokens, peer_python),
+        filled=filled,
+        prefills=split_names(prefills),
+        prompts=prompts,
+    )
+    _need_figure(contest, out)
+    _finish(measure_speed(contest, put_line, start_up, partial(_write, out=out)), out)
+
+
+def memory(
+    model: ModelOption = None,
+    preset: PresetOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+    contexts: ContextsOption = "2048,8192,32768",
+    batches: BatchesOption = "1",
+    methods: MethodsOption = "restkv,full",
+    budget: BudgetOption = 512,
+    peers: PeersOption = "transformers",
+    peer_python: PeerPythonOption = None,
+    backend: BackendOption = "flex",
+    threads: ThreadsOption = None,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 16,
+    out: OutOption = None,
+) -> None:
+    """Peak memory above the weights, phase by phase."""
+    from bench.speed.contest import measure_memory
+
+    options = {
+        "preset": preset,
+        "dtype": dtype,
+        "device": device,
+        "contexts": contexts,
+        "batches": batches,
+        "methods": methods,
+        "budget": budget,
+        "peers": peers,
+        "rounds": 1,
+    }
+    contest = _contest(model, options, backend, threads, tokens, peer_python)
+    _need_figure(contest, out)
+    _finish(measure_memory(contest, put_line, partial(_write, out=out)), out)
+
+
+def _contest(
+    model: str | None,
+    options: dict[str, Any],
+    backend: str,
+    threads: int | None,
+    tokens: int,
+    peer_python: str | None,
+) -> Contest:
+    from bench.speed.contest import PRESETS, Contest
+
+    preset = options["preset"] or (None if model else next(iter(PRESETS)))
+    return Contest(
+        preset=preset,
+        model=model,
+        dtype=options["dtype"],
+        device=options["device"],
+        contexts=parse_numbers(options["contexts"], "contexts"),
+        batches=parse_numbers(options["batches"], "batches"),
+        methods=split_names(options["methods"]),
+        budget=options["budget"],
+        peers=tuple(peer for peer in split_names(options["peers"]) if peer != "none"),
+        backend=backend,
+        threads=threads or os.cpu_count() or 1,
+        rounds=options["rounds"],
+        tokens=tokens,
+        peer_python=peer_python,
+    )
+
+
+def _need_figure(contest: Contest, out: Path | None) -> None:
+    """Refuse at once a figure that could not be drawn in the end (raises OutputError)."""
+    if out is not None and len(contest.contexts) > 1:
+        from bench.report.figures import need_matplotlib
+
+        need_matplotlib()
+
+
+def _write(result: dict[str, Any], out: Path | None) -> None:
+    """The JSON of a run, complete or not."""
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(out, error) from None
+    write_text(out, json.dumps(result, indent=1) + "\n")
+
+
+def _finish(result: dict[str, Any], out: Path | None) -> None:
+    """Print the table; write the JSON and, of several contexts, a figure."""
+    from bench.report.figures import save_png
+    from bench.speed.contest import figure, table, title
+    from restkv.cli.console import table_console
+
+    print_table(table_console(), title(result), *table(result))
+    if out is None:
+        return
+    _write(result, out)
+    put_line(out)
+    if len(result["contest"]["contexts"]) > 1:
+        picture = out.with_suffix(".png")
+        save_png(figure(result), picture)
+        put_line(picture)

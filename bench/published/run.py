@@ -1,0 +1,223 @@
+"""Run a published benchmark: every method at every budget answers every item, one prefill for all of them.
+
+Letters: L prompt length.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.published.data import DataError
+from bench.published.suite import Item, Source, Suite
+from bench.runs.folder import Report, Run, chosen_rows, describe, digest, open_run, setting, versions_text
+from bench.runs.methods import Method, check
+from bench.runs.plans import Asked, Cell, cells_of, share
+from bench.runs.together import answer_all
+from restkv.errors import PromptError, RestKVWarning
+from restkv.lm import LM
+from restkv.policies import Policy
+from restkv.results import Decoding
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run of a suite.
+
+    Attributes:
+        checkpoint: the model's name, by which published figures are found.
+        budgets: entries per KV head (of methods with a set per query head: per query head), window and sinks included, as the
+            papers count them; or fractions of the prompt.
+        limit: items per source at most.
+        fraction: of each source's items, spread evenly over it.
+        max_length: tokens of prompt, in place of the protocol's.
+    """
+
+    suite: Suite
+    checkpoint: str
+    methods: tuple[Method, ...]
+    budgets: tuple[Asked, ...]
+    limit: int | None = None
+    fraction: float = 1.0
+    max_length: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_length or self.suite.max_length
+
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.methods, self.budgets)
+
+    @property
+    def results(self) -> int:
+        """How many there will be."""
+        return sum(len(self.chosen(source)) for source in self.suite.sources) * len(self.cells)
+
+    def chosen(self, source: Source) -> list[int]:
+        """Numbers of the items that are run."""
+        return chosen_rows(source.count, self.fraction, self.limit)
+
+    def arguments(self, lm: LM) -> dict[str, Any]:
+        """JSON-ready, all that results depend on."""
+        sources = self.suite.sources
+        return {
+            "protocol": self.suite.protocol,
+            "checkpoint": self.checkpoint,
+            "tasks": list(dict.fromkeys(source.task.name for source in sources)),
+            "lengths": list(dict.fromkeys(source.length for source in sources if source.length)),
+            "methods": [method.label for method in self.methods],
+            "budgets": list(self.budgets),
+            "limit": self.limit,
+            "fraction": self.fraction,
+            "max_length": self.longest,
+            "eos": list(self.suite.eos),
+            "decoding": "greedy",
+            **self.suite.facts,
+            "results": self.results,
+            **setting(lm),
+        }
+
+
+def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
+    """Run a plan, or what is missing of it, into a folder (bench/runs/folder.py).
+
+    Raises:
+        PolicyError: a method that cannot work with one of the budgets (whole budgets: before anything is run).
+        PromptError: a plan without sense. RunError: see open_run.
+    """
+    _check(lm, plan)
+    largest = max(share(cell.asked, plan.longest or lm.config.max_positions) for cell in plan.cells)
+    details = describe(lm, plan.methods, largest)
+    with open_run(folder, plan.suite.kind, plan.arguments(lm), details, plan.results, report) as results:
+        _fill(lm, plan, results)
+    return folder
+
+
+def _fill(lm: LM, plan: Plan, results: Run) -> None:
+    for source, index in _in_turn(plan):
+        keys = [_key(source, index, cell) for cell in plan.cells]
+        results.add_together(keys, partial(_rows, lm, plan, source, index))
+
+
+def _rows(lm: LM, plan: Plan, source: Source, index: int) -> list[dict[str, Any]]:
+    """What an item's answers in all cells are of, and the answers."""
+    about = {
+        "protocol": plan.suite.protocol,
+        "task": source.task.name,
+        "length": source.length,
+        "depth": source.depth,
+        "index": index,
+    }
+    return [
+        {
+            **about,
+            "method": cell.method.label,
+            "preset": cell.method.preset,
+            "budget": _budget(cell),
+            "wording": source.wording,
+            **row,
+            "versions": versions_text(),
+        }
+        for cell, row in zip(plan.cells, answer(lm, plan, source, source.item(index), plan.cells), strict=True)
+    ]
+
+
+def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
+    """Item by item over all sources, so that a broken run has some of everything."""
+    chosen = [(source, plan.chosen(source)) for source in plan.suite.sources]
+    for place in range(max(len(numbers) for _, numbers in chosen)):
+        for source, numbers in chosen:
+            if place < len(numbers):
+                yield source, numbers[place]
+
+
+def _key(source: Source, index: int, cell: Cell) -> str:
+    places = [source.task.name, source.length, source.depth, index, cell.method.label, _budget(cell)]
+    return "/".join(f"{place}" for place in places if place is not None)
+
+
+def _budget(cell: Cell) -> Asked | None:
+    return None if cell.method.full else cell.asked
+
+
+def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The item's answer in every cell, in their order: output, score and what was kept."""
+    task = source.task
+    ids, cut, chat = encode(lm, item, task.chat, plan.longest, plan.suite.joined)
+    eos = list(plan.suite.eos)
+    if task.newline_ends:
+        eos = [*(lm.tokenizer.eos_ids or eos), lm.tokenizer.encode("\n", bos=False)[-1]]
+    policies: list[Policy] = []
+    for cell in cells:
+        entries = share(cell.asked, len(ids))
+        check(lm, cell.method, entries, len(ids), f"{len(ids)} tokens of {item.place}")
+        policies.append(cell.method.policy(entries))
+    answers = answer_all(lm, policies, ids, Decoding(task.max_new_tokens), eos=eos, least_one=task.least_one)
+    name = digest(repr(ids))
+    return [
+        {
+            "entries": share(cell.asked, len(ids)),
+            "granularity": policy.granularity,
+            "window": policy.window,
+            **held.about(),
+            "tokens": len(ids),
+            "cut": cut,
+            "chat": chat,
+            "prompt": name,
+            "answers": item.answers,
+            "output": said.text,
+            "new_tokens": len(said.tokens),
+            "ended": said.finish_reason,
+            "score": round(task.metric(said.text, item.answers, item.classes), 6),
+        }
+        for cell, policy, (held, said) in zip(cells, policies, answers, strict=True)
+    ]
+
+
+def encode(lm: LM, item: Item, chat: bool, longest: int | None, joined: bool = False) -> tuple[list[int], int, bool]:
+    """Token ids of an item's prompt, how many tokens were cut out of its middle, and whether a chat template is around it.
+
+    A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again
+    (joined: see Suite); the chat template comes after that and writes any BOS itself.
+
+    Raises:
+        DataError: the prompt is empty.
+    """
+    words = lm.tokenizer
+    assert words is not None, "a folder without a tokenizer is refused when it is loaded"
+    text, ids = item.prompt, words.encode(item.prompt)
+    cut = 0
+    if longest is not None and len(ids) > longest:
+        half = longest // 2
+        pieces = [ids[:half] + ids[-half:]] if joined else [ids[:half], ids[-half:]]
+        text = "".join(map(words.decode, pieces))
+        cut = len(ids) - 2 * half
+        ids = words.encode(text)
+    chat = chat and words.has_chat_template
+    if chat:
+        ids = words.chat([{"role": "user", "content": text}])
+    if not item.prompt or not ids:
+        raise DataError(f"{item.place}: the prompt is empty")
+    return lm.encode(ids), cut, chat
+
+
+def _check(lm: LM, plan: Plan) -> None:
+    if plan.max_length is not None and plan.max_length < 2:
+        raise PromptError(f"max_length {plan.max_length}: a prompt has two halves; give at least 2")
+    positions = lm.config.max_positions
+    longest = plan.longest or max((source.length or 0 for source in plan.suite.sources), default=0)
+    for cell in plan.cells:
+        check(lm, cell.method, share(cell.asked, longest or positions), longest or positions, f"budget {cell.asked}")
+    room = max(source.task.max_new_tokens for source in plan.suite.sources)
+    if longest + room > positions:
+        warnings.warn(
+            f"prompts of up to {longest} tokens with {room} new ones exceed the model's {positions} positions; "
+            "the text may degrade; --max-length shortens prompts",
+            RestKVWarning,
+            stacklevel=3,
+        )

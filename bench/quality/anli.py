@@ -1,0 +1,196 @@
+"""ANLI (Nie et al. 2020) under compression: does a premise follow from a cache that has lost most of it? SPEC §4.5.
+
+The data are read where the user has them, as they are published (CC BY-NC 4.0, not part of restkv):
+
+    anli_v1.0/R1/train.jsonl, dev.jsonl, test.jsonl; R2 and R3 likewise
+    {"uid": ..., "premise" or "context": ..., "hypothesis": ..., "label": "e", "n" or "c", ...}
+
+The prompt is lm-eval's; its answers True, Neither and False are compared by bench/quality/choice.py. Worked examples (`shots`)
+come from the round's training file and stand before the premise, so that there is something to evict.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.quality.choice import Item, choice_rows, fill_choices, shortest
+from bench.runs.folder import Report, chosen_rows, describe, digest, open_run, setting
+from bench.runs.methods import Method, check
+from bench.runs.plans import Asked, cells_of, modes_of, share
+from modeling.text.characters import fault
+from restkv.cli.options import read_text
+from restkv.errors import PromptError
+from restkv.lm import LM
+
+ROUNDS, SPLITS = (1, 2, 3), ("train", "dev", "test")
+LABELS = {"e": " True", "n": " Neither", "c": " False"}  # entailment, neutral, contradiction
+PREMISES = ("premise", "context")  # what the field is called, in the README and in the files
+LEAST = 8  # entries per KV head, however small a share of a short premise is asked for
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of the data."""
+
+    uid: str
+    premise: str
+    hypothesis: str
+    label: str
+
+    @property
+    def question(self) -> str:
+        """What follows the premise, up to the answer."""
+        return f"\nQuestion: {self.hypothesis} True, False, or Neither?\nAnswer:"
+
+
+@dataclass(frozen=True)
+class AnliPlan:
+    """The arguments of a run.
+
+    Attributes:
+        data: the folder that holds R1, R2 and R3, or their parent.
+        budgets: shares of the prompt, or entries per KV head.
+        shots: worked examples before each premise, drawn for each sample anew.
+        limit: samples per round at most, after `fraction` has chosen; None: all of them.
+        fraction: of each round's samples, spread evenly over the file.
+        question: aware, agnostic or both.
+    """
+
+    data: Path
+    methods: tuple[Method, ...]
+    budgets: tuple[Asked, ...]
+    rounds: tuple[int, ...] = ROUNDS
+    split: str = "test"
+    shots: int = 0
+    limit: int | None = None
+    question: str = "both"
+    seed: int = 0
+    fraction: float = 1.0
+
+    def arguments(self, lm: LM, items: Sequence[Item]) -> dict[str, Any]:
+        """JSON-ready; the data are in it as a hash."""
+        return {
+            "data": digest(repr(items)),
+            "methods": [method.label for method in self.methods],
+            "budgets": list(self.budgets),
+            "tasks": [f"R{number}" for number in self.rounds],
+            "split": self.split,
+            "shots": self.shots,
+            "limit": self.limit,
+            "fraction": self.fraction,
+            "question": self.question,
+            "seed": self.seed,
+            **setting(lm),
+        }
+
+
+def run_anli(lm: LM, plan: AnliPlan, folder: Path, report: Report | None = None) -> Path:
+    """Run the plan, or what is missing of it, into a folder (bench/runs/folder.py).
+
+    Raises:
+        PromptError: data that cannot be read, a plan without sense. PolicyError: a method that cannot work with one of the
+        budgets. RunError: see open_run.
+    """
+    modes = modes_of(plan.question)
+    items = anli_items(plan.data, plan.rounds, plan.split, plan.shots, plan.limit, plan.seed, plan.fraction)
+    cells = cells_of(plan.methods, plan.budgets)
+    length = shortest(lm, items, modes)
+    for cell in cells:
+        what = f"budget {cell.asked:g} of the shortest prompt, {length} tokens"
+        check(lm, cell.method, _entries(cell.asked, length), length, what)
+    arguments = {**plan.arguments(lm, items), "results": choice_rows(items, modes, cells)}
+    details = describe(lm, plan.methods, max(_entries(asked, length) for asked in plan.budgets))
+    with open_run(folder, "anli", arguments, details, arguments["results"], report) as results:
+        fill_choices(lm, items, modes, cells, _entries, results)
+    return folder
+
+
+def _entries(asked: Asked, length: int) -> int:
+    return max(LEAST, share(asked, length))
+
+
+# -- data
+
+
+def anli_items(
+    data: Path,
+    rounds: Sequence[int] = ROUNDS,
+    split: str = "test",
+    shots: int = 0,
+    limit: int | None = None,
+    seed: int = 0,
+    fraction: float = 1.0,
+) -> list[Item]:
+    """The samples of some rounds, by turns, each with worked examples of its own before it. See AnliPlan.
+
+    Raises:
+        PromptError: unknown round or split, fewer training rows than shots, or a file that cannot be read (see read_examples).
+    """
+    if not rounds or not set(rounds) <= set(ROUNDS):
+        raise PromptError(f"rounds {', '.join(map(str, rounds))}: ANLI has {', '.join(map(str, ROUNDS))}")
+    if split not in SPLITS:
+        raise PromptError(f"split {split!r} is not known; choose from {', '.join(SPLITS)}")
+    if shots < 0:
+        raise PromptError(f"shots {shots}: give at least 0")
+    root = next((root for root in (data, data / "anli_v1.0") if (root / f"R{rounds[0]}").is_dir()), None)
+    if root is None:
+        raise PromptError(f"{data}: has no folder R{rounds[0]}; name the folder anli_v1.0 of the published archive")
+    columns = []
+    for number in rounds:
+        examples = read_examples(root / f"R{number}" / f"{split}.jsonl")
+        pool = read_examples(root / f"R{number}" / "train.jsonl") if shots else []
+        chosen = chosen_rows(len(examples), fraction, limit)
+        columns.append([_item(number, index, examples[index], pool, shots, seed) for index in chosen])
+    longest = max(map(len, columns))
+    return [column[index] for index in range(longest) for column in columns if index < len(column)]
+
+
+def _item(number: int, index: int, example: Example, pool: Sequence[Example], shots: int, seed: int) -> Item:
+    others = [other for other in pool if other.uid != example.uid]
+    if len(others) < shots:
+        raise PromptError(
+            f"R{number}: {shots} shots asked for, {len(others)} training rows to draw from; ask for fewer"
+        )
+    drawn = random.Random(f"R{number}/{seed}/{index}").sample(others, shots)
+    worked = "".join(f"{shot.premise}{shot.question}{LABELS[shot.label]}\n\n" for shot in drawn)
+    label = list(LABELS).index(example.label)
+    context = worked + example.premise
+    return Item(f"R{number}", index, example.uid, context, example.question, tuple(LABELS.values()), label)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The rows of a file, in its order; empty lines are passed over.
+
+    Raises:
+        PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
+    """
+    lines = read_text(path).split("\n")
+    examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise PromptError(f"{path}: has no rows; give the file of the published archive")
+    return examples
+
+
+def _example(line: str, path: Path, number: int) -> Example:
+    place = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise PromptError(f"{place}: not JSON; every line is an object") from None
+    if not isinstance(row, Mapping):
+        raise PromptError(f"{place}: not an object with premise (or context), hypothesis and label")
+    premise = next((row[name] for name in PREMISES if name in row), None)
+    hypothesis, label = row.get("hypothesis"), row.get("label")
+    for name, text in (("premise (or context)", premise), ("hypothesis", hypothesis)):
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"{place}: no text in {name}; mend or delete the row")
+        if wrong := fault(text):
+            raise PromptError(f"{place}: {name} {wrong}; mend or delete the row")
+    if not isinstance(label, str) or label not in LABELS:
+        raise PromptError(f"{place}: label {label!r} is not one of {', '.join(LABELS)}; mend or delete the row")
+    return Example(str(row.get("uid", number)), str(premise), str(hypothesis), label)

@@ -1,0 +1,281 @@
+"""One prompt, many caches: a prefill in one piece does not depend on what is evicted after it, so that policies can share it.
+
+Letters: L prompt length, E hidden width, H query heads, K KV heads, D head dim, W queries, T new tokens, X = K or H, B rows, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from modeling.forward import dense_layer
+from modeling.pages import KVCache
+from modeling.sparse import BlockMap
+from restkv.errors import PromptError
+from restkv.evict import Evictor, companions_of
+from restkv.generate import Session
+from restkv.lm import LM
+from restkv.meter import Meter
+from restkv.patterns import Pattern, chooser, parse_prefill
+from restkv.policies import FullCache, Policy
+from restkv.prefill import embed
+from restkv.results import Decoding, Generation, Row, Stats
+from restkv.sizing import page_size
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a policy has kept of a prompt: entries per layer and KV head, and bytes."""
+
+    kept: float
+    bytes: int
+
+    def about(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"kept": round(self.kept, 3), "bytes": self.bytes}
+
+
+@dataclass
+class Together:
+    """A session whose rows hold the same prompt under different policies.
+
+    Attributes:
+        policies: of the rows.
+        evictors: theirs, each of one row.
+        about: what the rows stand for, in the caller's words.
+    """
+
+    session: Session
+    policies: list[Policy]
+    evictors: list[Evictor]
+    about: list[int]
+
+    @property
+    def rows(self) -> list[tuple[KVCache, Evictor]]:
+        return [(self.session.cache.row(index), evictor) for index, evictor in enumerate(self.evictors)]
+
+    def held(self) -> list[Held]:
+        """Each row's live entries, and their bytes with positions and what its own policy stores beside them."""
+        model, cache = self.session.engine.model, self.session.cache
+        live_BN = torch.stack([layer.live_counts().sum(-1) for layer in cache.layers], 1)
+        heads = sum(layer.heads for layer in cache.layers)
+        found = []
+        for policy, live in zip(self.policies, live_BN.sum(-1).tolist(), strict=True):
+            extra = sum(math.prod(shape) * dtype.itemsize for shape, dtype in companions_of(policy, model).values())
+            slot = 2 * model.config.head_dim * model.dtype.itemsize + torch.int32.itemsize + extra
+            found.append(Held(live / heads, slot * live))
+        return found
+
+
+def kept_mean(session: Session, row: int = 0) -> float:
+    """Live entries of a row per layer and KV head."""
+    layers = session.kept()
+    return sum(rows[row] for rows in layers) / len(layers)
+
+
+def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int, extends: bool) -> list[Together]:
+    """Sessions without entries yet for a prompt of `length` tokens and up to `later` more, every policy a row of one.
+
+    Policies that will not evict again within `later` tokens share a session with those of down to an eighth of their size,
+    since a step of many rows takes hardly longer than a step of one. `about` numbers the policies.
+    """
+    sizes = [_most(lm, policy, length) for policy in policies]
+    largest = max((size for size, policy in zip(sizes, policies, strict=True) if policy.budget is not None), default=1)
+    groups: dict[object, list[int]] = {}
+    for index, (size, policy) in enumerate(zip(sizes, policies, strict=True)):
+        rests = policy.interval is None or policy.interval > later
+        together = policy.budget is not None and rests
+        key = (
+            (max(1, math.ceil(math.log(largest / size, 8) - 1e-9)), policy.slot_positions)
+            if together
+            else (policy, index)
+        )
+        groups.setdefault(key, []).append(index)
+    made = []
+    for indices in groups.values():
+        some = [policies[index] for index in indices]
+        evictors = [Evictor(lm.model, policy, lm.engine.roots, [length]).row(0) for policy in some]
+        if len(some) > 1:
+            session = _shared_session(lm, some, length, later)
+        else:
+            session = Session(lm.engine, some[0], [length], later, extends=extends)
+            evictors = [session.evictor.row(0)]
+        made.append(Together(session, some, evictors, indices))
+    return made
+
+
+def _most(lm: LM, policy: Policy, length: int) -> int:
+    """Entries per KV head that a policy stores of a prompt, at most and on average over layers and heads."""
+    if policy.budget is None:
+        return length
+    budgets = policy.layer_budgets(length, lm.config.num_layers)
+    union = lm.config.group if policy.granularity == "query" else 1
+    return min(length, -(-sum(budgets) * union // len(budgets)))
+
+
+def _shared_session(lm: LM, policies: Sequence[Policy], length: int, later: int) -> Session:
+    """A row for each policy, with room for what they keep; nothing is evicted after the prompt."""
+    session = Session(lm.engine, FullCache(), [1] * len(policies), 1)
+    most = max(_most(lm, policy, length) for policy in policies)
+    marked = max(policies, key=lambda policy: policy.granularity == "query")
+    session.cache = lm.engine.new_cache(
+        replace(marked, interval=None),
+        len(policies),
+        most + later,
+        queries=0,
+        ragged=True,
+        shared=True,
+        forks=0,
+        page=page_size(most),
+    )
+    return session
+
+
+@torch.no_grad()
+def under_each(
+    lm: LM,
+    policies: Sequence[Policy],
+    prompt: Sequence[int],
+    later: int,
+    measure: Callable[[Session], Sequence[Found]],
+    *,
+    extends: bool,
+    pattern: Pattern | None = None,
+) -> list[tuple[Held, Found]]:
+    """Measure something on what each policy has kept of a prompt; one prefill serves all.
+
+    Args:
+        prompt: token ids, evicted once they are prefilled.
+        later: tokens that `measure` appends at most; extends: several at a time.
+        measure: called with every session, whose rows are some of the policies; one value for each row.
+        pattern: see prefill_together.
+    Returns:
+        For each policy what it kept, and its value.
+    """
+    groups = answer_together(lm, policies, len(prompt), later, extends)
+    prefill_all(lm, groups, prompt, pattern)
+    found: dict[int, tuple[Held, Found]] = {}
+    for group in groups:
+        held = group.held()
+        values = measure(group.session)
+        group.session.cache.free()
+        found |= zip(group.about, zip(held, values, strict=True), strict=True)
+    return [found[index] for index in range(len(policies))]
+
+
+def answer_all(
+    lm: LM,
+    policies: Sequence[Policy],
+    prompt: Sequence[int],
+    decoding: Decoding,
+    *,
+    asked: Sequence[int] = (),
+    eos: Sequence[int] | None = None,
+    least_one: bool = False,
+    pattern: Pattern | None = None,
+) -> list[tuple[Held, Generation]]:
+    """What every policy kept of a prompt, and its answer, in their order; one prefill serves all.
+
+    Args:
+        prompt: token ids, evicted once they are prefilled.
+        asked: token ids appended after that.
+        eos: ids that end an answer, if not the checkpoint's.
+        least_one: the first token is the likeliest that ends no answer.
+        pattern: see prefill_together.
+    """
+    ends = lm.config.eos_token_ids if eos is None else eos
+
+    def answer(session: Session) -> list[Generation]:
+        count = len(session.active)
+        if asked:
+            session.extend([asked] * count)
+        if least_one:
+            session.logits_BV = session.logits_BV.index_fill(
+                1, torch.tensor(ends, dtype=torch.long, device=lm.device), float("-inf")
+            )
+        stats = Stats("", None, [len(prompt) + len(asked)] * count, question="agnostic" if asked else "aware")
+        answers: list[Generation] = []
+        rows = [Row(lm.tokenizer, decoding, ends) for _ in range(count)]
+        for _ in lm.decode(session, decoding, stats, Meter(lm.device), answers, rows):
+            pass
+        return answers
+
+    later = len(asked) + decoding.max_new_tokens
+    return under_each(lm, policies, prompt, later, answer, extends=bool(asked), pattern=pattern)
+
+
+def prefill_together(lm: LM, sessions: Sequence[Session], ids: Sequence[int], pattern: Pattern | None = None) -> None:
+    """Session.prefill([ids]) of several new one-row sessions, at the price of one pass through the model.
+
+    pattern: which part of the prompt's attention to compute; None: all of it.
+    """
+    alone = [Together(session, [session.policy], [session.evictor.row(0)], [0]) for session in sessions]
+    prefill_all(lm, alone, ids, pattern)
+
+
+def pattern_of(prefill: str) -> Pattern | None:
+    """The pattern of a bench's `prefill`, None for "dense".
+
+    Raises:
+        PromptError: an unknown one, or a chunked prefill, which depends on the policy and cannot be shared.
+    """
+    if prefill == "chunked":
+        raise PromptError(
+            "prefill 'chunked' evicts while it reads, so that methods cannot share it; give dense or a pattern"
+        )
+    return parse_prefill(prefill)
+
+
+@torch.no_grad()
+def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
+    """Run one prompt through the model and let every row of every session keep its share of it."""
+    rows = [row for group in groups for row in group.rows]
+    policies = [evictor.policy for _, evictor in rows]
+    last = max(max(policy.observed_prompt, cache.window, 1) for policy, (cache, _) in zip(policies, rows, strict=True))
+    slots = any(policy.slot_positions for policy in policies)
+    x_LE, rotary = embed(lm.model, ids)
+    for index, block in enumerate(lm.model.blocks):
+        # Accumulated attention is the same for all policies that want it, per KV head or per query head.
+        masses = {
+            policy.granularity: evictor.watch_prompt(index, len(ids))
+            for policy, (_, evictor) in zip(policies, rows, strict=True)
+            if "mass" in policy.needs
+        }
+        watches = [watch for watch, _ in masses.values() if watch is not None]
+
+        def watch_all(
+            q_THD: Tensor, k_KCD: Tensor, start: int, chosen: BlockMap | None, watches: list = watches
+        ) -> None:
+            for watch in watches:
+                watch(q_THD, k_KCD, start, chosen)
+
+        q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
+            lm.model,
+            block,
+            x_LE,
+            rotary,
+            last,
+            watch=watch_all if watches else None,
+            raw=slots,
+            choose=chooser(pattern, lm.config, block.window, len(ids)),
+            attend=lm.engine.attend,
+        )
+        scores: dict[Hashable, Tensor] = {}
+        for policy, (cache, evictor) in zip(policies, rows, strict=True):
+            mass_XL = masses[policy.granularity][1] if "mass" in policy.needs else None
+            raw = raw_KLD if policy.slot_positions else None
+            evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL, scores)
+    logits_1V = lm.model.head(x_LE[-1:])
+    for cache, evictor in rows:
+        evictor.prompt_done(cache, len(ids))
+    for group in groups:
+        group.session.cache.refresh()
+        group.session.logits_BV = logits_1V.expand(len(group.policies), -1)

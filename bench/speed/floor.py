@@ -1,0 +1,102 @@
+"""What the machine can do, and what that makes of a model's bytes and operations: the floor every timing is compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.compiled import compiled, only_compiled
+from modeling.config import ModelConfig
+from modeling.layers import linear
+from restkv.kernels import check_compiler
+
+TRIES = 11  # the first one compiles
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates measured in this run.
+
+    Attributes:
+        read: bytes per second at which a compiled matrix-vector product reads weights, the best of all tries and dtypes.
+        multiply: floating-point operations per second of a large matrix product, the best of the dtype and float32 (a CPU may
+            have no instructions for the dtype, and widen it).
+    """
+
+    read: float
+    multiply: float
+
+
+def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256) -> Machine:
+    """Rates of this machine now. The matrix is larger than any cache.
+
+    Raises:
+        CompileError: nothing can be compiled here.
+    """
+    check_compiler(torch.device(device))
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    product = compiled(_product)
+    columns, best = 1024, 0.0
+    for kind in dict.fromkeys((dtype, "float32")):
+        made = getattr(torch, kind)
+        rows = megabytes * (1 << 20) // (made.itemsize * columns)
+        matrix = torch.randn(rows, columns, device=device).to(made)
+        vector = torch.randn(columns, device=device).to(made)
+        best = max(best, matrix.nbytes / _least(partial(product, vector, matrix), device))
+    rows, size = (512, 2048) if device == "cpu" else (8192, 8192)
+    most = 0.0
+    for kind in dict.fromkeys((dtype, "float32")):
+        x, weight = (torch.randn(shape, size, device=device).to(getattr(torch, kind)) for shape in (rows, size))
+        most = max(most, 2 * rows * size**2 / _least(partial(F.linear, x, weight), device, tries=4))
+    return Machine(best, most)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return linear(only_compiled(x), weight)
+
+
+def _least(work: Callable[[], Tensor], device: str, tries: int = TRIES) -> float:
+    laps = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        laps.append(time.perf_counter() - start)
+    return min(laps[1:])
+
+
+def matrix_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Weights of all layers' matrices, and of the output matrix. The embedding is not read, but for one row."""
+    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return config.num_layers * layer, config.vocab_size * config.hidden_size
+
+
+def decode_floor(config: ModelConfig, dtype: str, machine: Machine, cache_bytes: int, kept: float, batch: int) -> float:
+    """Seconds one decode step takes at least: all weights and the live cache are read, every row multiplied with them."""
+    layers, head = matrix_parameters(config)
+    size: int = getattr(torch, dtype).itemsize
+    reading = ((layers + head) * size + cache_bytes) / machine.read
+    attended = 4 * kept * config.num_heads * config.head_dim * config.num_layers
+    return max(reading, batch * (2 * (layers + head) + attended) / machine.multiply)
+
+
+def prefill_floor(config: ModelConfig, machine: Machine, context: int, batch: int) -> float:
+    """Seconds a dense prefill takes at least: its matrix products, and half a square of attention per head and layer."""
+    layers, head = matrix_parameters(config)
+    attended = 2 * context**2 * config.num_heads * config.head_dim * config.num_layers
+    return batch * (2 * (layers * context + head) + attended) / machine.multiply
+
+
+def machine_rows(machine: Machine) -> dict[str, Any]:
+    """JSON-ready."""
+    return {"read_bytes_per_s": machine.read, "operations_per_s": machine.multiply}

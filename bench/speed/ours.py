@@ -1,0 +1,138 @@
+"""The measured process of restkv itself: random weights in the shape asked for, or a checkpoint (see workers.py)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from bench.speed.workers import Worker, serve
+from modeling.checkpoint.loading import load_model
+from modeling.families.registry import config_from_dict
+from modeling.layers import Decoder
+from restkv.evict import Evictor
+from restkv.generate import Engine, Session
+from restkv.saving.store import policy_from_dict
+
+Result = TypeVar("Result")
+
+
+class Laps:
+    """Seconds, counted by all that share it."""
+
+    seconds = 0.0
+
+
+class TimedEvictor(Evictor):
+    """Counts what a prefill spends on scoring, selecting and storing; on CUDA that waits for the device twice a layer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.laps = Laps()
+
+    def store_prompt(self, *arguments: Any) -> None:
+        self._timed(super().store_prompt, *arguments)
+
+    def prompt_done(self, *arguments: Any) -> None:
+        self._timed(super().prompt_done, *arguments)
+
+    def round(self, *arguments: Any, **named: Any) -> bool:
+        return self._timed(super().round, *arguments, **named)
+
+    def _timed(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        self._wait()
+        start = time.perf_counter()
+        result = work(*arguments, **named)
+        self._wait()
+        self.laps.seconds += time.perf_counter() - start
+        return result
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Ours(Worker):
+    """Arguments (JSON): config (a config.json) or model (a folder), dtype, device, backend, policy (as
+    restkv.saving.store writes it), prefill (see Session), tokens (to plan for)."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.device = arguments["device"]
+        dtype = getattr(torch, arguments["dtype"])
+        if arguments["model"]:
+            model = load_model(arguments["model"], dtype=dtype, device=self.device)
+        else:
+            with torch.device(self.device):
+                model = Decoder(config_from_dict(arguments["config"])).to(dtype).eval().requires_grad_(False)
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(std=0.02)
+        self._engine = Engine(model, arguments["backend"])
+        self._policy = policy_from_dict(arguments["policy"])
+        self._tokens, self._prefill = arguments["tokens"], arguments["prefill"]
+        self._session: Session | None = None
+        self._evictor: TimedEvictor | None = None
+
+    @torch.no_grad()
+    def prefill(self, context: int, batch: int) -> None:
+        self._session = None  # the old cache goes before the new one comes
+        prompts = torch.randint(0, self._engine.model.config.vocab_size, (batch, context)).tolist()
+        self._session = Session(self._engine, self._policy, [context] * batch, self._tokens, prefill=self._prefill)
+        self._session.evictor = self._evictor = TimedEvictor(
+            self._engine.model, self._policy, self._engine.roots, [context] * self._session.cache.rows
+        )
+        self._session.prefill(prompts)
+
+    @torch.no_grad()
+    def fill(self, context: int, batch: int) -> None:
+        self._session = self._evictor = None
+        model = self._engine.model
+        session = self._session = Session(self._engine, self._policy, [context] * batch, self._tokens)
+        config = model.config
+        observed = min(context, max(self._policy.observed_prompt, session.cache.window, 1))
+        for row in range(batch):
+            cache, evictor = session.cache.row(row), session.evictor.row(row)
+            for layer in range(config.num_layers):
+                q_HWD, k_KLD, v_KLD = (
+                    torch.randn(heads, length, config.head_dim, device=model.device).to(model.dtype)
+                    for heads, length in (
+                        (config.num_heads, observed),
+                        (config.num_kv_heads, context),
+                        (config.num_kv_heads, context),
+                    )
+                )
+                raw_KLD = k_KLD if self._policy.slot_positions else None
+                _, mass_XL = evictor.watch_prompt(layer, context)
+                evictor.store_prompt(cache, layer, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
+            evictor.prompt_done(cache, context)
+        session.cache.refresh()
+        session.logits_BV = torch.zeros(batch, config.vocab_size, device=model.device)
+
+    def drop(self) -> None:
+        self._session = self._evictor = None
+
+    @torch.no_grad()
+    def decode(self) -> None:
+        assert self._session is not None
+        self._session.feed(self._session.logits_BV.argmax(-1))
+
+    def describe(self) -> dict[str, Any]:
+        if self._session is None:
+            return {}
+        kept = [row[0] for row in self._session.kept()]
+        cache_bytes = self._session.cache.allocated_bytes
+        return {
+            "kept": sum(kept) / len(kept),
+            "cache_bytes": cache_bytes,
+            "period": self._session.period,
+            "evicting_s": None if self._evictor is None else self._evictor.laps.seconds,
+        }
+
+
+if __name__ == "__main__":
+    serve(Ours(json.loads(sys.argv[1])))

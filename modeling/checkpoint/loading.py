@@ -1,0 +1,247 @@
+"""From a Hugging Face folder to a Decoder: strictly, one bounded piece of its safetensors files at a time.
+
+The model is built on the meta device, given empty memory of the wanted dtype, and filled from the files. These are read
+and never mapped, so loading needs the target's size plus CHUNK_BYTES of memory and of address space, whatever the size
+of a shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeling.checkpoint.expected import expected_shapes
+from modeling.checkpoint.folders import INDEX, SINGLE, check_layout, checkpoint_folder, find_shards, why_a_file
+from modeling.checkpoint.hub import download, hub_name
+from modeling.checkpoint.tensor_file import STORED_DTYPES, StoredTensor, read_header, read_pieces
+from modeling.config import DTYPES, ModelConfig
+from modeling.errors import CheckpointError, ConfigError, TooLargeError
+from modeling.families.registry import read_config
+from modeling.files import reason, shortened
+from modeling.layers import Decoder
+from modeling.room import free_bytes, lacking
+
+__all__ = ["INDEX", "SINGLE", "load_model", "load_outline", "resolve", "tensor_slots"]
+
+CHUNK_BYTES = 4 << 20  # bytes of a file read at once; they then lie in the processor's cache when they are copied
+
+
+def load_model(
+    folder: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    fused: bool = True,
+    check_weights: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """The model of a checkpoint folder, in eval mode and without gradients.
+
+    Args:
+        folder: a local folder with config.json and model.safetensors or its shards (see resolve() for hub names).
+        dtype: of the weights; "auto" takes config.json's, or the stored one where config.json names none.
+        device: where the weights are to live; they are never all copied on the way.
+        fused: join q/k/v and gate/up projections into one matrix each. The function is the same.
+        check_weights: look for NaN and Inf in every tensor after its conversion (reads everything once more).
+        progress: called with the bytes that are filled and those in all, tensor by tensor.
+
+    Raises ConfigError when config.json cannot be obeyed, CheckpointError when files are absent, broken, stored twice,
+    or do not fit config.json: all missing, unexpected and misshapen tensors come in one message; TooLargeError when the
+    weights do not fit into what memory is free.
+    """
+    folder = Path(folder)
+    model, stored = _outline(folder, dtype, fused)
+    _allocate(folder, model, torch.device(device))
+    slots = tensor_slots(model)
+    broken, done, total = [], 0, sum(slot.nbytes for slot in slots.values())
+    for name, slot in slots.items():
+        if not _fill(slot, stored[name], check_weights):
+            broken.append(name)
+        done += slot.nbytes
+        if progress is not None:
+            progress(done, total)
+    if broken:
+        as_dtype = f"as {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{folder}: NaN or Inf {as_dtype} in {_some(broken)}; damaged file or too narrow a dtype")
+    _check_tied_head(model, stored.get("lm_head.weight"))
+    return model
+
+
+def load_outline(folder: str | Path, dtype: str | torch.dtype = "auto", fused: bool = True) -> Decoder:
+    """The model that load_model would give, on the meta device: shapes and dtype without weights.
+
+    Only config.json and the headers of the weights are read. Raises what load_model raises about them.
+    """
+    return _outline(Path(folder), dtype, fused)[0]
+
+
+def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decoder, dict[str, StoredTensor]]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+    check_layout(folder)
+    config = read_config(folder)
+    stored = _stored_tensors(folder)
+    _check_fit(folder, config, expected_shapes(config), stored)
+    with torch.device("meta"):
+        model = Decoder(config, fused)
+    model.requires_grad_(False).eval()
+    return model.to(_wanted_dtype(dtype, config, stored)), stored
+
+
+def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
+    """Give the model empty memory; TooLargeError where there is not enough, before the machine has to end someone."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    free = free_bytes() if device.type == "cpu" else None
+    try:
+        if free is not None and size > free:
+            raise MemoryError
+        model.to_empty(device=device)
+    except (MemoryError, RuntimeError) as error:
+        if (asked := lacking(error)) is None:
+            raise
+        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        there = "" if free is None else f", {free / 1e9:,.1f} GB are free"
+        raise TooLargeError(
+            f"{folder}: not enough memory, the weights take {size / 1e9:,.1f} GB as {dtype}{there}{asked}; "
+            "ask for a narrower dtype than that, or free memory"
+        ) from None
+
+
+def tensor_slots(model: Decoder) -> dict[str, Tensor]:
+    """Hugging Face's name of every tensor -> its place in the model: a parameter, or its rows of a fused one."""
+    c = model.config
+    kv_out = c.num_kv_heads * c.head_dim
+    parts = {
+        "qkv_proj": (("q_proj", c.num_heads * c.head_dim), ("k_proj", kv_out), ("v_proj", kv_out)),
+        "gate_up_proj": (("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)),
+    }
+    parents = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn.")
+    parents |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp.")
+    slots: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("layers."):
+            slots[name if name == "lm_head.weight" else f"model.{name}"] = parameter.data
+            continue
+        _, index, module, leaf = name.split(".")
+        start = 0
+        for part, rows in parts.get(module, ((module, parameter.shape[0]),)):
+            slots[f"model.layers.{index}.{parents.get(part, '')}{part}.{leaf}"] = parameter.data.narrow(0, start, rows)
+            start += rows
+    return slots
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """A checkpoint folder: the path itself when it is one, else the download of "org/name" or "org/name@revision".
+
+    A folder of huggingface_hub's cache (`models--org--name`) stands for the only snapshot in it. Downloads go to that
+    cache and are not repeated; a revision is a branch, a tag or a commit. What can only be a path, and what lies in a
+    folder that is here, is never looked for on the hub.
+
+    Raises CheckpointError when there is neither a folder nor a repository of that name, or when the download fails.
+    """
+    text = os.fspath(path_or_name)
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
+        return checkpoint_folder(path)
+    try:
+        path.lstat()
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError | ValueError)
+        if not missing:
+            raise CheckpointError(f"{shortened(str(path))}: cannot be looked at ({reason(error)})") from None
+    else:
+        raise CheckpointError(f"{path}: {why_a_file(path) if path.exists() else 'is a link that leads nowhere'}")
+    name = hub_name(text)
+    if name is None:
+        raise CheckpointError(
+            f"{shortened(str(path))}: no such folder; give a checkpoint folder or a hub name such as org/name or "
+            "org/name@revision"
+        )
+    first = path.parts[0]
+    if os.path.isdir(first):
+        raise CheckpointError(
+            f"{path}: no such folder; {first} is a folder here, so this is not taken for the name of a download"
+        )
+    return download(name)
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all safetensors files of the folder, by name, headers only."""
+    stored: dict[str, StoredTensor] = {}
+    for file in find_shards(folder):
+        for tensor in read_header(file):
+            if tensor.name in stored:
+                raise CheckpointError(
+                    f"{folder}: {tensor.name} is both in {stored[tensor.name].file.name} and in {file.name}; "
+                    "remove the file that does not belong to this checkpoint"
+                )
+            stored[tensor.name] = tensor
+    return stored
+
+
+def _check_fit(
+    folder: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+) -> None:
+    """Raise one CheckpointError that lists everything in which the files and config.json disagree."""
+    missing = [name for name in expected if name not in stored]
+    embedding_shape = (config.vocab_size, config.hidden_size)
+    unexpected = [
+        tensor.name
+        for tensor in stored.values()
+        if tensor.name not in expected
+        and not tensor.name.endswith("rotary_emb.inv_freq")  # a buffer that old transformers saved
+        and not (config.tie_embeddings and tensor.name == "lm_head.weight" and tensor.shape == embedding_shape)
+    ]
+    both = [(stored[name], shape) for name, shape in expected.items() if name in stored]
+    misshapen = [f"{t.name} {list(t.shape)} for {list(shape)}" for t, shape in both if t.shape != shape]
+    alien = [f"{t.name} {t.dtype}" for t in stored.values() if t.dtype not in STORED_DTYPES]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen, "not floating point": alien}
+    problems = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json, {problems}")
+
+
+def _wanted_dtype(dtype: str | torch.dtype, config: ModelConfig, stored: dict[str, StoredTensor]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not supported; known are auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if config.dtype is not None:
+        return DTYPES[config.dtype]
+    found = STORED_DTYPES[stored["model.embed_tokens.weight"].dtype]
+    return torch.float32 if found == torch.float64 else found
+
+
+def _fill(slot: Tensor, tensor: StoredTensor, check: bool) -> bool:
+    """Copy a stored tensor into its place, converting on the way. False if `check` finds NaN or Inf there."""
+    finite = True
+    flat = slot.view(-1)
+    for place, piece in read_pieces(tensor, CHUNK_BYTES):
+        flat[place].copy_(piece)
+        if check:
+            finite &= bool(flat[place].isfinite().all())  # host sync: once per piece, while loading
+    return finite
+
+
+def _check_tied_head(model: Decoder, head: StoredTensor | None) -> None:
+    """A tied model's stored head is ignored because it repeats the embedding; refuse one that does not."""
+    if model.lm_head is not None or head is None:
+        return
+    flat = model.embed_tokens.weight.view(-1)
+    for place, piece in read_pieces(head, CHUNK_BYTES):
+        embedding = flat[place]
+        if not torch.equal(piece.to(embedding), embedding):  # host sync: once per piece, while loading
+            raise CheckpointError(
+                f"{head.file}: lm_head.weight differs from the embedding though config.json ties them; "
+                "set tie_word_embeddings to false there"
+            )
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = len(names) - limit
+    return f"{len(names)} ({', '.join(map(shortened, names[:limit]))}{f' and {more} more' if more > 0 else ''})"

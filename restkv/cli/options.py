@@ -1,0 +1,307 @@
+"""What the commands have in common: options, and how their texts become values and a policy."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modeling.text.characters import brief, decoded
+from restkv.errors import PolicyError, PromptError, RestKVWarning
+
+if TYPE_CHECKING:
+    from restkv.policies import Policy
+
+# How long a thread of libgomp spins before it sleeps. A decode step is a hundred short parallel loops, and waking a thread for
+# each costs a fifth to a half of them; threads that spin for as long as they do by default slow a busy machine down tenfold.
+SPINS = "5000"
+RECALL = Path(__file__).parents[1] / "assets" / "recall-mini"
+DEEPEST = 50  # lists and objects within each other in a value of the command line
+DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
+
+
+def parse_budget(text: str) -> int | float | tuple[int, ...]:
+    """Entries, entries per layer with commas, or (with a point) a fraction of the prompt."""
+    try:
+        if "," in text:
+            return tuple(map(int, text.split(",")))
+        return float(text) if any(sign in text for sign in ".e") else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of entries, nor one per layer with commas, nor a fraction of the prompt"
+        ) from None
+
+
+PROMPT_HELP = (
+    "The prompt as it stands: \\n in it is no line break. For line breaks give $'one\\ntwo' (in bash), --prompt-file, or "
+    "stdin."
+)
+KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt and output"
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face checkpoint folder, or org/name[@revision] to download it (extra: hub).",
+        show_default="recall-mini, which comes with restkv",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_budget,
+        metavar="N|FRACTION",
+        rich_help_panel=KEEP,
+        help="Entries kept per KV head (N,N,...: by layer), or a fraction of the prompt such as 0.1.",
+        show_default=str(DEFAULT_BUDGET),
+    ),
+]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
+]
+DtypeOption = Annotated[
+    str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+
+WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
+MethodOption = Annotated[str, typer.Option(rich_help_panel=KEEP, help=WHAT_STAYS)]
+LoadedMethodOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=KEEP,
+        help=WHAT_STAYS,
+        show_default="restkv, or that of the chat that is loaded",
+    ),
+]
+PresetOption = Annotated[
+    str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        rich_help_panel=KEEP,
+        help="Any other option of the method. May be repeated.",
+    ),
+]
+PrefillOption = Annotated[
+    str,
+    typer.Option(
+        metavar="dense|chunked|PATTERN",
+        rich_help_panel=KEEP,
+        help="How the prompt is read. dense: in one piece. chunked: evict between chunks, for prompts of any length. Or compute "
+        "only a part of its attention: flexprefill, vertical-slash, a-shape, with options as in flexprefill:gamma=0.95.",
+    ),
+]
+LengthOption = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE, help="Length of the answer, at most.")
+]
+TemperatureOption = Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="0 takes the likeliest token.")]
+TopKOption = Annotated[int, typer.Option(rich_help_panel=SAMPLE, help="Sample from the k likeliest; 0: from all.")]
+TopPOption = Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="Sample from this much of the mass.")]
+MinPOption = Annotated[
+    float, typer.Option(rich_help_panel=SAMPLE, help="Drop tokens less likely than this fraction of the likeliest.")
+]
+SeedOption = Annotated[int | None, typer.Option(rich_help_panel=SAMPLE, help="Makes sampling repeatable.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option(rich_help_panel=SAMPLE, help="End before this text. May be repeated.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention, compiled), sdpa, or auto: flex on CUDA, else sdpa."),
+]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        rich_help_panel=MODEL,
+        help="Compile the decode step. On a CPU that repays from some hundred tokens on.",
+        show_default="on CUDA",
+    ),
+]
+TemplateNameOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+        help="Which of the checkpoint's chat templates.",
+        show_default="its default",
+    ),
+]
+TemplateArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        rich_help_panel=OUTPUT,
+        help="A variable of the chat template, such as enable_thinking=false; JSON or a word. May be repeated.",
+    ),
+]
+
+
+@contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """Around whatever reads a text from there.
+
+    Raises:
+        PromptError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
+
+
+def note_escapes(option: str, text: str, other_ways: str = "") -> None:
+    """Remark on a text of the command line that seems to mean line breaks: no shell and nobody here makes them of \\n."""
+    if "\\n" in text and "\n" not in text:
+        warnings.warn(
+            f"{option} has a backslash and an n, which are no line break and are taken as they stand; where one is meant, "
+            f"give $'one\\ntwo' (in bash){other_ways}",
+            RestKVWarning,
+            stacklevel=2,
+        )
+
+
+def read_text(file: Path | None) -> str:
+    """The text of a file, or of stdin for None: the same from both (see modeling.text.characters.decoded).
+
+    Raises:
+        PromptError: see reading.
+    """
+    with reading("stdin" if file is None else file):
+        if file is not None:
+            return decoded(file.read_bytes())
+        stream = getattr(sys.stdin, "buffer", None)
+        return decoded(sys.stdin.read().encode() if stream is None else stream.read())
+
+
+def given_text(text: str, option: str) -> str:
+    """A text of the command line, as read_text gives one of a file.
+
+    Raises:
+        PromptError: it is not UTF-8.
+    """
+    with reading(option):
+        return decoded(text.encode(errors="surrogatepass"))  # as which bytes that are no text arrive
+
+
+def parse_template_args(texts: Sequence[str] | None) -> dict[str, Any]:
+    """What --template-arg says: NAME=VALUE each, as of --set.
+
+    Raises:
+        PolicyError: one that is not, or a name that comes twice.
+    """
+    read: dict[str, Any] = {}
+    for text in texts or ():
+        name, value = parse_field(text, "--template-arg")
+        if name in read:
+            raise PromptError(f"--template-arg {name}: given twice; drop one of them")
+        read[name] = value
+    return read
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """START:END."""
+    try:
+        start, end = map(int, text.split(":"))
+    except ValueError:
+        raise PolicyError(f"--protect {text!r} is not START:END, two positions such as 0:20") from None
+    return start, end
+
+
+def parse_field(text: str, option: str = "--set") -> tuple[str, Any]:
+    """NAME=VALUE; the value is read as JSON, or as a word where it is none ("none" and "null" mean None).
+
+    Args:
+        option: what the text belongs to, named in errors.
+    Raises:
+        PolicyError: not NAME=VALUE, or a value that nothing takes: lists in lists in lists, numbers without end.
+    """
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise PolicyError(f"{option} {brief(text)} is not NAME=VALUE, such as kernel_size=7")
+    try:
+        read = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except ValueError:
+        return name, None if value.lower() == "none" else value
+    except RecursionError:
+        read = math.nan
+    if not _usable(read):
+        raise PolicyError(f"{option} {brief(text)}: give a number, a word, or a list of a few of them")
+    return name, read
+
+
+def _usable(value: Any, depth: int = 0) -> bool:
+    """Whether a value is finite, and no deeper than any that an option takes."""
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth < DEEPEST and all(_usable(one, depth + 1) for one in inner)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def with_fields(options: dict[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
+    """What options with flags of their own say, and what --set says of others.
+
+    Raises:
+        PolicyError: not NAME=VALUE, or an option that has been given by its own flag too.
+    """
+    named = dict(map(parse_field, fields or ()))
+    for name in named:
+        if name in options:
+            raise PolicyError(f"--{name.replace('_', '-')} and --set {name}: one option given twice; drop one of them")
+    return options | named
+
+
+def parse_interval(text: str) -> int | None:
+    """A number of tokens, or "none"."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise PolicyError(f"interval {text!r} is neither a number of tokens nor none") from None
+
+
+def make_policy(method: str, preset: str | None, options: dict[str, Any]) -> Policy:
+    """get_policy, with the default budget where the method needs one and none is given."""
+    from restkv.policies import get_policy, policy_class
+
+    if "preset" in options:
+        raise PolicyError(f"{method}: option 'preset' is unknown; a preset is named by --preset, or with the method")
+    cls = policy_class(method)
+    if "budget" not in {**cls.PRESETS.get(preset or "", {}), **options}:
+        by_name = {field.name: field for field in fields(cls)}
+        if by_name["budget"].default is MISSING:
+            options = {"budget": DEFAULT_BUDGET, **options}
+    return get_policy(method, preset, **options)
+
+
+def sizing_policy(method: str, budget: Any) -> Policy:
+    """A method under a budget (the default one for None) to size its cache by, where nobody could choose a window
+    (Policy.window_within).
+
+    Raises:
+        PolicyError: unknown method, or one that cannot have this budget.
+    """
+    from restkv.policies import policy_class
+
+    if budget is None:
+        return make_policy(method, None, {})
+    options: dict[str, Any] = {"budget": budget}
+    entries = min(budget) if isinstance(budget, tuple) else budget
+    if isinstance(entries, int):
+        options |= policy_class(method).window_within(entries)
+    return make_policy(method, None, options)

@@ -1,0 +1,136 @@
+"""`restkv warmup`, `methods` and `inspect`: what comes before a prompt."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modeling.errors import RestKVWarning
+from restkv.cli.options import (
+    KEEP,
+    RECALL,
+    BudgetOption,
+    ContextOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    MethodOption,
+    ModelArgument,
+    PrefillOption,
+    PresetOption,
+    SetOption,
+    make_policy,
+    sizing_policy,
+    with_fields,
+)
+from restkv.cli.terminal import put_line, status
+from restkv.errors import PolicyError, PromptError
+
+if TYPE_CHECKING:
+    from restkv.policies import Policy
+
+
+def warmup(
+    model: ModelArgument = str(RECALL),
+    method: MethodOption = "restkv",
+    preset: PresetOption = None,
+    budget: BudgetOption = None,
+    field: SetOption = None,
+    prefill: PrefillOption = "dense",
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=KEEP, help="Length of the prompts to come, where the budget does not bound the cache."
+        ),
+    ] = 2048,
+    max_new_tokens: LengthOption = 128,
+    rows: Annotated[int, typer.Option(rich_help_panel=KEEP, help="Prompts answered at a time.")] = 1,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
+    policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
+
+    from restkv.cli.display import byte_text
+    from restkv.kernels import kernel_folder
+    from restkv.lm import load
+    from restkv.warmup import warm_up
+
+    folder = kernel_folder()
+    lm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        compile=True,
+        progress=status.progress("loading the weights", byte_text),
+    )
+    status.show("compiling, which takes a minute or two")
+    warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
+    put_line(
+        f"{warmed.graphs} graphs compiled: first token after {warmed.first_s:.1f} s, the next after "
+        f"{1e3 * warmed.next_s:.1f} ms; a prompt of {prompt_tokens} tokens took {warmed.prefill_s:.1f} s\n"
+        f"kernels are kept in {folder}"
+    )
+
+
+def methods(
+    sizes_of: Annotated[
+        str | None, typer.Option("--bytes", metavar="MODEL", help="Show what each method's cache of this model holds.")
+    ] = None,
+    context: ContextOption = None,
+    budget: BudgetOption = None,
+) -> None:
+    """List the methods with their options, defaults and presets; or, with --bytes, what their caches hold."""
+    from restkv.cli.console import table_console
+    from restkv.cli.display import bytes_table, layer_entries, methods_table
+
+    if sizes_of is None:
+        if context is not None or budget is not None:
+            raise PromptError("--context and --budget size the caches of a model; give it with --bytes MODEL")
+        table, common = methods_table()
+        table_console().print(table, common)
+        return
+    from modeling.checkpoint.loading import load_outline, resolve
+    from restkv.policies import FullCache, known_policies
+
+    outline = load_outline(resolve(sizes_of))
+    context = context or outline.config.max_positions
+    policies: list[Policy] = []
+    refusals: list[PolicyError] = []
+    for name in known_policies():
+        if name == FullCache.name:
+            continue
+        try:
+            policy = sizing_policy(name, budget)
+            layer_entries(policy, context, outline.config.num_layers)
+            policies.append(policy)
+        except PolicyError as error:  # what cannot take the budget, or is broken, costs its own line only
+            refusals.append(error)
+    if not policies:
+        raise refusals[0]
+    for refusal in refusals:
+        warnings.warn(f"left out: {refusal}", RestKVWarning, stacklevel=2)
+    table_console().print(bytes_table(sizes_of, outline, context, [*policies, FullCache()]))
+
+
+def inspect(
+    model: ModelArgument = str(RECALL),
+    context: ContextOption = None,
+    budget: BudgetOption = None,
+    dtype: DtypeOption = "auto",
+    kept: Annotated[  # for --help: `main` has sent such a line to the other command
+        bool,
+        typer.Option("--kept", help="Show what each head keeps of a text: `restkv bench kept`, which has the options."),
+    ] = False,
+) -> None:
+    """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
+    from modeling.checkpoint.loading import load_outline, resolve
+    from restkv.cli.console import table_console
+    from restkv.cli.display import checkpoint_table, layer_entries
+
+    outline = load_outline(resolve(model), dtype)
+    context = context or outline.config.max_positions
+    entries = layer_entries(sizing_policy("restkv", budget), context, outline.config.num_layers)
+    table_console().print(checkpoint_table(model, outline, context, entries))
