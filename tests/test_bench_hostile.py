@@ -138,7 +138,7 @@ def test_an_unaltered_folder_has_tables_and_a_page(kind, tmp_path):
         assert "<table" in build(folder)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), kind=st.sampled_from(sorted(ALL)))
 def test_an_altered_folder_has_tables_or_is_refused_in_one_line(data, kind, tmp_path_factory):
     manifest, rows = manifest_of(kind), ALL[kind][1](ALL[kind][0])[:12]
@@ -156,7 +156,7 @@ def test_an_altered_folder_has_tables_or_is_refused_in_one_line(data, kind, tmp_
         assert text.startswith((str(folder), "result ", "tables ")) and text.isprintable() and len(text) < 1000
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), kind=st.sampled_from(["ruler", "perplexity", "fidelity", "needle-official"]))
 def test_numbers_at_the_ends_of_their_ranges_can_be_drawn(data, kind, tmp_path_factory):
     rows = ALL[kind][1](ALL[kind][0])[:12]
