@@ -213,7 +213,7 @@ def test_an_altered_context_works_or_is_refused(data, name, lm, contexts, tmp_pa
     check_context(path, lm)
 
 
-@settings(FEW, max_examples=50)
+@settings(FEW, max_examples=30)
 @given(data=st.data())
 def test_an_altered_chat_works_or_is_refused(data, talker, chat, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "altered-chat"
