@@ -28,9 +28,13 @@ class own_modes(_NoParamDecoratorContextManager):
         self._undo: ExitStack | None = None
         if getattr(_thread, "inside", False):
             return
-        with ExitStack() as undo:
-            undo.enter_context(torch.inference_mode(False))
-            undo.enter_context(torch.no_grad())
+        with (
+            ExitStack() as undo
+        ):  # an entry is left and come back to with every piece of a text: only what is on is switched off
+            if torch.is_inference_mode_enabled():
+                undo.enter_context(torch.inference_mode(False))
+            if torch.is_grad_enabled():
+                undo.enter_context(torch.no_grad())
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     torch.set_autocast_enabled(kind, False)

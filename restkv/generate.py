@@ -39,8 +39,8 @@ CHUNK = 512  # tokens per chunk of a chunked prefill
 COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 BROKEN = -1  # drawn from logits that are no numbers
 # Graphs that torch.compile may make of the step. A server of one model and policy makes 2 (r s + s + log2 R) at most, for prompts
-# and answers of up to P positions and R rows at once: r = 1 + log2 R, s = 2 + log2(P / 256). That is 116 for 131,072 positions and
-# 8 rows. Other shapes go on with sdpa.
+# and answers of up to P positions and R rows at once: r = 1 + log2 R, s = 2 + log2(P / 256). That is 116 for 131,072 positions
+# and 8 rows. Other shapes go on with sdpa.
 COMPILED_SHAPES = 128
 
 
@@ -194,6 +194,7 @@ class Session:
         forks: forks alive at the same time to have pages ready for; more of them make the pool grow, which recompiles.
     Attributes:
         logits_BV: after the last token of every row [B, V] float32.
+        drawn_B: the tokens drawn last, not yet fed; None where there are none.
         ids: what every row has read, without what `feed` was given (the host may not know it).
     Raises:
         PolicyError: the policy is none, or the protected entries of a row do not fit into its budget.
@@ -252,7 +253,7 @@ class Session:
         self.cache = self._new_cache()
         self.ids: list[list[int]] = [[] for _ in lengths]
         self.logits_BV = torch.empty(0)
-        self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
+        self.drawn_B: Tensor | None = None
         self.active = [True] * len(lengths)
         self.evictions = 0
         self.max_live = 0  # most entries a head held when an eviction was due
@@ -388,7 +389,7 @@ class Session:
 
     def _append(self, cache: KVCache, pieces: Sequence[Sequence[int]], run: Callable[..., Tensor]) -> Tensor:
         """What `run` (Engine.decode or Engine.hidden) returns for one chunk, which the cache takes in."""
-        engine, self._drawn_B = self.engine, None
+        engine, self.drawn_B = self.engine, None
         rows = len(pieces)
         pieces = [*pieces, *[[]] * (cache.rows - rows)]
         counts = [len(piece) for piece in pieces]
@@ -408,17 +409,18 @@ class Session:
     @own_modes
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
-        self._drawn_B = sample(self.logits_BV, sampling, generators)
-        return self._drawn_B
+        self.drawn_B = sample(self.logits_BV, sampling, generators)
+        return self.drawn_B
 
     @property
     def last_ids(self) -> list[int]:
         """The tokens drawn last, one per row; none once they have been fed."""
-        return [] if self._drawn_B is None else self._drawn_B.tolist()  # sync: for whoever wants to know
+        return [] if self.drawn_B is None else self.drawn_B.tolist()  # sync: for whoever wants to know
 
     @own_modes
     def draw(self, most: int, sampling: Sampling, generators: Sequence[torch.Generator], ends_E: Tensor) -> Tensor:
-        """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed.
+        """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed
+        (drawn_B).
 
         It stops short of an eviction, which must know the rows that go on. Those that draw one of `ends_E` stop on the
         device; `finish` must follow once the host has read it. What such a row draws after its end means nothing. A row whose
@@ -434,8 +436,7 @@ class Session:
         return torch.stack(drawn)
 
     def _told(self, ids_B: Tensor) -> Tensor:
-        fine_B = self._sound_B & sound(self.logits_BV)
-        return torch.where(fine_B | ~self._active_B, ids_B, BROKEN)
+        return torch.where(self._sound_B & sound(self.logits_BV), ids_B, BROKEN)
 
     @own_modes
     @_says_what_to_lower
@@ -447,7 +448,7 @@ class Session:
             CompileError: the step cannot be compiled; the session is as it was, but for the token drawn.
         """
         cache, engine = self.cache, self.engine
-        self._drawn_B = None
+        self.drawn_B = None
         if self._room == 0:
             room = self.period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
@@ -498,7 +499,7 @@ class Session:
         session._since_eviction = session._since_compaction = described["counters"]["since_eviction"]
         session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
         if described["last_ids"]:
-            session._drawn_B = torch.tensor(described["last_ids"], device=engine.device)
+            session.drawn_B = torch.tensor(described["last_ids"], device=engine.device)
         return session
 
     def resume(self, max_new_tokens: int) -> None:
