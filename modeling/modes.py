@@ -28,9 +28,8 @@ class own_modes(_NoParamDecoratorContextManager):
         self._undo: ExitStack | None = None
         if getattr(_thread, "inside", False):
             return
-        with (
-            ExitStack() as undo
-        ):  # an entry is left and come back to with every piece of a text: only what is on is switched off
+        # A text comes in pieces, and each leaves the call and comes back to it: only what is on is switched off.
+        with ExitStack() as undo:
             if torch.is_inference_mode_enabled():
                 undo.enter_context(torch.inference_mode(False))
             if torch.is_grad_enabled():
