@@ -16,10 +16,10 @@ import restkv
 from restkv.chat import Chat
 from restkv.context import CompressedContext
 from restkv.lm import LM
-from restkv.policies import ExpectedAttention, FullCache, ReSTKV, StreamingLLM
+from restkv.policies import H2O, ExpectedAttention, FullCache, ReSTKV
 
 POLICY = ReSTKV(budget=20, window=4, interval=8)
-SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 5, "max_new_tokens": 12}
+SAMPLED = {"temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 5, "max_new_tokens": 20}
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def day(lm: LM, folder: Path, mode: Callable[[], Any]) -> list[Any]:
             assert state() == before
         return result
 
-    for policy in (POLICY, StreamingLLM(20, interval=5), ExpectedAttention(20, window=4, interval=8)):
+    for policy in (POLICY, H2O(20, interval=5, positions="slot"), ExpectedAttention(20, window=4, interval=8)):
         said += [row.tokens for row in under(lambda p=policy: lm.generate([ids, ids[:9]], p, **SAMPLED))]
     sparse = "flexprefill:block=32:min_budget=32"
     said.append(under(lambda: lm.generate(ids, POLICY, prefill=sparse, max_new_tokens=9)).tokens)
