@@ -128,11 +128,13 @@ def step(
     x_BTE = model.embed(ids_BT)
     rope_BT = pos_BT - lag_B[:, None]
     rotary = model.rotary(rope_BT, rope_BT.amax(-1) + 1)
+    # Whether there is padding is known at once on a CPU; elsewhere asking would wait for the device.
+    padded = backend == "flex" or pos_BT.device.type != "cpu" or bool((pos_BT < 0).any())  # no sync: a CPU
     run = _compiled_layer_step if backend == "flex" else layer_step
     rings: list[Tensor | None] = [*queries] or [None] * len(views)
     for block, view, ring in zip(model.blocks, views, rings, strict=True):
         cos_BTD, sin_BTD = rotary[block.rope]
-        x_BTE = run(model, block, x_BTE, cos_BTD, sin_BTD, pos_BT, view, ring, window, backend)
+        x_BTE = run(model, block, x_BTE, cos_BTD, sin_BTD, pos_BT, padded, view, ring, window, backend)
     return x_BTE
 
 
@@ -143,6 +145,7 @@ def layer_step(
     cos_BTD: Tensor,
     sin_BTD: Tensor,
     pos_BT: Tensor,
+    padded: bool,
     view: LayerView,
     ring: Tensor | None,
     window: int,
@@ -151,7 +154,7 @@ def layer_step(
     """One layer of `step`: project, write to the pages, attend through them, finish."""
     q_BTHD, raw_BTKD, v_BTKD = block.unrotated(x_BTE)
     q_BTHD, k_BTKD = rotate(q_BTHD, cos_BTD, sin_BTD), rotate(raw_BTKD, cos_BTD, sin_BTD)
-    _write(view, k_BTKD, v_BTKD, raw_BTKD, pos_BT)
+    _write(view, k_BTKD, v_BTKD, raw_BTKD, pos_BT, padded)
     if ring is not None:
         _remember(ring, q_BTHD, pos_BT, window)
     config = model.config
@@ -170,7 +173,7 @@ def layer_step(
 _compiled_layer_step = torch.compiler.nested_compile_region(layer_step)
 
 
-def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, pos_BT: Tensor) -> None:
+def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, pos_BT: Tensor, padded: bool) -> None:
     """Append the new tokens to their rows' lists; padding writes zeros to the page that belongs to nobody.
 
     Zeros, since that page is read, though under a mask: a NaN of a finished row would reach all others as 0 times NaN.
@@ -180,15 +183,17 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, po
     lists, num_pages = view.table.shape
     page = view.pos.shape[0] // num_pages
     pos_RT = pos_BT[:, None, :].expand(B, K, T).reshape(lists, T)
-    real_RT = pos_RT >= 0
     entry_RT = view.used[:, None] + torch.arange(T, device=pos_BT.device, dtype=torch.int32)
     # Room is reserved for real tokens only: padding may point beyond the list, and in a small pool beyond the table.
     number_RT = view.table.gather(1, (entry_RT // page).clamp(max=num_pages - 1).long())
-    slot_n = torch.where(real_RT, number_RT * page + entry_RT % page, SINK_PAGE).long().reshape(-1)
-    padding_BT11 = (pos_BT < 0)[..., None, None]
+    slot_RT = number_RT * page + entry_RT % page
+    if padded:
+        slot_RT = torch.where(pos_RT >= 0, slot_RT, SINK_PAGE)
+    slot_n = slot_RT.long().reshape(-1)
 
     def rows(x_BTKD: Tensor) -> Tensor:
-        return x_BTKD.masked_fill(padding_BT11, 0).transpose(1, 2).reshape(lists * T, D)
+        x_BTKD = x_BTKD.masked_fill((pos_BT < 0)[..., None, None], 0) if padded else x_BTKD
+        return x_BTKD.transpose(1, 2).reshape(lists * T, D)
 
     view.k.index_copy_(2, slot_n, rows(k_BTKD)[None, None])
     view.v.index_copy_(2, slot_n, rows(v_BTKD)[None, None])
@@ -199,7 +204,7 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, po
         view.keep.index_copy_(
             0, slot_n, torch.ones_like(slot_n, dtype=torch.bool)[:, None].expand(-1, view.keep.shape[1])
         )
-    view.used.add_(real_RT.sum(-1, dtype=torch.int32))
+    view.used.add_((pos_RT >= 0).sum(-1, dtype=torch.int32) if padded else T)
 
 
 def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, window: int) -> None:

@@ -28,9 +28,12 @@ class own_modes(_NoParamDecoratorContextManager):
         self._undo: ExitStack | None = None
         if getattr(_thread, "inside", False):
             return
+        # A text comes in pieces, and each leaves the call and comes back to it: only what is on is switched off.
         with ExitStack() as undo:
-            undo.enter_context(torch.inference_mode(False))
-            undo.enter_context(torch.no_grad())
+            if torch.is_inference_mode_enabled():
+                undo.enter_context(torch.inference_mode(False))
+            if torch.is_grad_enabled():
+                undo.enter_context(torch.no_grad())
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     torch.set_autocast_enabled(kind, False)

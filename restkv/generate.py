@@ -234,6 +234,7 @@ class Session:
             than there is: a file does not say how much memory is to be taken.
     Attributes:
         logits_BV: after the last token of every row [B, V] float32.
+        drawn_B: the tokens drawn last, not yet fed; None where there are none.
         ids: what every row has read, without what `feed` was given (the host may not know it).
     Raises:
         PolicyError: the policy is none, or the protected entries of a row do not fit into its budget.
@@ -293,7 +294,7 @@ class Session:
         self.cache = self._new_cache(saved)
         self.ids: list[list[int]] = [[] for _ in lengths]
         self.logits_BV = torch.empty(0)
-        self._drawn_B: Tensor | None = None  # drawn last, and not yet fed
+        self.drawn_B: Tensor | None = None
         self.active = [True] * len(lengths)
         self.evictions = 0
         self.max_live = 0  # most entries a head held when an eviction was due
@@ -435,7 +436,7 @@ class Session:
 
     def _append(self, cache: KVCache, pieces: Sequence[Sequence[int]], run: Callable[..., Tensor]) -> Tensor:
         """What `run` (Engine.decode or Engine.hidden) returns for one chunk, which the cache takes in."""
-        engine, self._drawn_B = self.engine, None
+        engine, self.drawn_B = self.engine, None
         rows = len(pieces)
         pieces = [*pieces, *[[]] * (cache.rows - rows)]
         counts = [len(piece) for piece in pieces]
@@ -453,17 +454,18 @@ class Session:
     @own_modes
     def sample(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of every row [B] int64, from the current logits; not yet fed to the model."""
-        self._drawn_B = sample(self.logits_BV, sampling, generators)
-        return self._drawn_B
+        self.drawn_B = sample(self.logits_BV, sampling, generators)
+        return self.drawn_B
 
     @property
     def last_ids(self) -> list[int]:
         """The tokens drawn last, one per row; none once they have been fed."""
-        return [] if self._drawn_B is None else self._drawn_B.tolist()  # sync: for whoever wants to know
+        return [] if self.drawn_B is None else self.drawn_B.tolist()  # sync: for whoever wants to know
 
     @own_modes
     def draw(self, most: int, sampling: Sampling, generators: Sequence[torch.Generator], ends_E: Tensor) -> Tensor:
-        """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed.
+        """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed
+        (drawn_B).
 
         It stops short of an eviction, which must know the rows that go on. Those that draw one of `ends_E` stop on the
         device; `finish` must follow once the host has read it. What such a row draws after its end means nothing. A row whose
@@ -479,8 +481,7 @@ class Session:
         return torch.stack(drawn)
 
     def _told(self, ids_B: Tensor) -> Tensor:
-        fine_B = self._sound_B & sound(self.logits_BV)
-        return torch.where(fine_B | ~self._active_B, ids_B, BROKEN)
+        return torch.where(self._sound_B & sound(self.logits_BV), ids_B, BROKEN)
 
     @own_modes
     @_says_what_to_lower
@@ -492,7 +493,7 @@ class Session:
             CompileError: the step cannot be compiled; the session is as it was, but for the token drawn.
         """
         cache, engine = self.cache, self.engine
-        self._drawn_B = None
+        self.drawn_B = None
         if self._room == 0:
             room = self.period - self._since_compaction if self._interval else cache.layers[0].pool.page
             if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
@@ -540,7 +541,7 @@ class Session:
         session._since_eviction = session._since_compaction = described["counters"]["since_eviction"]
         session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
         if described["last_ids"]:
-            session._drawn_B = torch.tensor(described["last_ids"], device=engine.device)
+            session.drawn_B = torch.tensor(described["last_ids"], device=engine.device)
         return session
 
     def resume(self, max_new_tokens: int) -> None:

@@ -240,6 +240,8 @@ class LM:
             ahead = stats.ttft_s > 0 and not decoding.stops  # a stop string is seen in the text alone
             most = min(burst, left) if ahead else 1
             drawn_NB = session.draw(most, decoding.sampling, generators, ends_E)
+            last_B = session.drawn_B
+            assert last_B is not None
             tokens_NB = drawn_NB.tolist()  # sync: once per burst; a row that has ended is not fed
             left -= len(tokens_NB)
             if not stats.ttft_s:
@@ -259,7 +261,7 @@ class LM:
             if not any(session.active):
                 break
             lap = time.perf_counter()
-            session.feed(drawn_NB[-1])
+            session.feed(last_B)
         stats.new_tokens = [len(row.tokens) for row in rows]
         if laps:
             stats.tpot_s = sorted(laps)[len(laps) // 2]

@@ -391,7 +391,7 @@ def test_a_broken_command_of_another_package_hides_no_other(
 ) -> None:
     from importlib.metadata import EntryPoint
 
-    from restkv import cli
+    from restkv.cli import app as cli
 
     broken = EntryPoint("broken", "no.such.module:app", "restkv.commands")
     monkeypatch.setattr(cli, "entry_points", lambda group: [broken])

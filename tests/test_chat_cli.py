@@ -203,12 +203,12 @@ def test_two_interrupts_stop_at_once_and_the_chat_goes_on(talk, monkeypatch):
 
     step, calls = generate._decode, 0
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         nonlocal calls
         calls += 1
         for _ in range({3: 1, 7: 2}.get(calls, 0)):
             signal.raise_signal(signal.SIGINT)
-        return step(*arguments)
+        return step(*arguments, **options)
 
     monkeypatch.setattr(generate, "_decode", interrupted)
     code, out, err = talk(f"{TURNS[0]}\n{TURNS[1]}\n{TURNS[2]}\n/stats\n", "--method", "full", "-n", 8)

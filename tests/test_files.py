@@ -26,7 +26,7 @@ from restkv.cli import main
 from restkv.cli.sink import Sink
 from restkv.context import CompressedContext
 from restkv.errors import OutputError
-from restkv.files import replaced, require_writable, write_text
+from restkv.files import described, replaced, require_writable, write_text
 from restkv.lm import LM
 from restkv.policies import FullCache, ReSTKV
 
@@ -196,6 +196,22 @@ def test_a_full_disk_says_which_and_how_much_room_there_is(tmp_path: Path, monke
         form = rf"{tmp_path}/a: cannot be written \(No space left on device\); the disk of {tmp_path} has [\d,.]+ MB left; free"
         assert re.match(form, str(error.value))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_under_stdout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").touch()
+    error = OSError(28, "No space left on device")
+    for place, form in (
+        (
+            tmp_path / "out",
+            rf"stdout \({tmp_path}/out\): cannot be written \(No space left on device\); the disk of {tmp_path} has",
+        ),
+        ("pipe:[123]", r"stdout: cannot be written \(No space left on device\); send it elsewhere"),
+    ):
+        monkeypatch.setattr(files.os, "readlink", lambda number, place=place: str(place))
+        assert re.match(form, described(error))
+    assert described(PermissionError(13, "Permission denied", "weights")) == "weights: Permission denied"
+    assert described(OSError(110, "Connection timed out")) == "Connection timed out"
 
 
 def test_a_limit_on_the_size_of_files_is_one_line(tmp_path: Path) -> None:

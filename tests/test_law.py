@@ -156,7 +156,7 @@ def policies(draw: Callable, scores: st.SearchStrategy, longest: int) -> Policy:
         options["high_water"] = budget + draw(st.integers(0, 9))
     if draw(st.integers(0, 4)) == 0 and not slots and not span:
         budget = draw(st.floats(0.05, 1.0))
-    return get_policy(**options, window=window, sinks=sinks, budget=budget, interval=interval)
+    return get_policy(options.pop("name"), **options, window=window, sinks=sinks, budget=budget, interval=interval)
 
 
 @st.composite

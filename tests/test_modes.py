@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from small import small_ids, small_lm
+from small import small_ids, small_lm, small_model
 
 import restkv
 from restkv.chat import Chat
 from restkv.context import CompressedContext
 from restkv.lm import LM
-from restkv.policies import H2O, ExpectedAttention, FullCache, ReSTKV, StreamingLLM
+from restkv.policies import H2O, ExpectedAttention, FullCache, ReSTKV
 
 POLICY = ReSTKV(budget=20, window=4, interval=8)
-SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 5, "max_new_tokens": 24}
+SAMPLED = {"temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 5, "max_new_tokens": 20}
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def day(lm: LM, folder: Path, mode: Callable[[], Any]) -> list[Any]:
             assert state() == before
         return result
 
-    for policy in (POLICY, H2O(20, interval=3), StreamingLLM(20), ExpectedAttention(20, window=4, interval=8)):
+    for policy in (POLICY, H2O(20, interval=5, positions="slot"), ExpectedAttention(20, window=4, interval=8)):
         said += [row.tokens for row in under(lambda p=policy: lm.generate([ids, ids[:9]], p, **SAMPLED))]
     sparse = "flexprefill:block=32:min_budget=32"
     said.append(under(lambda: lm.generate(ids, POLICY, prefill=sparse, max_new_tokens=9)).tokens)
@@ -111,7 +111,7 @@ def talk(folder: Path, place: Path, mode: Callable[[], Any]) -> list[Any]:
     chat = Chat(lm, ReSTKV(40, window=4, interval=8), "Be brief.", template=False)
     said: list[Any] = []
     for inside, text in ((True, "one"), (False, "two"), (True, "three")):
-        stream = chat.send(text, max_new_tokens=12)
+        stream = chat.send(text, max_new_tokens=8)
         if inside:
             with mode():
                 said.append("".join(stream))
@@ -121,16 +121,16 @@ def talk(folder: Path, place: Path, mode: Callable[[], Any]) -> list[Any]:
         chat.save(place / "chat")
         chat = Chat.load(place / "chat", lm)
         said.append(chat.stats.kept)
-    said.append("".join(chat.send("four", max_new_tokens=12)))
+    said.append("".join(chat.send("four", max_new_tokens=8)))
     with mode():
         chat.change(FullCache())
-    said += ["".join(chat.send("five", max_new_tokens=12)), chat.tokens]
+    said += ["".join(chat.send("five", max_new_tokens=8)), chat.tokens]
     return said
 
 
-@every_mode
-def test_a_chat_in_and_out_of_a_mode(mode, plain, rambler, tmp_path):
-    assert talk(rambler, tmp_path, mode) == plain[1]
+@pytest.mark.parametrize("name", ["inference", "autocast bfloat16", "default float64", "device context"])
+def test_a_chat_in_and_out_of_a_mode(name, plain, rambler, tmp_path):
+    assert talk(rambler, tmp_path, MODES[name]) == plain[1]
 
 
 @every_mode
@@ -194,3 +194,21 @@ def test_an_error_gives_the_modes_back():
             next(iter(lm.stream([])._pieces))
         assert torch.get_default_dtype() == torch.float64
     assert lm.generate(small_ids(5), FullCache(), max_new_tokens=2).tokens
+
+
+@pytest.mark.slow
+def test_compiled_too():
+    """A compiled step under every mode; none of them makes it compile anew for ever."""
+    torch._dynamo.reset()
+    lm = LM(small_model(group=3, head_dim=16), None, "flex")
+    ids = small_ids(60)
+    want = lm.generate(ids, POLICY, max_new_tokens=24).tokens
+    for mode in MODES.values():
+        with mode():
+            assert lm.generate(ids, POLICY, max_new_tokens=24).tokens == want
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for mode in MODES.values():
+        with mode():
+            assert lm.generate(ids, POLICY, max_new_tokens=24).tokens == want
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    torch._dynamo.reset()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import small_ids, small_lm, small_model
 from test_context import FOUR, POLICY
 
 import restkv
 from modeling.nonfinite import numeric_error, sound
 from restkv.chat import Chat
+from restkv.cli import main
 from restkv.errors import NumericError
 from restkv.generate import Engine, Session
 from restkv.lm import LM
@@ -236,6 +239,20 @@ def test_what_a_second_pass_cannot_find_is_still_one_line(monkeypatch):
     one_line(
         error, f"after {len(IDS) + 1} tokens", "reading the same with a full cache makes numbers", "--check-weights"
     )
+
+
+def test_on_the_command_line(rambler, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(rambler, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["generate", str(folder), "-p", "one two", "-n", "5"]) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert out == "" and last.startswith("restkv: error: the logits after ") and "layer 1's MLP" in last
+    assert main(["generate", str(folder), "-p", "one two", "--check-weights"]) == 2
+    assert "model.layers.1.mlp.down_proj.weight" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -19,9 +19,8 @@ from restkv.generate import Engine, Session
 from restkv.policies import ReSTKV
 
 EOS = 7
-POLICIES = {name: policy for name, policy in POLICY.items() if name != "restkv part"} | {
-    "restkv half": ReSTKV(0.5, window=4, interval=8)
-}
+NAMES = "restkv", "restkv joint global", "snapkv layers", "caote", "keydiff", "h2o query", "h2o slot", "lacache", "full"
+POLICIES = {name: POLICY[name] for name in NAMES} | {"restkv half": ReSTKV(0.5, window=4, interval=8)}
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 COMPANIONS = {"keep": ((2,), torch.bool), "mass": ((1,), torch.float32), "raw": ((8,), torch.float32)}
 
@@ -81,16 +80,16 @@ def test_padding_writes_zeros_and_changes_no_row(real, value, window, softcap):
 def test_a_row_that_ends_on_poison_harms_no_other(policy):
     """What nobody reads does no harm: an EOS whose embedding is NaN ends its row, and the others go on as alone."""
     prompts = [[1 + token % 3 for token in small_ids(n, seed=n)] for n in (33, 20, 9)]
-    free = small_lm(windows=FOUR).generate(prompts, policy, max_new_tokens=30)
+    free = small_lm(windows=FOUR).generate(prompts, policy, max_new_tokens=20)
     eos = next(token for token in free[1].tokens[3:] if token > 3 and token not in free[0].tokens[:3])
     clean, lm = small_lm(eos=(eos,), windows=FOUR), small_lm(eos=(eos,), windows=FOUR)
-    want = clean.generate(prompts, policy, max_new_tokens=30)
+    want = clean.generate(prompts, policy, max_new_tokens=20)
     lm.model.embed_tokens.weight[eos] = torch.nan
     if 0 not in {token for row in want for token in row.tokens[:-1]}:
         lm.model.embed_tokens.weight[0] = torch.nan  # what pads
     for burst in (1, 8):
         lm._burst = burst
-        got = lm.generate(prompts, policy, max_new_tokens=30)
+        got = lm.generate(prompts, policy, max_new_tokens=20)
         for row, expected in zip(got, want, strict=True):
             assert (row.tokens, row.finish_reason) == (expected.tokens, expected.finish_reason)
         assert got[0].stats.kept == want[0].stats.kept

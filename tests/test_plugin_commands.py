@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from restkv import cli
+from restkv.cli import app as cli
 from restkv.cli import main
 from restkv.errors import PolicyError
 from restkv.policies import get_policy, known_policies
@@ -83,7 +83,7 @@ def test_a_command_that_cannot_be_used_costs_a_note(
     install("other", "restkv.commands", points, source)
     (line,) = notes(capsys)
     assert line.startswith("restkv: note: command ") and words in line and line.isprintable()
-    assert cli._command().commands["generate"].callback.__module__ == "restkv.cli"
+    assert cli._command().commands["generate"].callback.__module__.startswith("restkv.cli")
 
 
 def test_two_packages_of_one_command(install: Install, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ import restkv
 from restkv.chat import Chat
 from restkv.cli.options import RECALL
 from restkv.context import CompressedContext
-from restkv.errors import OutputError, PromptError
+from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, LaCache, Random, ReSTKV, SnapKV, StreamingLLM
 from restkv.saving import archive
@@ -187,7 +187,11 @@ def check_context(path: Path, lm: LM) -> None:
         return
     event("works")
     assert loaded._session.cache.reserved_bytes < 70e6 + 10 * path.stat().st_size
-    answer = loaded.ask(small_ids(5, 2), max_new_tokens=12)
+    try:
+        answer = loaded.ask(small_ids(5, 2), max_new_tokens=12)
+    except PolicyError as error:  # spans to come are protected, and do not fit once they are there
+        assert "protected entries" in str(error) and str(error).isprintable()
+        return
     assert len(answer.tokens) == 12 and all(0 <= token < VOCAB for token in answer.tokens)
 
 
@@ -213,7 +217,7 @@ def test_an_altered_context_works_or_is_refused(data, name, lm, contexts, tmp_pa
     check_context(path, lm)
 
 
-@settings(FEW, max_examples=50)
+@settings(FEW, max_examples=30)
 @given(data=st.data())
 def test_an_altered_chat_works_or_is_refused(data, talker, chat, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "altered-chat"

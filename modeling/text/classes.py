@@ -132,11 +132,7 @@ def rebuilt(tokenizer: Tokenizer, built: BuiltClass, settings: Settings, place: 
 
 def _with_settings(model: models.BPE, changes: Settings) -> models.BPE:
     """The same vocabulary and merges under other settings; as not all of them can be set, the model's JSON is changed."""
-    state = model.__getstate__()
-    at = state.index(b'"vocab":')
-    head = json.loads(state[:at].rstrip(b", ") + b"}")
     wanted = {
-        **head,
         "dropout": None,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
@@ -145,8 +141,11 @@ def _with_settings(model: models.BPE, changes: Settings) -> models.BPE:
         "ignore_merges": False,
         **changes,
     }
-    if wanted == head:
-        return model
+    if all(getattr(model, name) == value for name, value in wanted.items()):
+        return model  # without its JSON, which takes seconds for a large vocabulary
+    state = model.__getstate__()
+    at = state.index(b'"vocab":')
+    wanted = {**json.loads(state[:at].rstrip(b", ") + b"}"), **wanted}
     other = models.BPE()
     other.__setstate__(json.dumps(wanted).encode()[:-1] + b", " + state[at:])
     return other

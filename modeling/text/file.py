@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from modeling.errors import TokenizerError
@@ -66,7 +67,9 @@ def read_tokenizer(path: Path) -> TokenizerFile:
                     "else download the file again"
                 )
             raise TokenizerError(f"{path}: unreadable ({reason(error)}); {mend}") from None
-        longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0)
+        longest = 0
+        if _longest_text(content) > LONGEST_TOKEN:  # else no token is, and listing a large vocabulary takes seconds
+            longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0)
         growth = {
             part: _growth(_state(getattr(tokenizer, part))) for part in ("normalizer", "pre_tokenizer", "decoder")
         }
@@ -144,12 +147,18 @@ def _rules(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield state
 
 
+def _longest_text(content: bytes) -> int:
+    """Bytes between two quotation marks, at most; no string in the file is longer than that."""
+    marks = np.flatnonzero(np.frombuffer(content, np.uint8) == ord('"'))
+    return int(np.diff(marks).max(initial=0))
+
+
 def _added_tokens(content: bytes) -> list[dict[str, Any]] | None:
     """The list `added_tokens`, found without parsing the vocabulary behind it; None where there is none."""
     at = -1
     while (at := content.find(b'"added_tokens"', at + 1)) >= 0:
         start = at + len(b'"added_tokens"')
-        for length in (MB, len(content)):
+        for length in (MB, 8 * MB, len(content)):
             text = content[start : start + length].decode(errors="ignore").lstrip().removeprefix(":").lstrip()
             try:
                 listed = json.JSONDecoder().raw_decode(text)[0] if text.startswith("[") else None
