@@ -52,7 +52,7 @@ def paged_flex(
     slots = view.pos.shape[0]
     page = slots // view.table.shape[1]
     # Zeroing padding gives the folded queries a 4-D buffer of their own: the CPU lowering looks at the buffer behind a view,
-    # and fails on, or misreads, one of another shape (FLEX bugs 1 and 2).
+    # and fails on, or misreads, one of another shape (docs/flexattention.md §1, bugs 1 and 2).
     B, T = q_pos_BT.shape
     padding_1Rq1 = (q_pos_BT < 0)[:, None, None].expand(B, heads, query_rows // T, T).reshape(1, lists, query_rows, 1)
     q_1RqD = q_1RqD.masked_fill(padding_1Rq1, 0)
@@ -60,7 +60,7 @@ def paged_flex(
     mask = page_block_mask(view, pages_R, paged_mask_mod(view, q_pos_BT, heads), query_rows)
 
     # A partition that is no multiple of the page keeps CPU lowering off its decode template, which reads wrong buffers for
-    # folded queries, fails without full blocks and overflows for logits below -88 (FLEX bugs 2-4).
+    # folded queries, fails without full blocks and overflows for logits below -88 (docs/flexattention.md §1, bugs 2 to 4).
     # On CUDA no tile may be longer than the page it reads, and only the template for few queries sees to that by itself.
     options: Any = {"BLOCK_N": page} if page < 128 else {}
     if q_1RqD.device.type == "cpu":
@@ -209,5 +209,5 @@ def _block_flex(
     )
 
 
-# K and V keep their length dynamic (mark_dynamic): it is right here, where they are whole inputs of the graph (FLEX §3).
+# K and V keep their length dynamic (mark_dynamic): right where they are whole inputs of the graph (docs/flexattention.md §3).
 _compiled = compiled(_block_flex)

@@ -169,7 +169,7 @@ def layer_step(
     return block.finish(x_BTE, o_BTHD)
 
 
-# One traced region for all layers of a kind: compile time grows with the kinds, not with the depth (FLEX §4).
+# One traced region for all layers of a kind: compile time grows with the kinds, not with the depth (docs/flexattention.md §4).
 _compiled_layer_step = torch.compiler.nested_compile_region(layer_step)
 
 
@@ -177,7 +177,8 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, po
     """Append the new tokens to their rows' lists; padding writes zeros to the page that belongs to nobody.
 
     Zeros, since that page is read, though under a mask: a NaN of a finished row would reach all others as 0 times NaN.
-    Only index_copy_ on the 4-D pool stays in place in a compiled graph: an indexed assignment copies the pool (FLEX §9).
+    Only index_copy_ on the 4-D pool stays in place in a compiled graph: an indexed assignment copies the pool
+    (docs/flexattention.md §7).
     """
     B, T, K, D = k_BTKD.shape
     lists, num_pages = view.table.shape

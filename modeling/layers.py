@@ -135,7 +135,7 @@ class Block(nn.Module):
         """Like `project`, before RoPE.
 
         q is not multiplied with attn_scale. With fused weights v is a view into the joint product: inside a compiled
-        graph copy it before FlexAttention reads it (FLEX §1, bug 1).
+        graph copy it before FlexAttention reads it (docs/flexattention.md §1, bug 1).
         """
         c = self.config
         x_BTE = self.input_layernorm(x_BTE)

@@ -60,7 +60,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Pyramid(Allocation):
-    """Early layers keep more, in equal steps (PyramidKV, Cai et al., 2024, arXiv 2406.02069; SPEC §2.6).
+    """Early layers keep more, in equal steps (PyramidKV, Cai et al., 2024, arXiv 2406.02069; docs/sources.md §2.6).
 
     With base = budget - reserved, the last layer keeps base // beta unreserved entries and the first 2 * base minus that;
     a prompt too short for the first layer flattens the pyramid to what there is. No layer is left without any entry: where
@@ -75,7 +75,8 @@ class Pyramid(Allocation):
 
     beta: int = 20  # steepness: a uniform base over the last layer's
     exact: bool = False  # spend num_layers * budget exactly
-    middle_regime: bool = True  # budget <= length < 2 * base: uniform. False: the variant in ReST-KV's code (SPEC §1.3)
+    # budget <= length < 2 * base: uniform. False: the variant in ReST-KV's code (docs/sources.md §1.3)
+    middle_regime: bool = True
 
     def __post_init__(self) -> None:
         whole = isinstance(self.beta, int) and not isinstance(self.beta, bool)
@@ -107,7 +108,7 @@ class Pyramid(Allocation):
 
 @dataclass(frozen=True)
 class AdaKV(Allocation):
-    """Heads of a layer share its budget by score (Ada-KV, Feng et al., 2024, arXiv 2407.11550; SPEC §2.7).
+    """Heads of a layer share its budget by score (Ada-KV, Feng et al., 2024, arXiv 2407.11550; docs/sources.md §2.7).
 
     With base = budget minus protected entries, the layer's X * base best unprotected entries fall n_h to head h, which gets
     a capacity of n_h * (1 - floor) + base * floor. Each head keeps its protected entries and its own best up to its capacity.
@@ -167,7 +168,7 @@ class AdaKV(Allocation):
 
 @dataclass(frozen=True)
 class Global(Allocation):
-    """One budget for the whole model, spent on the largest scores of any layer and head (DESIGN §5, ours).
+    """One budget for the whole model, spent on the largest scores of any layer and head (docs/budgets.md, ours).
 
     Scores must mean the same everywhere, as ReST-KV's do: the change of a layer's output, in units of the residual stream.
     Protected entries always stay, and so do each head's own best floor * (budget - protected) entries (rounded down) as

@@ -200,7 +200,8 @@ def nothing(obs: Observation) -> Tensor:
 def root_of(w_o_EHD: Tensor) -> Tensor:
     """[H, D, F], F = min(D, E), in float32 (float64 for float64 weights): ||u root[h]|| = ||W_O^h u||.
 
-    It is R^T of W_O^h = Q R, and stands in for the projection at F/E of the work and without an [H, C, E] tensor (SPEC §1.6 g).
+    It is R^T of W_O^h = Q R, and stands in for the projection at F/E of the work and without an [H, C, E] tensor
+    (docs/sources.md §1.6 g).
     Unlike the Gram matrix W_O^h^T W_O^h it squares nothing.
     """
     return _triangle(_full_precision(w_o_EHD).transpose(0, 1))

@@ -77,7 +77,7 @@ class AShape(Pattern):
     """The first tokens and a local window, the same for all heads (StreamingLLM's shape as a prefill; MInference's "stream_llm").
 
     Published: key k is computed for query q if k < sinks or q - k < local; here all of a block that holds one such pair is
-    (SPEC §3.2).
+    (docs/sources.md §3.2).
     """
 
     name: ClassVar[str] = "a-shape"
@@ -103,7 +103,7 @@ class AShape(Pattern):
 
 @dataclass(frozen=True)
 class VerticalSlash(Pattern):
-    """Columns and diagonals that the last 64 queries attend to most (MInference, arXiv 2407.02490; SPEC §3.2).
+    """Columns and diagonals that the last 64 queries attend to most (MInference, arXiv 2407.02490; docs/sources.md §3.2).
 
     The defaults are what MInference takes for a model it has no table of; its table for Llama-3.1-8B has (vertical, slash) of
     (100, 800), (1000, 6096), (30, 800), (3500, 100) and (500, 700), chosen head by head by a search that is not part of this.
@@ -145,7 +145,8 @@ class VerticalSlash(Pattern):
 @dataclass(frozen=True)
 class FlexPrefill(Pattern):
     """Per head as many vertical and slash blocks as hold `gamma` of the last queries' attention; where pooled queries and keys
-    predict that attention well, their estimate for every block of queries besides (Lai et al. 2025, FlexPrefill; SPEC §3.1).
+    predict that attention well, their estimate for every block of queries besides (Lai et al. 2025, FlexPrefill;
+    docs/sources.md §3.1).
 
     The defaults are those of the authors' patch; their README has min_budget 512, their scripts gamma 0.95 for Llama-3.1-8B.
 

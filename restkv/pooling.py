@@ -36,7 +36,7 @@ def over_past(
 
 
 def average(line_BXC: Tensor, kernel: int) -> Tensor:
-    """Centred mean over `kernel` (odd) entries; beyond the ends count zeros, as in SnapKV (SPEC §1.2 item 6)."""
+    """Centred mean over `kernel` (odd) entries; beyond the ends count zeros, as in SnapKV (docs/sources.md §1.2 item 6)."""
     return F.avg_pool1d(line_BXC, kernel, stride=1, padding=kernel // 2)
 
 

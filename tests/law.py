@@ -202,7 +202,7 @@ class Watch:
         after: list[list[list[int]]],
         length: int,
     ) -> None:
-        """LaCache's own rule, in the slots of SPEC §2.8 as long as nothing but sinks is protected there."""
+        """LaCache's own rule, in the slots of docs/sources.md §2.8 as long as nothing but sinks is protected there."""
         layers = len(before)
         for heads in after:
             assert all(head == heads[0] for head in heads), "all heads of a layer keep the same slots"

@@ -1,4 +1,6 @@
-"""The slow twin of scoring, smoothing and selection: float64, one head, one query, one entry at a time, after SPEC §1-2.
+"""The slow twin of scoring, smoothing and selection: float64, one head, one query, one entry at a time.
+
+After docs/sources.md §1 and §2.
 
 It shares no code with restkv/: W_O is applied as it is (no root of it), windows are summed one by one, selection is a sort.
 """
@@ -45,7 +47,7 @@ class Head:
 
 
 def ema(values, alpha):
-    """EMA of a list, oldest first, by its recursion (SPEC §1.1 item 3)."""
+    """EMA of a list, oldest first, by its recursion (docs/sources.md §1.1 item 3)."""
     state = values[0]
     for value in values[1:]:
         state = alpha * value + (1 - alpha) * state
@@ -100,7 +102,7 @@ def rest_line(heads, projections, policy, budget):
 
 
 def drift(head, policy, budget):
-    """Mean place of the entries the older queries look at most, minus the newer ones' (SPEC §1.2 item 7)."""
+    """Mean place of the entries the older queries look at most, minus the newer ones' (docs/sources.md §1.2 item 7)."""
     kept = max(1, budget - policy.window)
     halves = ([], [])
     for w, row in enumerate(head.attention):
@@ -131,7 +133,7 @@ def adaptive(line, kernel, shift):
 
 
 def pooled(line, policy):
-    """Fixed kernels, with zeros beyond both ends that an average counts (SPEC §1.2 item 6)."""
+    """Fixed kernels, with zeros beyond both ends that an average counts (docs/sources.md §1.2 item 6)."""
     if policy.pooling == "none":
         return line
     half = policy.kernel_size // 2

@@ -1,4 +1,6 @@
-"""The slow twins of restkv/budgets.py: one entry, one head, one layer at a time, after SPEC §1.3, §2.6, §2.7 and DESIGN §5.
+"""The slow twins of restkv/budgets.py: one entry, one head, one layer at a time.
+
+After docs/sources.md §1.3, §2.6, §2.7 and docs/budgets.md.
 
 Everything is a list of Python numbers, shares are exact fractions, and every selection is a sort. A layer is given as lists
 [head][column] of scores, positions (-1 = no entry) and flags; a kept set is a set of (head, column), or for a whole model of

@@ -1,4 +1,4 @@
-"""Slow twins of the policies beside ReST-KV and SnapKV: float64 loops over lists of positions, after SPEC §2.
+"""Slow twins of the policies beside ReST-KV and SnapKV: float64 loops over lists of positions, after docs/sources.md §2.
 
 Two kinds: a score per entry of an Observation, and whole streams. A stream is one layer's q [H, T, D] and k [K, T, D] of T
 tokens; its twin reads a prompt, then token after token, and yields what each KV head holds after every step.
@@ -38,7 +38,7 @@ def best(held, value, count):
 
 
 def h2o(stream, prompt, budget, recent):
-    """Accumulated attention; the newest `recent` always stay (SPEC §2.3, official real-drop; the mean over a group)."""
+    """Accumulated attention; the newest `recent` always stay (docs/sources.md §2.3, the authors'; the mean over a group)."""
     K, T = stream.k.shape[:2]
     held = [list(range(prompt)) for _ in range(K)]
     mass = [dict.fromkeys(range(T), 0.0) for _ in range(K)]
@@ -66,7 +66,7 @@ def h2o(stream, prompt, budget, recent):
 
 
 def tova(stream, prompt, budget):
-    """Mean over all heads of the newest query's attention; one set for all KV heads (SPEC §2.4)."""
+    """Mean over all heads of the newest query's attention; one set for all KV heads (docs/sources.md §2.4)."""
     H, T = stream.q.shape[:2]
     held = list(range(prompt))
     for step in range(prompt, T + 1):
@@ -78,7 +78,7 @@ def tova(stream, prompt, budget):
 
 
 def streamingllm(stream, prompt, budget, sinks):
-    """The first `sinks` and the last budget - sinks (SPEC §2.2)."""
+    """The first `sinks` and the last budget - sinks (docs/sources.md §2.2)."""
     K, T = stream.k.shape[:2]
     held = list(range(prompt))
     for step in range(prompt, T + 1):
@@ -89,7 +89,7 @@ def streamingllm(stream, prompt, budget, sinks):
 
 
 class Ladders:
-    """LaCache of one row, all layers, over slot indices as SPEC §2.8 has them.
+    """LaCache of one row, all layers, over slot indices as docs/sources.md §2.8 has them.
 
     `strange` is set by a call whose indices the released code could not keep apart or reach: then layers would differ.
     """

@@ -238,7 +238,7 @@ class Rule:
 
 class Streaming(Rule):
     """StreamingLLM: the first `sinks` slots and the last `budget - sinks`; the paper's variant: all but the last `window`
-    first (SPEC §2.2)."""
+    first (docs/sources.md §2.2)."""
 
     def layer(self, index: int, prompt: bool) -> list[list[int]]:
         policy = self.policy
@@ -247,7 +247,7 @@ class Streaming(Rule):
 
 
 class HeavyHitters(Rule):
-    """H2O: collected attention, the newest always stay (SPEC §2.3); a KV head collects its group's mean."""
+    """H2O: collected attention, the newest always stay (docs/sources.md §2.3); a KV head collects its group's mean."""
 
     def layer(self, index: int, prompt: bool) -> list[list[int]]:
         stays = []
@@ -261,7 +261,7 @@ class HeavyHitters(Rule):
 
 
 class Tova(Rule):
-    """TOVA: the newest query's attention, mean over all query heads, one set per layer (SPEC §2.4)."""
+    """TOVA: the newest query's attention, mean over all query heads, one set per layer (docs/sources.md §2.4)."""
 
     def layer(self, index: int, prompt: bool) -> list[list[int]]:
         config, heads = self.row.config, self.row.heads[index]
@@ -281,7 +281,7 @@ class Tova(Rule):
 
 
 class Ladder(Rule):
-    """LaCache (SPEC §2.8), slot numbers from the twin that its own tests use."""
+    """LaCache (docs/sources.md §2.8), slot numbers from the twin that its own tests use."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(row)

@@ -292,8 +292,8 @@ def test_eager_attention_over_lists_without_entries_is_zero():
 class Decoded:
     """A compiled and an eager session over the same tokens, in a pool so large that a copy of it would show.
 
-    Every trap of FLEX §1 and §9 that a decode step can fall into lies on its way: fused projections (bug 1), a folded q
-    whose buffer was made for one token (bug 2), G = 3, layers with different windows in one nested region.
+    Every trap of docs/flexattention.md §1 and §7 that a decode step can fall into lies on its way: fused projections (bug 1),
+    a folded q whose buffer was made for one token (bug 2), G = 3, layers with different windows in one nested region.
     """
 
     WINDOWS = (6, None, 3)
@@ -334,7 +334,7 @@ def test_layers_with_different_windows_decode_as_the_eager_twin_does(run):
 
 
 def test_decoding_writes_into_a_large_pool_without_copying_it(run):
-    """An indexed assignment instead of index_copy_ copies the pool in every step (FLEX bug 6, §9)."""
+    """An indexed assignment instead of index_copy_ copies the pool in every step (docs/flexattention.md §1, bug 6, and §7)."""
     assert run.before == run.after
     assert run.written == [sorted([*range(50)] * 2)] * 3
     assert run.pool_bytes > 48e6

@@ -1,4 +1,4 @@
-"""LaCache keeps the ladders of SPEC §2.8, in every layer the same number, whatever the row or the lengths of its calls."""
+"""LaCache keeps the ladders of docs/sources.md §2.8, in every layer equally many, whatever the row or the lengths of calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def spans(text):
         (2, None, 0, 2, 1),
     ],
 )
-def test_ladders_of_the_spec(num_layers, span, overlap, before, after):
+def test_ladders_of_the_sources(num_layers, span, overlap, before, after):
     assert LaCache(256, span=span, overlap=overlap).ladder(num_layers) == (before, after)
 
 
@@ -83,12 +83,12 @@ def test_ladders_of_the_spec(num_layers, span, overlap, before, after):
         ),
     ],
 )
-def test_streams_of_the_spec(cache, overlap, tokens, even, odd):
+def test_streams_of_the_sources(cache, overlap, tokens, even, odd):
     row = stream(LaCache(cache, span=2, overlap=overlap), 4, tokens)
     assert row == [spans(even), spans(odd)] * 2
 
 
-def test_single_call_of_the_spec():
+def test_single_call_of_the_sources():
     policy = LaCache(24, span=2, overlap=1)
     (row,) = call(policy, 4, [[list(range(60))] * 4], [policy.start()])
     assert row == [

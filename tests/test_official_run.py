@@ -378,16 +378,16 @@ def test_an_ablated_method_stands_beside_the_published_ablation_or_nothing() -> 
     )
 
 
-MODELS = {  # in the specification's tables: of our own name, and in the shape that its configuration has
+MODELS = {  # in the tables of docs/sources.md: of our own name, and in the shape that its configuration has
     "Llama-3.1-8B-Instruct": "llama-32x4096",
     "Llama-2-7B-Chat": "llama-32x4096",
     "Mistral-7B-Instruct-v0.3": "mistral-32x4096",
 }
 
 
-def test_published_figures_are_those_of_the_specification(shared: Path) -> None:
-    """Read anew from its tables, cell by cell."""
-    text = (shared / "SPEC.md").read_text(encoding="utf-8")
+def test_published_figures_are_those_of_the_sources() -> None:
+    """Read anew from the tables of docs/sources.md §5, cell by cell."""
+    text = (Path(restkv.__file__).parents[1] / "docs" / "sources.md").read_text(encoding="utf-8")
     methods = ["streamingllm", "h2o", "tova", "snapkv", "restkv"]
     for model, shape in MODELS.items():
         line = re.search(rf"^\| {re.escape(model)} \(([\d.]+)\) \|(.*)\|$", text, re.M)
@@ -399,10 +399,11 @@ def test_published_figures_are_those_of_the_specification(shared: Path) -> None:
         if model == "Llama-3.1-8B-Instruct":
             expected |= ablations(text)
         assert published("longbench", {"checkpoint": model, "model": f"{shape}-bfloat16-0"}) == (model, expected)
-    (line,) = [line for line in text.splitlines() if line.startswith("Full 99.34/")]
     _, figures = published("ruler-official", ARGUMENTS)
     assert len(figures) == 5 * 6
-    for name, values in re.findall(r"(\S+) ((?:\d+\.\d+/){6}\d+\.\d+)", line):
+    lines = re.findall(r"^\| (\S+) \| ((?:\d+\.\d+/){6}\d+\.\d+) \|$", text, re.M)
+    assert len(lines) == 5
+    for name, values in lines:
         *means, average = map(float, values.split("/"))
         method, budget = name.lower().replace("-", ""), None if name == "Full" else 1024
         assert [figures[method, budget, 4096 << step] for step in range(6)] == means
@@ -410,14 +411,18 @@ def test_published_figures_are_those_of_the_specification(shared: Path) -> None:
 
 
 def ablations(text: str) -> dict[tuple[Any, ...], float]:
-    """fig_sensitivity in the specification: by alpha, the plain mean, by beta (our scale), plain averaging."""
-    number = r"(\d+\.\d+)"
-    alphas = re.search(rf"α 0\.1…0\.9: ((?:{number} ?){{9}})\(mean instead of EMA {number}\)", text)
-    betas = re.search(rf"β ([\d,]+): ((?:{number} ?){{8}})\(plain avg-pool {number}\)", text)
-    assert alphas is not None and betas is not None
+    """The options varied at a budget of 128: by alpha, the plain mean, by scale, plain averaging."""
+    number = r"\d+\.\d+"
+    alphas = re.search(
+        rf"^\| α 0\.1 to 0\.9 \| ((?:{number} ?){{9}})\|\n\| the plain mean \| ({number}) \|$", text, re.M
+    )
+    scales = re.search(
+        rf"^\| scale ([\d, ]+) \| ((?:{number} ?){{8}})\|\n\| plain averaging of 5 \| ({number}) \|$", text, re.M
+    )
+    assert alphas is not None and scales is not None
     named = {f"alpha=0.{tenth}": value for tenth, value in enumerate(alphas[1].split(), 1)}
-    named |= {f"scale={beta}": value for beta, value in zip(betas[1].split(","), betas[2].split(), strict=True)}
-    named |= {"alpha=none": alphas[3], "pooling=avg": betas[4]}
+    named |= {f"scale={scale}": value for scale, value in zip(scales[1].split(", "), scales[2].split(), strict=True)}
+    named |= {"alpha=none": alphas[2], "pooling=avg": scales[3]}
     return {(f"restkv:{option}", 128, None): float(value) for option, value in named.items()}
 
 

@@ -274,7 +274,7 @@ def test_prompts_no_longer_than_the_window_are_kept(policy, entries):
 @variants
 @pytest.mark.parametrize("group", [1, 8])
 def test_a_saturated_sink_in_bfloat16_leaves_no_nan(policy, group):
-    """Attention of 1.0 on the first entry: odds of 1 / 0, and nothing left for the rest (SPEC §1.6 f)."""
+    """Attention of 1.0 on the first entry: odds of 1 / 0, and nothing left for the rest (docs/sources.md §1.6 f)."""
     obs, w_o = observation(group=group, queries=4, columns=40, head_dim=8, dtype=torch.bfloat16)
     q, k = torch.zeros_like(obs.q), torch.zeros_like(obs.k)
     q[..., 0], k[:, :, 0, 0] = 600, 1

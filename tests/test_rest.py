@@ -166,7 +166,7 @@ def test_half_precision_is_scored_in_float32(shape, values, dtype):
 
 @pytest.mark.parametrize(
     ("drift", "kernel_size", "kernel", "shift"),
-    # SPEC §1.6 c, scale 2000.
+    # docs/sources.md §1.6 c, scale 2000.
     [
         (0, 5, 5, 1),
         (1, 5, 5, 0),
@@ -247,7 +247,7 @@ def test_where_an_entry_lies_changes_nothing(shape, values, per_head):
 @pytest.mark.parametrize("aggregate", ["attention", "indicator"])
 @pytest.mark.parametrize("gqa", ["mean", "max", "joint"])
 def test_a_sink_that_takes_all_attention_stays_finite(aggregate, gqa):
-    """In bfloat16 its weight rounds to 1, where released code gave inf, and NaN to the neighbours (SPEC §1.6 f)."""
+    """In bfloat16 its weight rounds to 1, where released code gave inf, and NaN to the neighbours (docs/sources.md §1.6 f)."""
     policy = ReSTKV(12, window=4, aggregate=aggregate, gqa=gqa)
     obs, w_o = observation(dtype=torch.bfloat16, queries=4, columns=40, head_dim=8)
     k = torch.zeros_like(obs.k)

@@ -183,7 +183,7 @@ def test_random_keeps_its_set_and_draws_evenly():
 
 
 def test_the_released_streamingllm_of_the_paper(shared):
-    """The first B - W and the last W of a prompt, under preset "paper-needle" (SPEC §2.2)."""
+    """The first B - W and the last W of a prompt, under preset "paper-needle" (docs/sources.md §2.2)."""
     with safe_open(shared / "golden" / "streaming.safetensors", "pt") as file:
         data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     policy = get_policy("streamingllm", preset="paper-needle", budget=64)

@@ -1,4 +1,4 @@
-"""Needle in a haystack as the ReST-KV paper's runner does it (SPEC §4.2): essays from a folder of *.txt, a needle at a depth.
+"""Needle in a haystack as the ReST-KV paper's runner does it (docs/sources.md §4.2): essays from a folder, a needle in them.
 
 Departures: files are taken in the order of their names (there in whatever order the system lists them), and a full stop is the
 token that the tokenizer makes of "." within a text (there a number that for one model is not a full stop).

@@ -1,4 +1,4 @@
-"""InfiniteBench's own scorers, as its repository has them and as the ReST-KV paper's copy has them (SPEC §4.4).
+"""InfiniteBench's own scorers, as its repository has them and as the ReST-KV paper's copy has them (docs/sources.md §4.4).
 
 A label that is a list of one is that one; the choice tasks' labels are (text of the right option, its letter). All from 0 to 1.
 """

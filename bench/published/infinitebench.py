@@ -1,4 +1,4 @@
-"""InfiniteBench (SPEC §4.4): DIR/{task}.jsonl with id, context or content, input, answer, options."""
+"""InfiniteBench (docs/sources.md §4.4): DIR/{task}.jsonl with id, context or content, input, answer, options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LongBench v1, its 16 English and code tasks (SPEC §4.3): DIR/{task}.jsonl with input, context, answers, all_classes."""
+"""LongBench v1, its 16 English and code tasks (docs/sources.md §4.3).
+
+A folder has DIR/{task}.jsonl with input, context, answers and all_classes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics of the published benchmarks, with the quirks of the released scorers (SPEC §4), each from 0 to 1.
+"""The metrics of the published benchmarks, with the quirks of the released scorers (docs/sources.md §4), each from 0 to 1.
 
 Only ROUGE for InfiniteBench's summaries and the needle comes from a library (rouge-score, extra `eval`), because that is what
 they are defined by. LongBench's ROUGE-L is the package `rouge` 1.0.1, rebuilt here, since its recursion gives up on long

@@ -1,4 +1,4 @@
-"""RULER's own files (SPEC §4.1): index, input, outputs, length, and answer_prefix where the generator is a newer one.
+"""RULER's own files (docs/sources.md §4.1): index, input, outputs, length, and answer_prefix where the generator is a newer one.
 
 Prompts are in the files, chat template and all, made for the target model's tokenizer by RULER's own generator. A folder has one
 subfolder per length, as DIR/4096/{task}.jsonl, DIR/4096/{task}/validation.jsonl or DIR/4096/data/{task}/validation.jsonl.

@@ -18,7 +18,7 @@ from bench.published.data import DataError
 
 RECOGNISED, UNKNOWN, OWN = "official (recognised)", "given (not recognised)", "own wording"
 
-# The first 12 hex digits of the SHA-256 of the published texts (SPEC §4.2 to 4.4).
+# The first 12 hex digits of the SHA-256 of the published texts (docs/sources.md §4.2 to 4.4).
 LONGBENCH = {
     "narrativeqa": "aada7ed24b06",
     "qasper": "0fbdd123fe7f",

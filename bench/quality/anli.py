@@ -1,4 +1,4 @@
-"""ANLI (Nie et al. 2020) under compression: does a premise follow from a cache that has lost most of it? SPEC §4.5.
+"""ANLI (Nie et al. 2020) under compression: does a premise follow from a cache that has lost most of it? (docs/sources.md §4.5)
 
 The data are read where the user has them, as they are published (CC BY-NC 4.0, not part of restkv):
 

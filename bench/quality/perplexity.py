@@ -1,4 +1,4 @@
-"""Perplexity of texts under compression, in three protocols (SPEC §4.6):
+"""Perplexity of texts under compression, in three protocols (docs/sources.md §4.6):
 
     streaming   one token at a time from an empty cache, evicting after each (StreamingLLM, LaCache)
     prefill     a context is prefilled and evicted, and the tokens after it are scored on a cache that grows

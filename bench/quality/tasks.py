@@ -1,5 +1,5 @@
-"""Retrieval questions over long contexts: the task families of RULER (Hsieh et al., 2024, arXiv 2404.06654; SPEC §4.1),
-in a small English and words of our own.
+"""Retrieval questions over long contexts: the task families of RULER (Hsieh et al., 2024, arXiv 2404.06654;
+docs/sources.md §4.1), in a small English and words of our own.
 
     niah_single      one thing has a code, a number; which?
     niah_multikey    four things have codes, one is asked for

@@ -12,7 +12,7 @@ from restkv.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """SnapKV(budget_by="adakv") under its own name (SPEC §2.7); the budget is the mean over the heads of a layer."""
+    """SnapKV(budget_by="adakv") under its own name (docs/sources.md §2.7); the budget is the mean over the heads of a layer."""
 
     name: ClassVar[str] = "adakv"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

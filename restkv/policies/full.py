@@ -14,7 +14,7 @@ from restkv.policies.base import Policy
 
 @dataclass(frozen=True)
 class FullCache(Policy):
-    """Keep every entry at its own position (SPEC §2.1)."""
+    """Keep every entry at its own position (docs/sources.md §2.1)."""
 
     name: ClassVar[str] = "full"
 

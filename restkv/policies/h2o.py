@@ -17,7 +17,7 @@ from restkv.policies.slots import Slotted
 
 @dataclass(frozen=True)
 class H2O(Slotted):
-    """Score = softmax weight collected from every query so far, prompt and answer, causally (SPEC §2.3).
+    """Score = softmax weight collected from every query so far, prompt and answer, causally (docs/sources.md §2.3).
 
     The sum belongs to its entry and dies with it. The newest `recent` entries always stay. A KV head collects the mean
     over its group (the authors' code has no GQA), so a maximum is not offered: it would need a sum per query head.

@@ -37,7 +37,7 @@ class Ladder(NamedTuple):
 
 @dataclass(frozen=True)
 class LaCache(Slotted):
-    """Ladder-shaped eviction that never looks at content (SPEC §2.8); the budget is the size of the cache.
+    """Ladder-shaped eviction that never looks at content (docs/sources.md §2.8); the budget is the size of the cache.
 
     When a cache of c entries overflows, the oldest slots that have not been compacted yet are: of each `before` of them
     layer i keeps `after`, starting i mod (before - after + 1) slots in. When only the newest N slots are left, it starts
@@ -148,7 +148,7 @@ class LaCache(Slotted):
     def _compact(
         self, obs: Observation, size_B: Tensor, length_B: Tensor, cursor_B: Tensor, extra_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Which slots stay, bool [B, C], and the new cursor and extra size [B, 2] (SPEC §2.8 items 1-4)."""
+        """Which slots stay, bool [B, C], and the new cursor and extra size [B, 2] (docs/sources.md §2.8 items 1-4)."""
         N = obs.num_layers
         before, after = self.ladder(N)
         drop = before - after

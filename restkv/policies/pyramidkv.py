@@ -12,7 +12,7 @@ from restkv.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """SnapKV(budget_by="pyramid") under its own name (SPEC §2.6); the budget is the mean over layers."""
+    """SnapKV(budget_by="pyramid") under its own name (docs/sources.md §2.6); the budget is the mean over layers."""
 
     name: ClassVar[str] = "pyramidkv"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

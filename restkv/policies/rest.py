@@ -36,7 +36,7 @@ _SCRIPTS = {**_PAPER, "granularity": "query", "interval": None}
 
 @dataclass(frozen=True)
 class ReSTKV(Policy):
-    """Output-change scores with temporal and spatial smoothing (SPEC §1; paper and code compared in docs/methods.md).
+    """Output-change scores with temporal and spatial smoothing (docs/sources.md §1; paper and code compared in docs/methods.md).
 
     With A_w the softmax of observed query w over all columns and weights m_w of the EMA (or the mean):
         aggregate="attention" (released code):  a = sum_w m_w A_w,  o = sum_n a_n v_n over the past,
@@ -221,7 +221,7 @@ class ReSTKV(Policy):
         return (budget - self.window).clamp_min(1), most
 
     def _adapt(self, drift_BX: Tensor) -> tuple[Tensor, Tensor]:
-        """Kernel and shift of the adaptive window from the drift (SPEC §1.2 item 7), each [B, X] int."""
+        """Kernel and shift of the adaptive window from the drift (docs/sources.md §1.2 item 7), each [B, X] int."""
         unknown_BX = drift_BX.isnan()
         steps_BX = drift_BX.nan_to_num() / self.scale
         kernel_BX = (2 * steps_BX.abs().floor().long() + 1).clamp_min(self.kernel_size)
@@ -321,7 +321,7 @@ def _outputs(obs: Observation, attention: Callable[[slice], Tensor], top_BHQ: Te
 
 
 def _query_weights(q_pos_BW: Tensor, alpha: float | None) -> Tensor:
-    """[B, W] float64, sum 1 over the queries a row has: EMA with the newest last (SPEC §1.2 item 5), or their mean."""
+    """[B, W] float64, sum 1 over the queries a row has: EMA with the newest last (docs/sources.md §1.2 item 5), or their mean."""
     seen_BW = q_pos_BW >= 0
     count_B1 = seen_BW.sum(-1, keepdim=True)
     if alpha is None:

@@ -20,7 +20,7 @@ from restkv.pooling import WIDEST
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Score = sum over the last W queries of their softmax weight on the entry, then pooled (SPEC §2.5).
+    """Score = sum over the last W queries of their softmax weight on the entry, then pooled (docs/sources.md §2.5).
 
     Presets: "official" (the LongBench configs of SnapKV's repository: W = 32, kernel 7, max), "paper" (the variant that
     the ReST-KV paper's code compares with: W = 32, kernel 5, average), both with one set per query head and a single

@@ -17,7 +17,7 @@ from restkv.policies.slots import Slotted
 
 @dataclass(frozen=True)
 class StreamingLLM(Slotted):
-    """Keep `sinks` first positions and the budget - sinks newest, in every head of every layer (SPEC §2.2).
+    """Keep `sinks` first positions and the budget - sinks newest, in every head of every layer (docs/sources.md §2.2).
 
     It evicts after every step and renumbers: an entry has the RoPE phase of its slot, so that no distance is ever larger
     than the cache. positions="original" leaves the phases of the text.

@@ -17,7 +17,7 @@ from restkv.policies.base import Policy
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Score = the newest query's softmax weight, mean over ALL query heads of the layer (SPEC §2.4).
+    """Score = the newest query's softmax weight, mean over ALL query heads of the layer (docs/sources.md §2.4).
 
     It evicts after every step, keeps one set per layer and protects nothing, not even the newest token (window = 0);
     kvpress protects that one (window = 1).
