@@ -69,7 +69,7 @@ def ruler_rows(arguments: dict) -> list[dict]:
                                         "depth": depth,
                                         "index": index,
                                         "method": method,
-                                        "compression": rate,
+                                        "asked": rate,
                                         "kept": length / rate,
                                         "score": score,
                                     }
@@ -102,7 +102,7 @@ def fidelity_rows(arguments: dict) -> list[dict]:
                         row |= {"kl": kl, "top1": 0.75, "nll": 1.0 + 2 * kl, "full_nll": 1.0}
                     else:
                         half = error and [value / 2 for value in error]
-                        row |= {"window": half, "future": half, "overlap": error and [0.5, 0.75]}
+                        row |= {"window_error": half, "future_error": half, "overlap": error and [0.5, 0.75]}
                     rows.append(row)
     return rows
 
@@ -123,7 +123,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         rows = make_rows(arguments)
         rows = rows[: round(share * len(rows))]
         manifest = {
-            "format": 1,
+            "format": 2,
             "kind": kind,
             "arguments": arguments,
             "versions": {"restkv": "0", "torch": "2"},

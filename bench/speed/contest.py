@@ -410,7 +410,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             _share(row["ttft_floor_s"], row["ttft_s"]),
             _share(row["evicting_s"], row["ttft_s"]),
             f"{row['tpot_ms']:.1f}",
-            "" if row["tpot_with_evictions_ms"] is None else f"{row['tpot_with_evictions_ms']:.1f}",
+            "" if row.get("tpot_with_evictions_ms") is None else f"{row['tpot_with_evictions_ms']:.1f}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['share_of_floor']:.0%}",
             f"{row['first_round_s']:.1f}",
