@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench.runs.benchmark import EAGER as EAGER
 from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from bench.runs.run import Plan
     from restkv.lm import LM
 
-EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for each takes longer than its short answers
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-attention,random"
 METHODS_FORM = "NAME[@PRESET][:OPTION=VALUE...],..."
 

@@ -18,6 +18,7 @@ from bench.runs.schema import Fields
 Arguments = Mapping[str, Any]  # of a run, as its manifest has them
 Line = Mapping[str, Any]  # a row as it is read (bench.runs.rows.Row.line)
 
+EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for each takes longer than its short answers
 # Modules of what restkv comes with, imported when one of them is asked for: most need torch, and tables of one need no other.
 MODULES = {
     "ruler": "bench.quality.ruler",
