@@ -14,8 +14,8 @@ from bench.runs import schema
 from bench.runs.benchmark import MODULES, benchmark, names
 from bench.runs.folder import MANIFEST, SAMPLES, RunError, open_run, read_manifest, read_rows
 from bench.runs.rows import FORMAT
-from bench.speed.contest import table as contest_table
-from bench.speed.contest import title as contest_title
+from bench.speed.shown import table as contest_table
+from bench.speed.shown import title as contest_title
 
 # Runs of format 1, of every kind, and what the version that wrote them reported (report.json).
 EARLIER = ROOT / "tests" / "data" / "format1"

@@ -265,9 +265,12 @@ def test_the_tables_of_a_fidelity_run(folder: Callable[..., Path]) -> None:
     assert len(by_layer) == 4 * 3  # two budgets of two methods; positions renumbered have none
 
 
-def test_a_result_that_lacks_something_is_named() -> None:
-    with pytest.raises(RunError, match=r"result 'foo' has no 'question'; delete its line of samples\.jsonl"):
-        parts("ruler", RULER, [*ruler_rows(RULER), {"key": "foo"}])
+def test_a_result_that_lacks_something_is_named(folder: Callable[..., Path]) -> None:
+    run = folder("ruler", 0.5)
+    whole = (run / SAMPLES).read_text().rpartition("\n")[0]
+    (run / SAMPLES).write_text(f'{whole}\n{{"key": "foo"}}\n')
+    with pytest.raises(RunError, match=r"result 'foo' has no '\w+'; delete its line of samples\.jsonl"):
+        build(run)
 
 
 @pytest.mark.parametrize("kind", KINDS)

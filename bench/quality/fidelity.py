@@ -20,9 +20,9 @@ Letters: H query heads, P context, T tail, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +44,6 @@ from bench.runs.together import Held, kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
-from restkv.patterns import Pattern
 from restkv.policies import Policy
 
 
@@ -128,7 +127,21 @@ class FidelityPlan:
         else:
             windows = self.source.windows(lm, self.context, self.windows)
             oracles = self.source.windows(lm, self.oracle_context, self.oracle)
-        sessions = _Sessions(lm, pattern_of(self.prefill), [*windows, *oracles])
+        first = {window.asked: window.prompt for window in (*reversed(oracles), *reversed(windows))}
+        pattern = pattern_of(self.prefill)
+
+        @cache
+        def policy(cell: Cell, asked: int) -> Policy:
+            """A budget that has to be searched for is found on the first window of its length, so that an interrupted run finds
+            the same."""
+            return equal_bytes(lm, cell.method, share(cell.asked, asked), lambda: first[asked], pattern)
+
+        def prefilled(window: Passage, cells: Sequence[Cell]) -> list[Session]:
+            policies = [policy(cell, window.asked) for cell in cells]
+            made = [Session(lm.engine, policy, [window.context], window.tail) for policy in policies]
+            prefill_together(lm, made, window.prompt, pattern)
+            return made
+
         short, batches = {window.name: window for window in oracles}, []
         for window in windows:
             parts = [("text", window, self.cells, _compare_all)]
@@ -136,7 +149,7 @@ class FidelityPlan:
                 parts.append(("oracle", short[window.name], self.oracle_cells, _oracle_gaps))
             for part, read, cells, measure in parts:
                 keys = [f"{part}/{read.name}/{cell.method.label}/{cell.asked!r}" for cell in cells]
-                batches.append(Batch(keys, partial(measure, sessions, read, cells)))
+                batches.append(Batch(keys, partial(measure, lm, read, cells, prefilled)))
         return Work(
             self.arguments(), self.methods, max(share(budget, self.context) for budget in self.budgets), batches
         )
@@ -203,34 +216,15 @@ def _shortened(window: Passage, context: int) -> Passage:
     return Passage(window.name, window.ids[: context + window.tail + 1], context, context)
 
 
-class _Sessions:
-    """Caches that hold what each cell leaves of a window; budgets that must be searched for are found on the first window of its
-    length, so that an interrupted run finds the same."""
-
-    def __init__(self, lm: LM, pattern: Pattern | None, windows: Sequence[Passage]) -> None:
-        self.lm, self._pattern = lm, pattern
-        self._first = {window.asked: window.prompt for window in reversed(windows)}
-        self._policies: dict[tuple[Cell, int], Policy] = {}
-
-    def prefilled(self, window: Passage, cells: Sequence[Cell]) -> list[Session]:
-        made = [Session(self.lm.engine, self._policy(cell, window), [window.context], window.tail) for cell in cells]
-        prefill_together(self.lm, made, window.prompt, self._pattern)
-        return made
-
-    def _policy(self, cell: Cell, window: Passage) -> Policy:
-        key, entries = (cell, window.asked), share(cell.asked, window.asked)
-        if key not in self._policies:
-            first = self._first[window.asked]
-            self._policies[key] = equal_bytes(self.lm, cell.method, entries, lambda: first, self._pattern)
-        return self._policies[key]
+Prefilled = Callable[[Passage, Sequence[Cell]], Sequence[Session]]  # caches that hold what each cell leaves of a window
 
 
 @torch.no_grad()
-def _compare_all(sessions: _Sessions, window: Passage, cells: Sequence[Cell]) -> list[Row]:
+def _compare_all(lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Prefilled) -> list[Row]:
     """How far every cell is from the full cache over the window's tail."""
-    lm, rows = sessions.lm, []
+    rows = []
     logits_TV, layers = full_pass(lm, window.ids[:-1], window.tail)
-    for cell, session in zip(cells, sessions.prefilled(window, cells), strict=True):
+    for cell, session in zip(cells, prefilled(window, cells), strict=True):
         held = _held(session)  # before the tail is fed
         error = layer_errors(lm, session, layers, window.context)
         compared = compare(lm, session, window.ids[window.context :], logits_TV)
@@ -239,13 +233,13 @@ def _compare_all(sessions: _Sessions, window: Passage, cells: Sequence[Cell]) ->
 
 
 @torch.no_grad()
-def _oracle_gaps(sessions: _Sessions, window: Passage, cells: Sequence[Cell]) -> list[Row]:
+def _oracle_gaps(lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Prefilled) -> list[Row]:
     """How far every cell is from what greedy elimination would have kept of the window's context."""
-    _, layers = full_pass(sessions.lm, window.ids[:-1], window.context + window.tail)
-    oracle = Oracle(sessions.lm, layers, window.context)
+    _, layers = full_pass(lm, window.ids[:-1], window.context + window.tail)
+    oracle = Oracle(lm, layers, window.context)
     return [
         _row("oracle", window, cell, session, _held(session), oracle.gap(session))
-        for cell, session in zip(cells, sessions.prefilled(window, cells), strict=True)
+        for cell, session in zip(cells, prefilled(window, cells), strict=True)
     ]
 
 

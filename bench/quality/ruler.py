@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from bench.quality.tasks import Frame, Sample, make_sample, score
@@ -77,30 +77,40 @@ class Plan:
     def work(self, lm: LM) -> Work:
         """Sample by sample, number by number, so that a broken run has some of everything. See bench.runs.run.Plan."""
         _check(lm, self)
-        frame = Frame(lm.tokenizer, self.chat)
-        budgets, batches = _Budgets(lm, self, frame), []
+        frame, pattern = Frame(lm.tokenizer, self.chat), pattern_of(self.prefill)
+
+        @cache
+        def policy(cell: Cell, mode: str, task: str, length: int) -> Policy:
+            """A budget that has to be searched for is found on a sample that the run does not use (number -1), so that an
+            interrupted run finds the same."""
+
+            def prompt() -> list[int]:
+                sample = make_sample(task, length, self.seed, -1, frame)
+                context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
+                return context + asked if mode == "aware" else context
+
+            return equal_bytes(lm, cell.method, compressed(cell.asked, length), prompt, pattern)
+
+        def rows(length: int, task: str, depth: float | None, mode: str, index: int) -> list[Row]:
+            """A sample's answers in all cells, which share its prefill."""
+            sample = make_sample(task, length, self.seed, index, frame, depth)
+            policies = [policy(cell, mode, task, length) for cell in self.cells]
+            answers = answer(lm, frame, sample, mode, policies, pattern)
+            about = {"question": mode, "task": task, "length": length, "depth": sample.depth, "index": index}
+            return [
+                cell.row(compressed(cell.asked, length), made, held, {**about, "seed": self.seed}, said)
+                for cell, made, (held, said) in zip(self.cells, policies, answers, strict=True)
+            ]
+
+        batches = []
         for index in range(self.samples):
             for length, task, depth in self.places:
                 at = "" if depth is None else f"@{depth:g}"
                 for mode in self.modes:
                     keys = [f"{mode}/{task}{at}/{length}/{index}/{cell.key}" for cell in self.cells]
-                    batches.append(Batch(keys, partial(_rows, lm, self, budgets, length, task, depth, mode, index)))
+                    batches.append(Batch(keys, partial(rows, length, task, depth, mode, index)))
         entries = compressed(min(self.compression), max(self.lengths))
         return Work(self.arguments(), self.methods, entries, batches)
-
-
-def _rows(
-    lm: LM, plan: Plan, budgets: _Budgets, length: int, task: str, depth: float | None, mode: str, index: int
-) -> list[Row]:
-    """A sample's answers in all cells, which share its prefill."""
-    sample = make_sample(task, length, plan.seed, index, budgets.frame, depth)
-    policies = [budgets.get(cell, mode, task, length) for cell in plan.cells]
-    answers = answer(lm, budgets.frame, sample, mode, policies, budgets.pattern)
-    about = {"question": mode, "task": task, "length": length, "depth": sample.depth, "index": index, "seed": plan.seed}
-    return [
-        cell.row(compressed(cell.asked, length), policy, held, about, said)
-        for cell, policy, (held, said) in zip(plan.cells, policies, answers, strict=True)
-    ]
 
 
 def answer(
@@ -116,30 +126,6 @@ def answer(
         (held, {**about, "output": said.text, "score": score(said.text, sample.answers)})
         for held, said in answer_all(lm, policies, prompt, decoding, asked=after, pattern=pattern)
     ]
-
-
-class _Budgets:
-    """The policy of every cell, made when it is first needed.
-
-    Where its budget has to be searched for, that is done on a sample that the run itself does not use (number -1), so that an
-    interrupted run finds the same.
-    """
-
-    def __init__(self, lm: LM, plan: Plan, frame: Frame) -> None:
-        self._lm, self._plan, self.frame, self.pattern = lm, plan, frame, pattern_of(plan.prefill)
-        self._made: dict[tuple[Cell, str, str, int], Policy] = {}
-
-    def get(self, cell: Cell, mode: str, task: str, length: int) -> Policy:
-        def prompt() -> list[int]:
-            sample = make_sample(task, length, self._plan.seed, -1, self.frame)
-            context, asked = self.frame.ids(sample.context, sample.question, sample.answer_prefix)
-            return context + asked if mode == "aware" else context
-
-        key = (cell, mode, task, length)
-        if key not in self._made:
-            entries = compressed(cell.asked, length)
-            self._made[key] = equal_bytes(self._lm, cell.method, entries, prompt, self.pattern)
-        return self._made[key]
 
 
 def _check(lm: LM, plan: Plan) -> None:

@@ -40,7 +40,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         try:
             require_row(found.rows, manifest["arguments"], row)
         except KeyError as error:
-            raise _lacking(row["key"], error) from None
+            raise RunError(
+                f"result {shown(row['key'])} has no {error}; delete its line of {SAMPLES} and run again"
+            ) from None
         except ValueError as error:
             raise RunError(
                 f"{folder}: in the result {shown(row['key'])}, {error}; delete its line of {SAMPLES} and run again"
@@ -57,7 +59,7 @@ def fitting(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RestKVError, KeyError):
+    except RestKVError:
         raise
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -70,22 +72,10 @@ def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Line]) -> list
     """Tables and figures of a run, in reading order.
 
     Raises:
-        RunError: a row lacks something (it is named).
+        RunError: rows that do not fit together.
     """
-    if not rows:
-        return []
-    try:
-        with fitting("tables"):
-            return benchmark(kind).parts(arguments, rows)
-    except KeyError as error:
-        whole = [row for row in rows if error.args[0] in row]
-        if not whole or len(whole) == len(rows):
-            raise  # not a row that lacks what others have
-        raise _lacking(next(row["key"] for row in rows if error.args[0] not in row), error) from None
-
-
-def _lacking(key: str, error: KeyError) -> RunError:
-    return RunError(f"result {shown(key)} has no {error}; delete its line of {SAMPLES} and run again")
+    with fitting("tables"):
+        return benchmark(kind).parts(arguments, rows) if rows else []
 
 
 def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Line]) -> tuple[int, int]:
