@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 
-from bench.report.page import as_json, build
+from bench.report.page import as_json, build, markdown
 from bench.report.quote import ROOT, table
 from bench.runs import schema
 from bench.runs.benchmark import MODULES, benchmark, names
@@ -43,6 +44,28 @@ def test_folders_of_format_1_are_reported_as_they_were(folder: Path, checked: bo
     names_of_rows = {name for row in read_rows(run) for name in row}
     assert names_of_rows >= {"method", "preset", "asked", "entries", "granularity", "budget", "observed", "kept"}
     assert "compression" not in names_of_rows
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_an_altered_folder_of_format_1_has_tables_or_is_refused(folder: Path, tmp_path: Path) -> None:
+    manifest = {name: value for name, value in read_manifest(folder).items() if name != "check"}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    rows = [json.loads(line) for line in (folder / SAMPLES).read_text().splitlines()]
+    rng, refused = random.Random(folder.name), 0
+    for _ in range(60):
+        altered = [{**row, "check": None} for row in rows[:6]]
+        row = rng.choice(altered)
+        field = rng.choice([name for name in row if name != "key"])
+        row[field] = rng.choice([None, -1, 2, 1e300, "x", [], [[]], {}, True])
+        if rng.random() < 0.3:
+            del row[field]
+        (tmp_path / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in altered))
+        try:
+            assert "|" in markdown(tmp_path)
+        except RunError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 0 < refused < 60
 
 
 def test_a_run_of_another_format_is_not_gone_on_with(tmp_path: Path) -> None:

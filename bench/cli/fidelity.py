@@ -74,12 +74,12 @@ def fidelity(
         source,
         tuple(parse_methods(methods, evicts_once(evict))),
         parse_budgets(budgets),
-        context,
-        tail,
-        windows,
-        oracle,
-        oracle_context,
-        prefill,
+        context=context,
+        tail=tail,
+        windows=windows,
+        oracle=oracle,
+        oracle_context=oracle_context,
+        prefill=prefill,
     )
     run_plan(lm, plan, out)
 

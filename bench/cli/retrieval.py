@@ -65,9 +65,9 @@ def ruler(
         tuple(parse_methods(methods, evicts_once(evict))),
         parse_compression(compression),
         samples,
-        question,
-        seed,
-        _chat(lm, chat),
+        question=question,
+        seed=seed,
+        chat=_chat(lm, chat),
         prefill=prefill,
     )
     run_plan(lm, plan, out)
