@@ -207,6 +207,9 @@ PLACED: Mapping[str, must.Fields] = {
     "ruler-official": {"length": must.whole(1)},
     "needle-official": {"length": must.whole(1), "depth": must.number(0, 1)},
 }
-for kind, title in TITLES.items():
-    rows = {**ANSWERED, **PLACED.get(kind, {})}
-    register(Benchmark(kind, title, partial(published_parts, kind), rows, ARGUMENTS))
+register(
+    *(
+        Benchmark(kind, title, partial(published_parts, kind), {**ANSWERED, **PLACED.get(kind, {})}, ARGUMENTS)
+        for kind, title in TITLES.items()
+    )
+)
