@@ -1,1 +1,1 @@
-"""Measurements, and the training of the checkpoint that ships. Run one as `python -m bench.NAME`."""
+"""Measurements, and the training of the checkpoint that ships. `restkv bench` runs them."""

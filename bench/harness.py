@@ -23,8 +23,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from bench.cli.options import EAGER
 from bench.quality.teacher_forcing import Score, Tally, score_rows, score_unevicted
+from bench.runs.benchmark import EAGER
 from bench.runs.methods import Method
 from modeling.text.tokenizer import Tokenizer
 from restkv.cli.options import RECALL, make_policy, parse_field

@@ -14,13 +14,15 @@ from small import small_ids, small_model
 from torch import Tensor
 
 import restkv
-from bench.quality.fidelity import FidelityPlan, Questions, compare, layer_errors, run_fidelity
+from bench.quality.fidelity import FidelityPlan, Questions, compare, layer_errors
 from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle, elimination_order
 from bench.quality.outputs import attention_output, full_pass, observation, relative_error
 from bench.quality.tasks import Frame, make_sample
-from bench.runs.folder import SAMPLES, read_rows
+from bench.report.kinds import progress
+from bench.runs.folder import SAMPLES, read_manifest, read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run
 from bench.runs.together import prefill_together
 from restkv.cli import main
 from restkv.cli.options import RECALL
@@ -228,8 +230,8 @@ def test_the_oracle_is_at_least_as_good_as_any_policy_on_what_it_is_judged_by(on
         session = session_of(one, policy, ids[:CONTEXT])
         gap = oracle.gap(session)
         for layer, keep_HP in enumerate(kept_masks(session, CONTEXT)):
-            assert gap["future"][layer] < gap["error"][layer]
-            assert gap["future"][layer] <= gap["window"][layer]
+            assert gap["future_error"][layer] < gap["error"][layer]
+            assert gap["future_error"][layer] <= gap["window_error"][layer]
             assert 0 < gap["overlap"][layer] <= 1
             obs = observation(one, layer, layers[layer], len(ids), TAIL)
             kept = torch.cat([keep_HP, torch.ones(len(keep_HP), TAIL, dtype=torch.bool)], 1)
@@ -253,7 +255,7 @@ def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None
     lm = restkv.load(RECALL)
     methods = tuple(parse_methods("restkv,streamingllm,snapkv:granularity=query"))
     plan = FidelityPlan(text, methods, (16, 0.25), context=80, tail=8, windows=2, oracle=1, oracle_context=40)
-    run_fidelity(lm, plan, tmp_path / "whole")
+    run(lm, plan, tmp_path / "whole")
     rows = read_rows(tmp_path / "whole")
     assert len(rows) == 2 * (1 + 3 * 2) + 3 * 2
     by_key = {row["key"]: row for row in rows}
@@ -267,15 +269,15 @@ def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None
     part.mkdir()
     for file in (tmp_path / "whole").iterdir():
         (part / file.name).write_bytes(file.read_bytes()[: -700 if file.name == SAMPLES else None])
-    run_fidelity(lm, plan, part)
+    run(lm, plan, part)
     assert (part / SAMPLES).read_bytes() == (tmp_path / "whole" / SAMPLES).read_bytes()
 
 
 def test_budgets_that_come_to_the_same_entries_are_one(text: str, tmp_path: Path) -> None:
     lm, methods = restkv.load(RECALL), tuple(parse_methods("snapkv"))
     plan = FidelityPlan(text, methods, (20, 0.5, 0.25), context=80, tail=8, windows=2, oracle=1, oracle_context=40)
-    rows = read_rows(run_fidelity(lm, plan, tmp_path))
-    assert len(rows) == plan.results == 2 * 3 + 1 * 2
+    rows = read_rows(run(lm, plan, tmp_path))
+    assert len(rows) == progress("fidelity", read_manifest(tmp_path)["arguments"], rows)[1] == 2 * 3 + 1 * 2
     ours = sorted((row["part"], row["entries"]) for row in rows if row["method"] == "snapkv")
     assert ours == [("oracle", 10), ("oracle", 20), *[("text", 20)] * 2, *[("text", 40)] * 2]
 
@@ -285,9 +287,9 @@ def test_a_run_on_questions_judges_the_answers(tmp_path: Path) -> None:
     source = Questions(("niah_single", "vt"), seed=5)
     methods = tuple(parse_methods("restkv,random"))
     plan = FidelityPlan(source, methods, (0.25,), context=200, windows=3, oracle=1, oracle_context=150)
-    run_fidelity(lm, plan, tmp_path)
+    run(lm, plan, tmp_path)
     rows = read_rows(tmp_path)
-    assert len(rows) == plan.results == 2 * (3 * 3 + 2)
+    assert len(rows) == progress("fidelity", read_manifest(tmp_path)["arguments"], rows)[1] == 2 * (3 * 3 + 2)
     by_key = {row["key"]: row for row in rows}
     assert by_key["text/vt/2/restkv/0.25"]["entries"] == 50 and by_key["oracle/vt/0/restkv/0.25"]["entries"] == 38
     assert by_key["text/niah_single/0/full/1.0"]["kl"] == pytest.approx(0, abs=1e-9)
@@ -323,10 +325,10 @@ def test_senseless_plans_are_refused(text: str, tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(error, match=message):
-            run_fidelity(lm, replace(few, **changes), tmp_path)
+            run(lm, replace(few, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.warns(RestKVWarning, match="3 windows of .* overlap, so that intervals come out too narrow"):
-        run_fidelity(lm, replace(few, windows=3, context=len(lm.encode(text)) - 20), tmp_path)
+        run(lm, replace(few, windows=3, context=len(lm.encode(text)) - 20), tmp_path)
 
 
 def test_the_command_on_another_checkpoint(

@@ -24,18 +24,18 @@ from bench.published.haystack import haystack
 from bench.published.infinitebench import infinitebench
 from bench.published.longbench import longbench
 from bench.published.ruler import ruler
-from bench.published.run import Plan, run
+from bench.published.run import Plan
 from bench.published.suite import OFFICIAL, PAPER, Suite
-from bench.quality.anli import AnliPlan, run_anli
+from bench.quality.anli import AnliPlan
 from bench.quality.corpus import Document
-from bench.quality.fidelity import FidelityPlan, run_fidelity
-from bench.quality.perplexity import PerplexityPlan, Protocol, run_perplexity
+from bench.quality.fidelity import FidelityPlan
+from bench.quality.perplexity import PerplexityPlan, Protocol
 from bench.quality.ruler import Plan as RulerPlan
-from bench.quality.ruler import run as run_ruler
-from bench.quality.smoothing import SmoothingPlan, run_smoothing
+from bench.quality.smoothing import SmoothingPlan
 from bench.report.page import markdown
 from bench.runs.folder import SAMPLES, TIMINGS, read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run
 from restkv.cli.options import RECALL
 from restkv.lm import LM
 
@@ -74,19 +74,19 @@ def runner(lm: LM, kind: str, data: Path) -> Runner:
         return official(lm, haystack(lm, write_essays(data), [260], 3, PAPER, None))
     if kind == "anli":
         anli = AnliPlan(anli_folder(data), METHODS, (0.3, 12))
-        return lambda folder, report=None: run_anli(lm, anli, folder, report)
+        return lambda folder, report=None: run(lm, anli, folder, report)
     if kind == "smoothing":
         smoothing = SmoothingPlan(METHODS, (4.0, 8.0), None, 128, 16, windows=2, samples=1)
-        return lambda folder, report=None: run_smoothing(lm, smoothing, folder, report)
+        return lambda folder, report=None: run(lm, smoothing, folder, report)
     if kind == "ruler":
         made = RulerPlan(("niah_single", "vt"), (160,), METHODS, (8.0, 4.0), 1)
-        return lambda folder, report=None: run_ruler(lm, made, folder, report=report)
+        return lambda folder, report=None: run(lm, made, folder, report=report)
     if kind == "fidelity":
         fidelity = FidelityPlan(STORY, METHODS, (8, 16), 40, 8, 3, 1, 24)
-        return lambda folder, report=None: run_fidelity(lm, fidelity, folder, report)
+        return lambda folder, report=None: run(lm, fidelity, folder, report)
     how = Protocol(kind, 12, 40 if kind == "prefill" else 0, 5 if kind == "chunked" else 0)
     texts = PerplexityPlan((Document("story", STORY),), METHODS, (8, 0.5), how, windows=3)
-    return lambda folder, report=None: run_perplexity(lm, texts, folder, report)
+    return lambda folder, report=None: run(lm, texts, folder, report)
 
 
 KINDS = (

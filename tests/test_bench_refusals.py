@@ -60,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("bench ruler --methods snapkv:kernel_size=true --samples 1", "kernel_size True: give an odd number"),
         ("bench ruler --methods restkv:interval=99999999999999999999", "give a number below 2147483648"),
         ("bench kept --out nowhere/x.png", "nowhere/x.png: there is no folder nowhere"),
-        ("bench report . --markdown --latex", "--markdown, --latex and --json: give one"),
+        ("bench report . --markdown --json", "--markdown and --json: give one"),
         ("methods --context 5", "give it with --bytes MODEL"),
         ("generate -p hello --chunk 64", "--chunk 64: only --prefill chunked"),
         ("generate -p hello --budget 99999999999999999999", "give a number below 2147483648"),

@@ -69,7 +69,7 @@ def ruler_rows(arguments: dict) -> list[dict]:
                                         "depth": depth,
                                         "index": index,
                                         "method": method,
-                                        "compression": rate,
+                                        "asked": rate,
                                         "kept": length / rate,
                                         "score": score,
                                     }
@@ -102,7 +102,7 @@ def fidelity_rows(arguments: dict) -> list[dict]:
                         row |= {"kl": kl, "top1": 0.75, "nll": 1.0 + 2 * kl, "full_nll": 1.0}
                     else:
                         half = error and [value / 2 for value in error]
-                        row |= {"window": half, "future": half, "overlap": error and [0.5, 0.75]}
+                        row |= {"window_error": half, "future_error": half, "overlap": error and [0.5, 0.75]}
                     rows.append(row)
     return rows
 
@@ -123,7 +123,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         rows = make_rows(arguments)
         rows = rows[: round(share * len(rows))]
         manifest = {
-            "format": 1,
+            "format": 2,
             "kind": kind,
             "arguments": arguments,
             "versions": {"restkv": "0", "torch": "2"},
@@ -265,9 +265,12 @@ def test_the_tables_of_a_fidelity_run(folder: Callable[..., Path]) -> None:
     assert len(by_layer) == 4 * 3  # two budgets of two methods; positions renumbered have none
 
 
-def test_a_result_that_lacks_something_is_named() -> None:
-    with pytest.raises(RunError, match=r"result 'foo' has no 'question'; delete its line of samples\.jsonl"):
-        parts("ruler", RULER, [*ruler_rows(RULER), {"key": "foo"}])
+def test_a_result_that_lacks_something_is_named(folder: Callable[..., Path]) -> None:
+    run = folder("ruler", 0.5)
+    whole = (run / SAMPLES).read_text().rpartition("\n")[0]
+    (run / SAMPLES).write_text(f'{whole}\n{{"key": "foo"}}\n')
+    with pytest.raises(RunError, match=r"result 'foo' has no '\w+'; delete its line of samples\.jsonl"):
+        build(run)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import restkv
-from bench.quality.needle import needle_plan, run_needle
-from bench.quality.ruler import Plan, answer, run
+from bench.quality.needle import draw_needle, needle_plan
+from bench.quality.ruler import Plan, answer
 from bench.quality.tasks import TASKS, Frame, Sample, make_sample
 from bench.runs.folder import SAMPLES, RunError, digest, read_manifest, read_rows
 from bench.runs.methods import Method, equal_bytes, parse_methods
 from bench.runs.plans import cells_of
+from bench.runs.run import run
 from bench.runs.together import Held, answer_together, kept_mean, prefill_all, prefill_together
 from restkv.cli import main
 from restkv.cli.options import RECALL
@@ -95,7 +96,7 @@ def test_answers_are_those_of_the_public_api(
 ) -> None:
     context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
     policies = [method.policy(24) for method in parse_methods(EVERY, once)]
-    for policy, row in zip(policies, answer(lm, frame, sample, mode, policies), strict=True):
+    for policy, (held, row) in zip(policies, answer(lm, frame, sample, mode, policies), strict=True):
         options = {"max_new_tokens": sample.max_new_tokens, "stop": "."}
         if mode == "aware":
             text, kept = lm.generate(context + asked, policy, **options).text, None
@@ -103,7 +104,7 @@ def test_answers_are_those_of_the_public_api(
             compressed = lm.compress(context, policy)
             text, kept = compressed.ask(asked, **options).text, compressed.kept
         assert row["output"] == text, policy.name
-        assert kept is None or row["kept"] == pytest.approx(sum(kept) / len(kept), abs=1e-3)
+        assert kept is None or held.kept == pytest.approx(sum(kept) / len(kept), abs=1e-3)
         assert row["tokens"] == len(context + asked)
 
 
@@ -132,13 +133,13 @@ def test_policies_that_evict_no_more_share_a_session_and_keep_what_each_alone_wo
 
 
 def test_a_right_answer_scores(lm: restkv.LM, frame: Frame, sample: Sample) -> None:
-    (row,) = answer(
+    ((_, row),) = answer(
         lm, frame, replace(sample, context="They ran.", answers=("nothing",)), "aware", [restkv.FullCache()]
     )
     said = row["output"].split()
     assert row["score"] == 0 and said
     known = replace(sample, context="They ran.", answers=(said[0], "nothing"))
-    (row,) = answer(lm, frame, known, "aware", [restkv.FullCache()])
+    ((_, row),) = answer(lm, frame, known, "aware", [restkv.FullCache()])
     assert row["score"] == 0.5
 
 
@@ -236,7 +237,7 @@ def test_rows_say_everything_they_depend_on(lm: restkv.LM, tmp_path: Path) -> No
     rows = read_rows(tmp_path)
     assert len(rows) == 2 * 2 * 2 * 3  # tasks, samples, questions, methods
     row = next(row for row in rows if row["key"] == "agnostic/cwe/256/1/snapkv:granularity=query/8")
-    assert (row["granularity"], row["compression"], row["seed"], row["window"]) == ("query", 8, 0, 16)
+    assert (row["granularity"], row["asked"], row["seed"], row["observed"]) == ("query", 8, 0, 16)
     assert row["budget"] < 32 and 28 < row["kept"] < 36  # 32, found on another sample
     assert row["versions"].startswith("restkv ") and "torch" in row["versions"]
     assert row["answers"] == list(make_sample("cwe", 256, 0, 1, Frame(lm.tokenizer)).answers)  # type: ignore[arg-type]
@@ -281,7 +282,7 @@ def test_more_samples_are_added_to_those_there_are(lm: restkv.LM, tmp_path: Path
 def test_a_run_killed_twice_ends_with_the_file_of_an_unbroken_one(tmp_path: Path) -> None:
     """kill -9 at any moment, half a line and all."""
     options = f"--tasks niah_single --lengths 160 --methods {FEW} --compression 8 --samples 2 --seed 3".split()
-    command = [sys.executable, "-m", "restkv.cli", "bench", "ruler", *options, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "restkv", "bench", "ruler", *options, "--out", str(tmp_path / "killed")]
     samples = tmp_path / "killed" / SAMPLES
     for lines in (2, 9):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -338,7 +339,7 @@ def test_lengths_beyond_the_model_are_remarked_on(lm: restkv.LM, tmp_path: Path)
 
 def test_a_needle_run_has_every_depth_and_a_picture_of_every_method(lm: restkv.LM, tmp_path: Path) -> None:
     grid = needle_plan((140, 160), 3, parse_methods("restkv,snapkv:kernel_size=3"), 6.0, 1, question="aware")
-    pictures = run_needle(lm, grid, tmp_path)
+    pictures = draw_needle(read_rows(run(lm, grid, tmp_path)), tmp_path)
     assert [picture.name for picture in pictures] == [
         "needle-aware-full.png",
         "needle-aware-restkv.png",

@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 
 import restkv
-from bench.quality.anli import AnliPlan, run_anli
+from bench.quality.anli import AnliPlan
 from bench.quality.corpus import Document
-from bench.quality.perplexity import PerplexityPlan, Protocol, run_perplexity
-from bench.quality.smoothing import ARMS, SmoothingPlan, run_smoothing
+from bench.quality.perplexity import PerplexityPlan, Protocol
+from bench.quality.smoothing import ARMS, SmoothingPlan
 from bench.report.kinds import parts, progress
 from bench.report.page import markdown, write_report
 from bench.report.tables import Table
 from bench.runs.folder import SAMPLES, read_manifest, read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
@@ -74,10 +75,10 @@ def runner(lm: restkv.LM, kind: str, anli: Path) -> Callable[..., Path]:
     """runner(folder, report): a small run of a kind."""
     if kind == "anli":
         plan = AnliPlan(anli, tuple(parse_methods(FEW)), (0.3,), rounds=(1, 3), shots=1, limit=1)
-        return lambda folder, report=None: run_anli(lm, plan, folder, report)
+        return lambda folder, report=None: run(lm, plan, folder, report)
     if kind == "smoothing":
-        return lambda folder, report=None: run_smoothing(lm, smoothing_plan(), folder, report)
-    return lambda folder, report=None: run_perplexity(lm, perplexity_plan(kind), folder, report)
+        return lambda folder, report=None: run(lm, smoothing_plan(), folder, report)
+    return lambda folder, report=None: run(lm, perplexity_plan(kind), folder, report)
 
 
 KINDS = ("anli", "streaming", "prefill", "chunked", "smoothing")
@@ -168,7 +169,7 @@ def test_anli_says_every_rounds_accuracy_and_what_it_lost() -> None:
 
 
 def test_perplexities_of_a_table_are_those_of_its_rows(lm: restkv.LM, tmp_path: Path) -> None:
-    run_perplexity(lm, perplexity_plan("prefill"), tmp_path)
+    run(lm, perplexity_plan("prefill"), tmp_path)
     rows, arguments = read_rows(tmp_path), read_manifest(tmp_path)["arguments"]
     (table, *_) = parts("perplexity", arguments, rows)
     assert isinstance(table, Table)
@@ -240,22 +241,22 @@ def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
 def test_what_a_method_cannot_work_with_is_left_out_and_said_to_be(lm: restkv.LM, tmp_path: Path) -> None:
     plan = smoothing_plan(methods=tuple(parse_methods("streamingllm")), compression=(8.0, 64.0), question="aware")
     with pytest.warns(RestKVWarning, match="left out: streamingllm at 64x"):
-        run_smoothing(lm, plan, tmp_path)
+        run(lm, plan, tmp_path)
     assert {row["asked"] for row in read_rows(tmp_path)} == {1, 8}
     assert "streamingllm at 64x" in read_manifest(tmp_path)["arguments"]["left out"]
     with pytest.raises(PolicyError, match="streamingllm: 2 entries per head"):
-        run_smoothing(lm, replace(plan, compression=(64.0,)), tmp_path / "none")
+        run(lm, replace(plan, compression=(64.0,)), tmp_path / "none")
 
 
 def test_senseless_plans_are_refused_before_anything_is_run(lm: restkv.LM, anli: Path, tmp_path: Path) -> None:
     methods = tuple(parse_methods("lacache"))
-    for run, plan, error, message in (
-        (run_smoothing, smoothing_plan(samples=0), PromptError, "^samples 0: give at least 1"),
-        (run_smoothing, smoothing_plan(question="some"), PromptError, "question 'some' is not known"),
-        (run_smoothing, smoothing_plan(documents=(Document("d", "short"),)), PromptError, "no text has the"),
-        (run_perplexity, perplexity_plan("prefill", windows=0), PromptError, "windows 0: give at least 1"),
-        (run_perplexity, perplexity_plan("prefill", methods=methods), PolicyError, "lacache: 8 entries per head"),
-        (run_anli, AnliPlan(anli, methods, (0.01,)), PolicyError, "lacache: 8 entries .* of the shortest prompt"),
+    for plan, error, message in (
+        (smoothing_plan(samples=0), PromptError, "^samples 0: give at least 1"),
+        (smoothing_plan(question="some"), PromptError, "question 'some' is not known"),
+        (smoothing_plan(documents=(Document("d", "short"),)), PromptError, "no text has the"),
+        (perplexity_plan("prefill", windows=0), PromptError, "windows 0: give at least 1"),
+        (perplexity_plan("prefill", methods=methods), PolicyError, "lacache: 8 entries per head"),
+        (AnliPlan(anli, methods, (0.01,)), PolicyError, "lacache: 8 entries .* of the shortest prompt"),
     ):
         with pytest.raises(error, match=message):
             run(lm, plan, tmp_path / "out")  # type: ignore[operator]
@@ -293,7 +294,7 @@ def test_the_commands_print_tables_and_one_line_for_an_error(
 def test_a_run_killed_twice_ends_with_the_file_of_an_unbroken_one(tmp_path: Path) -> None:
     """kill -9 at any moment, half a line and all."""
     options = f"--methods {FEW} --compression 4,8 --length 128 --tail 16 --windows 2 --samples 1".split()
-    command = [sys.executable, "-m", "restkv.cli", "bench", "smoothing", *options, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "restkv", "bench", "smoothing", *options, "--out", str(tmp_path / "killed")]
     samples = tmp_path / "killed" / SAMPLES
     for lines in (3, 20):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

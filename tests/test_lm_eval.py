@@ -35,9 +35,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from bench.harness import RestKVHarness
-from bench.quality.anli import AnliPlan, run_anli
+from bench.quality.anli import AnliPlan
 from bench.runs.folder import read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run
 
 ROOT = Path(__file__).parent.parent
 STORY = (RECALL / "story.txt").read_text(encoding="utf-8").strip()
@@ -234,7 +235,7 @@ def test_our_anli_with_the_full_cache_is_lm_evals_with_hf(checkpoint, tmp_path):
     folder.mkdir()
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lm = restkv.load(checkpoint, dtype="float32")
-    run_anli(lm, AnliPlan(tmp_path, tuple(parse_methods("full")), (0.5,), rounds=(1,)), tmp_path / "run")
+    run(lm, AnliPlan(tmp_path, tuple(parse_methods("full")), (0.5,), rounds=(1,)), tmp_path / "run")
     for mode in ("aware", "agnostic"):
         ours = [row for row in read_rows(tmp_path / "run") if row["question"] == mode]
         # float32 itself is 2e-4 off float64 in choices of 46 nats.

@@ -16,10 +16,11 @@ from bench.published.haystack import haystack
 from bench.published.infinitebench import infinitebench
 from bench.published.longbench import longbench
 from bench.published.ruler import ruler
-from bench.published.run import Plan, answer, encode, run
+from bench.published.run import Plan, answer, encode
 from bench.published.suite import OFFICIAL, PAPER, Item, Suite
 from bench.runs.folder import read_manifest, read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.lm import LM
@@ -143,7 +144,7 @@ def test_answers_end_where_the_scripts_end_them(
     suite = short(suite_of(lm, kind, protocol, tmp_path / "data"))
     source = next(source for source in suite.sources if source.task.name == task)
     plan = Plan(suite, "recall-mini", tuple(parse_methods("full")), (16,))
-    answer(lm, plan, source, source.item(0), plan.cells)
+    answer(lm, plan, source, 0)
     newline = words.encode("\n", bos=False)[-1]
     expected = {"checkpoint": [1, 9], "tokenizer": [1], "line break": [1, newline]}[ended_by]
     assert ends == [(sorted(expected), least_one)]

@@ -30,14 +30,16 @@ from bench.published.haystack import haystack
 from bench.published.infinitebench import infinitebench
 from bench.published.longbench import longbench
 from bench.published.ruler import ruler
-from bench.published.run import Plan, answer, encode, run
+from bench.published.run import Plan, answer, encode
 from bench.published.suite import OFFICIAL, PAPER, Item, Suite
-from bench.published.tables import parts, published
+from bench.published.tables import published
+from bench.published.tables import published_parts as parts
 from bench.report.kinds import progress
-from bench.report.page import build, latex, markdown
+from bench.report.page import build, markdown
 from bench.report.tables import Table
 from bench.runs.folder import MANIFEST, SAMPLES, TIMINGS, RunError, read_manifest, read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run
 from bench.runs.together import answer_all
 from restkv.cli import main
 from restkv.cli.options import RECALL
@@ -104,12 +106,12 @@ def test_answers_are_those_of_the_public_api(lm: restkv.LM, suites: dict[str, Su
     source = next(source for source in suites["longbench"].sources if source.task.name == "hotpotqa")
     source = replace(source, task=replace(source.task, max_new_tokens=8))
     every = plan(suites["longbench"])
-    rows = answer(lm, every, source, source.item(0), every.cells)
+    rows = [row.line() for row in answer(lm, every, source, 0)]
     ids = lm.encode(source.item(0).prompt)
     assert len(rows) == 1 + 3 * 2
     for cell, row in zip(every.cells, rows, strict=True):
-        assert row["entries"] == {16: 16, 0.5: round(len(ids) / 2), 1.0: len(ids)}[cell.asked]
-        alone = lm.generate(ids, cell.method.policy(row["entries"]), max_new_tokens=8)
+        assert row["entries"] == {16: 16, 0.5: round(len(ids) / 2), 1.0: None}[cell.asked]
+        alone = lm.generate(ids, cell.method.policy(row["entries"] or len(ids)), max_new_tokens=8)
         assert (row["output"], row["new_tokens"], row["ended"]) == (alone.text, len(alone.tokens), alone.finish_reason)
         assert row["score"] == round(source.task.metric(alone.text, row["answers"], ()), 6)
 
@@ -224,7 +226,7 @@ def test_a_run_killed_ends_with_the_file_of_an_unbroken_one(tmp_path: Path) -> N
     """kill -9, half a line and all, through the command."""
     write_longbench(tmp_path / "data", 3, ["hotpotqa", "triviaqa"])
     options = f"--data {tmp_path / 'data'} --methods restkv:window=4,h2o --budgets 16,0.5".split()
-    command = [sys.executable, "-m", "restkv.cli", "bench", "longbench", *options, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "restkv", "bench", "longbench", *options, "--out", str(tmp_path / "killed")]
     samples = tmp_path / "killed" / SAMPLES
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -290,21 +292,21 @@ def rows_of(arguments: dict[str, Any], tasks: list[str], score: dict[str, float]
     for task in tasks:
         for index in range(2):
             for method in arguments["methods"]:
-                for budget in [None] if method == "full" else arguments["budgets"]:
+                for budget in [1.0] if method == "full" else arguments["budgets"]:
                     about = {
                         "task": task,
                         "length": None,
                         "depth": None,
                         "index": index,
                         "method": method,
-                        "budget": budget,
+                        "asked": budget,
                     }
                     asked = {
                         "wording": "own wording",
                         "chat": False,
                         "tokens": 100,
                         "cut": index,
-                        "kept": budget or 100,
+                        "kept": 100 if method == "full" else budget,
                     }
                     rows.append({**about, **asked, "score": score[method] / (1 + index)})
     return rows
@@ -429,13 +431,10 @@ def ablations(text: str) -> dict[tuple[Any, ...], float]:
 @pytest.mark.parametrize("kind", ("longbench", "infinitebench", "ruler-official", "needle-official"))
 def test_reports_show_a_run_of_every_benchmark(kind: str, finished: dict[str, Path]) -> None:
     pytest.importorskip("matplotlib")
-    page, text, tex = build(finished[kind]), markdown(finished[kind]), latex(finished[kind])
+    page, text = build(finished[kind]), markdown(finished[kind])
     wording = "in the data files" if kind == "ruler-official" else "own wording"
-    assert wording in page and wording in text and wording in tex
+    assert wording in page and wording in text
     assert "How it was asked" in page and "<img" in page and "| restkv:window=4 | 16 |" in text
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") >= 3 and r"restkv:window=4 & 16 & " in tex
-    for line in tex.splitlines():
-        assert line.startswith(("%", "\\")) or not line or line.endswith(r" \\")
 
 
 def test_reports_of_a_published_model_show_its_figures(finished: dict[str, Path], tmp_path: Path) -> None:
@@ -444,17 +443,9 @@ def test_reports_of_a_published_model_show_its_figures(finished: dict[str, Path]
     manifest = read_manifest(folder)
     manifest["arguments"] |= {name: ARGUMENTS[name] for name in ("checkpoint", "model")}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    for shown in (build(folder), markdown(folder), latex(folder)):
+    for shown in (build(folder), markdown(folder)):
         assert "published for Llama-3.1-8B-Instruct" in shown and "39.96" in shown
     assert "39.96" not in markdown(finished["longbench"])
-
-
-def test_a_table_in_latex_escapes_what_latex_reads(
-    finished: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "report", "--latex", str(finished["longbench"])]) == 0
-    tex = capsys.readouterr().out
-    assert r"multifieldqa\_en" in tex and r"[95 \%]" in tex and "multifieldqa_en &" not in tex
 
 
 # -- parity

@@ -263,7 +263,7 @@ def test_it_finds_what_it_is_asked_for_and_so_does_its_compressed_cache(lm: rest
     frame = Frame(lm.tokenizer)
     policies = [restkv.FullCache(), restkv.ReSTKV(128, window=32), restkv.StreamingLLM(128)]
     scores = [
-        [row["score"] for row in answer(lm, frame, make_sample(task, 1024, 11, index, frame), "aware", policies)]
+        [said["score"] for _, said in answer(lm, frame, make_sample(task, 1024, 11, index, frame), "aware", policies)]
         for index in range(10)
     ]
     full, rest, streaming = (sum(column) / len(column) for column in zip(*scores, strict=True))

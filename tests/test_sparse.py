@@ -18,14 +18,14 @@ from reference_sparse import blocks_with, choose_slowly, mask_of, masked_output,
 from small import small_ids, small_model
 from torch import Tensor
 
-from bench.quality.fidelity import FidelityPlan, run_fidelity
+from bench.quality.fidelity import FidelityPlan
 from bench.quality.ruler import Plan, answer
-from bench.quality.ruler import run as run_ruler
 from bench.quality.tasks import Frame, make_sample
 from bench.report.kinds import parts
 from bench.report.tables import Table
 from bench.runs.folder import read_manifest, read_rows
 from bench.runs.methods import parse_methods
+from bench.runs.run import run as run_plan
 from bench.runs.together import prefill_together
 from modeling.attention import causal_attention
 from modeling.layers import Decoder
@@ -426,7 +426,7 @@ def test_fidelity_shows_what_a_sparse_prefill_costs_the_full_cache(recall, tmp_p
     plan = FidelityPlan(text, tuple(parse_methods("snapkv")), (64,), context=160, tail=4, windows=1, oracle=0)
     cost = {}
     for prefill in ("dense", "a-shape:block=32:sinks=4:local=32"):
-        folder = run_fidelity(recall, replace(plan, prefill=prefill), tmp_path / prefill.partition(":")[0])
+        folder = run_plan(recall, replace(plan, prefill=prefill), tmp_path / prefill.partition(":")[0])
         assert read_manifest(folder)["arguments"]["prefill"] == prefill
         cost[prefill] = {row["method"]: row["kl"] for row in read_rows(folder)}
         shown = parts("fidelity", read_manifest(folder)["arguments"], read_rows(folder))
@@ -440,10 +440,10 @@ def test_fidelity_shows_what_a_sparse_prefill_costs_the_full_cache(recall, tmp_p
 def test_benches_refuse_what_cannot_be_shared_and_what_is_unknown(recall, tmp_path):
     plan = FidelityPlan("Once", tuple(parse_methods("")), (64,), prefill="chunked")
     with pytest.raises(PromptError, match="prefill 'chunked' evicts while it reads"):
-        run_fidelity(recall, plan, tmp_path)
+        run_plan(recall, plan, tmp_path)
     ruler = Plan(("niah_single",), (256,), tuple(parse_methods("")), (4.0,), 1, prefill="flexprefill:gamma=7")
     with pytest.raises(PromptError, match="gamma=7"):
-        run_ruler(recall, ruler, tmp_path)
+        run_plan(recall, ruler, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -462,7 +462,7 @@ def test_ruler_reads_its_prompts_by_a_pattern(recall, monkeypatch):
     policies = [FullCache(), get_policy("snapkv", budget=64)]
     rows = answer(recall, frame, sample, "aware", policies, pattern)
     assert read == [len(context + asked)] * recall.config.num_layers
-    for policy, row in zip(policies, rows, strict=True):
+    for policy, (_, row) in zip(policies, rows, strict=True):
         how = {"max_new_tokens": sample.max_new_tokens, "stop": ".", "prefill": pattern}
         assert row["output"] == recall.generate(context + asked, policy, **how).text
 

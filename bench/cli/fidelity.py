@@ -18,7 +18,7 @@ from bench.cli.options import (
     evicts_once,
     load_model,
     parse_budgets,
-    running,
+    run_plan,
     split_names,
 )
 from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, read_text
@@ -58,7 +58,7 @@ def fidelity(
     backend: BackendOption = EAGER,
 ) -> None:
     """Teacher-forced comparison with the full cache on any text, and the oracle gap."""
-    from bench.quality.fidelity import FidelityPlan, Questions, run_fidelity
+    from bench.quality.fidelity import FidelityPlan, Questions
     from bench.runs.methods import parse_methods
 
     source: str | Questions
@@ -74,15 +74,14 @@ def fidelity(
         source,
         tuple(parse_methods(methods, evicts_once(evict))),
         parse_budgets(budgets),
-        context,
-        tail,
-        windows,
-        oracle,
-        oracle_context,
-        prefill,
+        context=context,
+        tail=tail,
+        windows=windows,
+        oracle=oracle,
+        oracle_context=oracle_context,
+        prefill=prefill,
     )
-    with running(out) as report:
-        run_fidelity(lm, plan, out, report)
+    run_plan(lm, plan, out)
 
 
 def kept(

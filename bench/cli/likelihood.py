@@ -24,7 +24,7 @@ from bench.cli.options import (
     parse_compression,
     parse_numbers,
     pick_model,
-    running,
+    run_plan,
 )
 from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
 from restkv.errors import PromptError
@@ -56,23 +56,22 @@ def anli(
     backend: BackendOption = EAGER,
 ) -> None:
     """ANLI on evicted premises: True, Neither or False, by likelihood; accuracy per round with 95 % intervals."""
-    from bench.quality.anli import AnliPlan, run_anli
+    from bench.quality.anli import AnliPlan
     from bench.runs.methods import parse_methods
 
     plan = AnliPlan(
         data,
         tuple(parse_methods(methods)),
         parse_budgets(budgets),
-        parse_numbers(rounds, "rounds"),
-        split,
-        shots,
-        limit,
-        question,
-        seed,
-        fraction,
+        rounds=parse_numbers(rounds, "rounds"),
+        split=split,
+        shots=shots,
+        limit=limit,
+        question=question,
+        seed=seed,
+        fraction=fraction,
     )
-    with running(out) as report:
-        run_anli(load_model(pick_model(model, named_model), dtype, device, backend), plan, out, report)
+    run_plan(load_model(pick_model(model, named_model), dtype, device, backend), plan, out)
 
 
 def perplexity(
@@ -100,7 +99,7 @@ def perplexity(
 ) -> None:
     """Perplexity of texts per token, word and byte, on evicted caches, with 95 % intervals."""
     from bench.quality.corpus import prose, read_documents
-    from bench.quality.perplexity import PerplexityPlan, Protocol, run_perplexity
+    from bench.quality.perplexity import PerplexityPlan, Protocol
     from bench.runs.methods import parse_methods
 
     how = Protocol(protocol, tokens, context if protocol == "prefill" else 0, chunk if protocol == "chunked" else 0)
@@ -109,8 +108,7 @@ def perplexity(
     if documents is None:
         documents = (prose(lm.tokenizer, windows * (how.context + how.tokens), seed=0),)
     plan = PerplexityPlan(documents, tuple(parse_methods(methods)), parse_budgets(budgets), how, windows)
-    with running(out) as report:
-        run_perplexity(lm, plan, out, report)
+    run_plan(lm, plan, out)
 
 
 def smoothing(
@@ -145,7 +143,7 @@ def smoothing(
 ) -> None:
     """Does smoothing pay? ReST-KV against itself without its parts, and against its rivals, at compressions up to 64x."""
     from bench.quality.corpus import read_documents
-    from bench.quality.smoothing import ARMS, SmoothingPlan, run_smoothing
+    from bench.quality.smoothing import ARMS, SmoothingPlan
     from bench.runs.methods import parse_methods
 
     if anli_data is None and shots != 16:
@@ -153,15 +151,14 @@ def smoothing(
     plan = SmoothingPlan(
         tuple(parse_methods(ARMS if methods is None else methods)),
         parse_compression(compression),
-        None if text is None else tuple(read_documents(text)),
-        length,
-        tail,
-        windows,
-        anli_data,
-        shots,
-        samples,
-        question,
-        seed,
+        documents=None if text is None else tuple(read_documents(text)),
+        length=length,
+        tail=tail,
+        windows=windows,
+        anli=anli_data,
+        shots=shots,
+        samples=samples,
+        question=question,
+        seed=seed,
     )
-    with running(out) as report:
-        run_smoothing(load_model(model, dtype, device, backend), plan, out, report)
+    run_plan(load_model(model, dtype, device, backend), plan, out)

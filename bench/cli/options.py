@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench.runs.benchmark import EAGER as EAGER
 from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bench.runs.folder import Report
+    from bench.runs.run import Plan
     from restkv.lm import LM
 
-EAGER = "sdpa"  # every budget is a cache of another shape, and compiling for each takes longer than its short answers
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm,lacache,expected-attention,random"
 METHODS_FORM = "NAME[@PRESET][:OPTION=VALUE...],..."
 
@@ -134,12 +135,27 @@ def evicts_once(evict: str) -> bool:
 # -- runs
 
 
-@contextmanager
-def running(out: Path) -> Iterator[Report | None]:
-    """While a run writes into `out`: a callback that draws its progress. Its tables once it is done."""
+def run_plan(lm: LM, plan: Plan, out: Path) -> None:
+    """Run a plan into `out`, draw its progress meanwhile, and show its tables when it is done.
+
+    Raises:
+        OutputError: the benchmark draws pictures and matplotlib is missing (before anything is run).
+        Otherwise as bench.runs.run.run.
+    """
+    from bench.report.figures import need_matplotlib
+    from bench.report.kinds import draw_pictures
+    from bench.runs.benchmark import benchmark
+    from bench.runs.run import run
+    from restkv.cli.terminal import put_line
+
+    if benchmark(plan.kind).pictures is not None:
+        need_matplotlib()
     with _progress_bar() as report:
-        yield report
+        run(lm, plan, out, report)
+    pictures = draw_pictures(out)
     _print_tables(out)
+    for picture in pictures:
+        put_line(picture)
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -173,7 +189,7 @@ def _progress_bar() -> Iterator[Report | None]:
 def _print_tables(folder: Path) -> None:
     """The tables of a run, and how to make a page of it."""
     from bench.report.kinds import parts, read_run
-    from bench.report.tables import Table
+    from bench.runs.benchmark import Table
     from bench.runs.folder import SAMPLES
     from restkv.cli.console import table_console
 

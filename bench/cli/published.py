@@ -20,7 +20,7 @@ from bench.cli.options import (
     parse_budgets,
     parse_numbers,
     pick_model,
-    running,
+    run_plan,
     split_names,
 )
 from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
@@ -182,11 +182,10 @@ def _run(
     fraction: float = 1.0,
     max_length: int | None = None,
 ) -> None:
-    from bench.published.run import Plan, run
+    from bench.published.run import Plan
     from bench.published.suite import PAPER
     from bench.runs.methods import parse_methods
 
     chosen = parse_methods(methods, once=suite.protocol == PAPER)  # its code evicts the prompt and nothing after it
     plan = Plan(suite, name, tuple(chosen), parse_budgets(budgets), limit, fraction, max_length)
-    with running(out) as report:
-        run(lm, plan, out, report)
+    run_plan(lm, plan, out)

@@ -17,36 +17,31 @@ def report(
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown; write nothing.")
     ] = False,
-    as_latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX; write nothing.")] = False,
     plain_json: Annotated[
         bool, typer.Option("--json", help="Print manifest and tables as JSON; write nothing.")
     ] = False,
 ) -> None:
-    """Build DIR/report.html, and a needle run's heat maps, from the results alone."""
-    if as_markdown + as_latex + plain_json > 1:
-        raise PromptError("--markdown, --latex and --json: give one of them")
+    """Build DIR/report.html, and the pictures of a needle run, from the results alone."""
+    if as_markdown and plain_json:
+        raise PromptError("--markdown and --json: give one of them")
     if plain_json:
         from bench.report.page import as_json
 
         put_line(json_text(as_json(folder), indent=1))
         return
-    if as_markdown or as_latex:
-        from bench.report.page import latex, markdown
+    if as_markdown:
+        from bench.report.page import markdown
 
-        put(markdown(folder) if as_markdown else latex(folder))
+        put(markdown(folder))
         return
-    from bench.quality.needle import draw_needle
-    from bench.report.kinds import fitting, read_run
+    from bench.report.kinds import draw_pictures
     from bench.report.page import write_report
+    from bench.runs.folder import read_manifest
 
     page = write_report(folder)
-    manifest, rows = read_run(folder)
-    if manifest["kind"] == "needle":
-        with fitting("heat maps"):
-            pictures = draw_needle(rows, folder)
-        for picture in pictures:
-            put_line(picture)
-    if "check" not in manifest:
+    for picture in draw_pictures(folder):
+        put_line(picture)
+    if "check" not in read_manifest(folder):
         warnings.warn(
             f"{folder}: made before results had check values; whether they are as they were written cannot be told",
             RestKVWarning,

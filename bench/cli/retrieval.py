@@ -21,11 +21,10 @@ from bench.cli.options import (
     load_model,
     parse_compression,
     parse_numbers,
-    running,
+    run_plan,
     split_names,
 )
 from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
-from restkv.cli.terminal import put_line
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -55,7 +54,7 @@ def ruler(
     backend: BackendOption = EAGER,
 ) -> None:
     """Retrieval: task x length x method x compression, accuracy with 95 % intervals."""
-    from bench.quality.ruler import Plan, run
+    from bench.quality.ruler import Plan
     from bench.quality.tasks import TASKS
     from bench.runs.methods import parse_methods
 
@@ -66,13 +65,12 @@ def ruler(
         tuple(parse_methods(methods, evicts_once(evict))),
         parse_compression(compression),
         samples,
-        question,
-        seed,
-        _chat(lm, chat),
+        question=question,
+        seed=seed,
+        chat=_chat(lm, chat),
         prefill=prefill,
     )
-    with running(out) as report:
-        run(lm, plan, out, report=report)
+    run_plan(lm, plan, out)
 
 
 def needle(
@@ -93,7 +91,7 @@ def needle(
     backend: BackendOption = EAGER,
 ) -> None:
     """One needle at every depth of every length: a heat map for each method."""
-    from bench.quality.needle import needle_plan, run_needle
+    from bench.quality.needle import needle_plan
     from bench.runs.methods import parse_methods
 
     lm = load_model(model, dtype, device, backend)
@@ -108,10 +106,7 @@ def needle(
         chat=_chat(lm, chat),
         prefill=prefill,
     )
-    with running(out) as report:
-        pictures = run_needle(lm, plan, out, report)
-    for picture in pictures:
-        put_line(picture)
+    run_plan(lm, plan, out)
 
 
 def _chat(lm: LM, chat: bool | None) -> bool:

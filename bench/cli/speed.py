@@ -194,7 +194,7 @@ def _write(result: dict[str, Any], out: Path | None) -> None:
 def _finish(result: dict[str, Any], out: Path | None) -> None:
     """Print the table; write the JSON and, of several contexts, a figure."""
     from bench.report.figures import save_png
-    from bench.speed.contest import figure, table, title
+    from bench.speed.shown import figure, table, title
     from restkv.cli.console import table_console
 
     print_table(table_console(), title(result), *table(result))

@@ -6,17 +6,21 @@ Letters: L prompt length.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bench.published.data import DataError
 from bench.published.suite import Item, Source, Suite
-from bench.runs.folder import Report, Run, chosen_rows, describe, digest, open_run, setting, versions_text
+from bench.published.tables import TITLES, published_parts
+from bench.runs import schema as must
+from bench.runs.benchmark import Benchmark, register
+from bench.runs.folder import chosen_rows, digest
 from bench.runs.methods import Method, check
 from bench.runs.plans import Asked, Cell, cells_of, share
+from bench.runs.rows import Row
+from bench.runs.run import Batch, Work
 from bench.runs.together import answer_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
@@ -54,15 +58,14 @@ class Plan:
         return cells_of(self.methods, self.budgets)
 
     @property
-    def results(self) -> int:
-        """How many there will be."""
-        return sum(len(self.chosen(source)) for source in self.suite.sources) * len(self.cells)
+    def kind(self) -> str:
+        return self.suite.kind
 
     def chosen(self, source: Source) -> list[int]:
         """Numbers of the items that are run."""
         return chosen_rows(source.count, self.fraction, self.limit)
 
-    def arguments(self, lm: LM) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """JSON-ready, all that results depend on."""
         sources = self.suite.sources
         return {
@@ -70,7 +73,6 @@ class Plan:
             "checkpoint": self.checkpoint,
             "tasks": list(dict.fromkeys(source.task.name for source in sources)),
             "lengths": list(dict.fromkeys(source.length for source in sources if source.length)),
-            "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             "limit": self.limit,
             "fraction": self.fraction,
@@ -78,53 +80,17 @@ class Plan:
             "eos": list(self.suite.eos),
             "decoding": "greedy",
             **self.suite.facts,
-            "results": self.results,
-            **setting(lm),
         }
 
-
-def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
-    """Run a plan, or what is missing of it, into a folder (bench/runs/folder.py).
-
-    Raises:
-        PolicyError: a method that cannot work with one of the budgets (whole budgets: before anything is run).
-        PromptError: a plan without sense. RunError: see open_run.
-    """
-    _check(lm, plan)
-    largest = max(share(cell.asked, plan.longest or lm.config.max_positions) for cell in plan.cells)
-    details = describe(lm, plan.methods, largest)
-    with open_run(folder, plan.suite.kind, plan.arguments(lm), details, plan.results, report) as results:
-        _fill(lm, plan, results)
-    return folder
-
-
-def _fill(lm: LM, plan: Plan, results: Run) -> None:
-    for source, index in _in_turn(plan):
-        keys = [_key(source, index, cell) for cell in plan.cells]
-        results.add_together(keys, partial(_rows, lm, plan, source, index))
-
-
-def _rows(lm: LM, plan: Plan, source: Source, index: int) -> list[dict[str, Any]]:
-    """What an item's answers in all cells are of, and the answers."""
-    about = {
-        "protocol": plan.suite.protocol,
-        "task": source.task.name,
-        "length": source.length,
-        "depth": source.depth,
-        "index": index,
-    }
-    return [
-        {
-            **about,
-            "method": cell.method.label,
-            "preset": cell.method.preset,
-            "budget": _budget(cell),
-            "wording": source.wording,
-            **row,
-            "versions": versions_text(),
-        }
-        for cell, row in zip(plan.cells, answer(lm, plan, source, source.item(index), plan.cells), strict=True)
-    ]
+    def work(self, lm: LM) -> Work:
+        """See bench.runs.run.Plan; only whole budgets are known to work before an item is read."""
+        _check(lm, self)
+        batches = [
+            Batch([_key(source, index, cell) for cell in self.cells], partial(answer, lm, self, source, index))
+            for source, index in _in_turn(self)
+        ]
+        largest = max(share(cell.asked, self.longest or lm.config.max_positions) for cell in self.cells)
+        return Work(self.arguments(), self.methods, largest, batches)
 
 
 def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
@@ -137,46 +103,43 @@ def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
 
 
 def _key(source: Source, index: int, cell: Cell) -> str:
-    places = [source.task.name, source.length, source.depth, index, cell.method.label, _budget(cell)]
+    asked = None if cell.method.full else cell.asked
+    places = [source.task.name, source.length, source.depth, index, cell.method.label, asked]
     return "/".join(f"{place}" for place in places if place is not None)
 
 
-def _budget(cell: Cell) -> Asked | None:
-    return None if cell.method.full else cell.asked
-
-
-def answer(lm: LM, plan: Plan, source: Source, item: Item, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The item's answer in every cell, in their order: output, score and what was kept."""
-    task = source.task
+def answer(lm: LM, plan: Plan, source: Source, index: int) -> list[Row]:
+    """An item's answers in all cells."""
+    task, item = source.task, source.item(index)
     ids, cut, chat = encode(lm, item, task.chat, plan.longest, plan.suite.joined)
     eos = list(plan.suite.eos)
     if task.newline_ends:
         eos = [*(lm.tokenizer.eos_ids or eos), lm.tokenizer.encode("\n", bos=False)[-1]]
     policies: list[Policy] = []
-    for cell in cells:
+    for cell in plan.cells:
         entries = share(cell.asked, len(ids))
         check(lm, cell.method, entries, len(ids), f"{len(ids)} tokens of {item.place}")
         policies.append(cell.method.policy(entries))
+    about = {
+        "protocol": plan.suite.protocol,
+        "task": task.name,
+        "length": source.length,
+        "depth": source.depth,
+        "index": index,
+        "wording": source.wording,
+    }
+    read = {"tokens": len(ids), "cut": cut, "chat": chat, "prompt": digest(repr(ids)), "answers": item.answers}
+    rows = []
     answers = answer_all(lm, policies, ids, Decoding(task.max_new_tokens), eos=eos, least_one=task.least_one)
-    name = digest(repr(ids))
-    return [
-        {
-            "entries": share(cell.asked, len(ids)),
-            "granularity": policy.granularity,
-            "window": policy.window,
-            **held.about(),
-            "tokens": len(ids),
-            "cut": cut,
-            "chat": chat,
-            "prompt": name,
-            "answers": item.answers,
+    for cell, policy, (held, said) in zip(plan.cells, policies, answers, strict=True):
+        found = {
             "output": said.text,
             "new_tokens": len(said.tokens),
             "ended": said.finish_reason,
             "score": round(task.metric(said.text, item.answers, item.classes), 6),
         }
-        for cell, policy, (held, said) in zip(cells, policies, answers, strict=True)
-    ]
+        rows.append(cell.row(share(cell.asked, len(ids)), policy, held, about, {**read, **found}))
+    return rows
 
 
 def encode(lm: LM, item: Item, chat: bool, longest: int | None, joined: bool = False) -> tuple[list[int], int, bool]:
@@ -221,3 +184,32 @@ def _check(lm: LM, plan: Plan) -> None:
             RestKVWarning,
             stacklevel=3,
         )
+
+
+ARGUMENTS: must.Fields = {
+    "tasks": must.many(must.name, 1),
+    "budgets": must.many(must.ASKED),
+    "protocol": must.name,
+    "checkpoint": must.name,
+    "model": must.name,
+    "max_length": must.maybe(must.whole()),
+}
+ANSWERED: must.Fields = {
+    **must.SCORED,
+    "length": must.maybe(must.whole()),
+    "depth": must.maybe(must.number(0, 1)),
+    "wording": must.name,
+    "chat": must.boolean,
+    "tokens": must.whole(),
+    "cut": must.whole(),
+}
+PLACED: Mapping[str, must.Fields] = {
+    "ruler-official": {"length": must.whole(1)},
+    "needle-official": {"length": must.whole(1), "depth": must.number(0, 1)},
+}
+register(
+    *(
+        Benchmark(kind, title, partial(published_parts, kind), {**ANSWERED, **PLACED.get(kind, {})}, ARGUMENTS)
+        for kind, title in TITLES.items()
+    )
+)

@@ -12,8 +12,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bench.quality.needle import needle_figure, needle_grids
 from bench.report.figures import Line, Panel, line_panels
+from bench.report.retrieval import needle_figure, needle_grids
 from bench.report.stats import Estimate, grouped, mean_interval, paired_difference
 from bench.report.tables import FULL, Drawing, Part, Row, Table
 
@@ -24,11 +24,11 @@ TITLES = {
     "infinitebench": "InfiniteBench",
 }
 BY_LENGTH = ("ruler-official", "needle-official")  # published as means by length
-MethodAt = tuple[str, int | float | None]  # a method and its budget, by which rows are grouped
+MethodAt = tuple[str, int | float | None]  # a method and the budget asked for; the full cache has none
 
 
-def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
-    """What bench.report.kinds.parts makes of a published benchmark."""
+def published_parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+    """Tables and figures of a published benchmark's run."""
     cells = _cells(rows, arguments)
     made: list[Part] = []
     if kind in BY_LENGTH:
@@ -40,7 +40,7 @@ def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[
         made.append(_layout("By task", "task", cells))
     made += [_means(kind, arguments, cells), _asked(arguments, rows)]
     if kind == "needle-official":
-        named = [{**row, "method": _name((row["method"], row["budget"]))} for row in rows]
+        named = [{**row, "method": _name(_cell(row))} for row in rows]
         made.append(Drawing("Score by depth and length; 1 is best.", partial(needle_figure, needle_grids(named))))
     if figure := _figure(arguments, cells):
         made.append(figure)
@@ -74,8 +74,12 @@ def _published() -> Mapping[str, Any]:
 def _cells(rows: Sequence[Row], arguments: Mapping[str, Any]) -> dict[MethodAt, list[Row]]:
     """The full cache first, then budget by budget; methods in the order of the arguments."""
     methods, budgets = arguments["methods"], [None, *arguments["budgets"]]
-    cells = {(method, budget): part for (method, budget), part in grouped(rows, "method", "budget").items()}
+    cells = {_cell(part[0]): part for part in grouped(rows, "method", "asked").values()}
     return {key: cells[key] for key in sorted(cells, key=lambda key: (budgets.index(key[1]), methods.index(key[0])))}
+
+
+def _cell(row: Row) -> MethodAt:
+    return row["method"], None if row["method"] == FULL else row["asked"]
 
 
 def _name(cell: MethodAt) -> str:

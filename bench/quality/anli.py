@@ -16,12 +16,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from bench.quality.choice import Item, choice_rows, fill_choices, shortest
-from bench.runs.folder import Report, chosen_rows, describe, digest, open_run, setting
+from bench.quality.choice import CHOICE, Item, choice_batches, shortest
+from bench.report.likelihood import anli_parts
+from bench.runs import schema as must
+from bench.runs.benchmark import Benchmark, register
+from bench.runs.folder import chosen_rows, digest
 from bench.runs.methods import Method, check
 from bench.runs.plans import Asked, cells_of, modes_of, share
+from bench.runs.run import Work
 from modeling.text.characters import fault
 from restkv.cli.options import read_text
 from restkv.errors import PromptError
@@ -71,43 +75,25 @@ class AnliPlan:
     question: str = "both"
     seed: int = 0
     fraction: float = 1.0
+    kind: ClassVar[str] = "anli"
 
-    def arguments(self, lm: LM, items: Sequence[Item]) -> dict[str, Any]:
-        """JSON-ready; the data are in it as a hash."""
-        return {
+    def work(self, lm: LM) -> Work:
+        """See bench.runs.run.Plan; the data are in the arguments as a hash."""
+        modes = modes_of(self.question)
+        items = anli_items(self.data, self.rounds, self.split, self.shots, self.limit, self.seed, self.fraction)
+        cells = cells_of(self.methods, self.budgets)
+        length = shortest(lm, items, modes)
+        for cell in cells:
+            what = f"budget {cell.asked:g} of the shortest prompt, {length} tokens"
+            check(lm, cell.method, _entries(cell.asked, length), length, what)
+        arguments = {
             "data": digest(repr(items)),
-            "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
             "tasks": [f"R{number}" for number in self.rounds],
-            "split": self.split,
-            "shots": self.shots,
-            "limit": self.limit,
-            "fraction": self.fraction,
-            "question": self.question,
-            "seed": self.seed,
-            **setting(lm),
+            **{name: getattr(self, name) for name in ("split", "shots", "limit", "fraction", "question", "seed")},
         }
-
-
-def run_anli(lm: LM, plan: AnliPlan, folder: Path, report: Report | None = None) -> Path:
-    """Run the plan, or what is missing of it, into a folder (bench/runs/folder.py).
-
-    Raises:
-        PromptError: data that cannot be read, a plan without sense. PolicyError: a method that cannot work with one of the
-        budgets. RunError: see open_run.
-    """
-    modes = modes_of(plan.question)
-    items = anli_items(plan.data, plan.rounds, plan.split, plan.shots, plan.limit, plan.seed, plan.fraction)
-    cells = cells_of(plan.methods, plan.budgets)
-    length = shortest(lm, items, modes)
-    for cell in cells:
-        what = f"budget {cell.asked:g} of the shortest prompt, {length} tokens"
-        check(lm, cell.method, _entries(cell.asked, length), length, what)
-    arguments = {**plan.arguments(lm, items), "results": choice_rows(items, modes, cells)}
-    details = describe(lm, plan.methods, max(_entries(asked, length) for asked in plan.budgets))
-    with open_run(folder, "anli", arguments, details, arguments["results"], report) as results:
-        fill_choices(lm, items, modes, cells, _entries, results)
-    return folder
+        most = max(_entries(asked, length) for asked in self.budgets)
+        return Work(arguments, self.methods, most, choice_batches(lm, items, modes, cells, _entries))
 
 
 def _entries(asked: Asked, length: int) -> int:
@@ -194,3 +180,7 @@ def _example(line: str, path: Path, number: int) -> Example:
     if not isinstance(label, str) or label not in LABELS:
         raise PromptError(f"{place}: label {label!r} is not one of {', '.join(LABELS)}; mend or delete the row")
     return Example(str(row.get("uid", number)), str(premise), str(hypothesis), label)
+
+
+ARGUMENTS = {"tasks": must.many(must.name, 1)}
+register(Benchmark("anli", "ANLI on evicted premises", anli_parts, CHOICE, ARGUMENTS))

@@ -12,12 +12,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.quality.teacher_forcing import score_choices
-from bench.runs.folder import Run, digest, versions_text
+from bench.runs import schema as must
+from bench.runs.folder import digest
 from bench.runs.plans import Cell, Entries, policy_of
+from bench.runs.rows import Row
+from bench.runs.run import Batch
 from modeling.text.tokenizer import Tokenizer
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -114,59 +116,39 @@ def shortest(lm: LM, items: Sequence[Item], modes: Sequence[str]) -> int:
     return min(lengths)
 
 
-def choice_rows(items: Sequence[Item], modes: Sequence[str], cells: Sequence[Cell]) -> int:
-    """How many rows fill_choices writes."""
-    return len(items) * len(modes) * len(cells)
-
-
-def fill_choices(
-    lm: LM,
-    items: Sequence[Item],
-    modes: Sequence[str],
-    cells: Sequence[Cell],
-    entries: Entries,
-    results: Run,
-    once: bool = False,
-) -> None:
-    """A row per item, mode and cell, item by item.
+def choice_batches(
+    lm: LM, items: Sequence[Item], modes: Sequence[str], cells: Sequence[Cell], entries: Entries, once: bool = False
+) -> list[Batch]:
+    """Of a row per item, mode and cell, item by item.
 
     Args:
         once: no method evicts after the prompt.
     """
-    for item in items:
-        ids = encode(lm.tokenizer, item)
-        for mode in modes:
-            keys = [f"choice/{mode}/{item.task}/{item.index}/{cell.key}" for cell in cells]
-            results.add_together(keys, partial(_rows, lm, item, ids, mode, cells, entries, once))
+    return [
+        Batch(
+            [f"choice/{mode}/{item.task}/{item.index}/{cell.key}" for cell in cells],
+            partial(_rows, lm, item, mode, cells, entries, once),
+        )
+        for item in items
+        for mode in modes
+    ]
 
 
-def _rows(
-    lm: LM, item: Item, ids: Encoded, mode: str, cells: Sequence[Cell], entries: Entries, once: bool
-) -> list[dict[str, Any]]:
+def _rows(lm: LM, item: Item, mode: str, cells: Sequence[Cell], entries: Entries, once: bool) -> list[Row]:
+    ids = encode(lm.tokenizer, item)
     prompt, question = ids.split(mode)
     policies = [policy_of(lm, cell, entries(cell.asked, len(prompt)), prompt, once) for cell in cells]
-    name = digest(repr(ids))
+    about = {"part": "choice", "question": mode, "task": item.task, "index": item.index, "name": item.name}
+    read = {"tokens": len(prompt), "prompt": digest(repr(ids))}
     told = score_choices(lm, policies, prompt, question, ids.choices)
     rows = []
     for cell, policy, (held, sums) in zip(cells, policies, told, strict=True):
         logprobs = [round(value, 6) for value in sums]
         choice = logprobs.index(max(logprobs))
-        rows.append(
-            {
-                "part": "choice",
-                "question": mode,
-                "task": item.task,
-                "index": item.index,
-                "name": item.name,
-                **cell.about(entries(cell.asked, len(prompt)), policy),
-                **held.about(),
-                "logprobs": logprobs,
-                "tokens": len(prompt),
-                "prompt": name,
-                "choice": choice,
-                "label": item.label,
-                "score": float(choice == item.label),
-                "versions": versions_text(),
-            }
-        )
+        said = {"choice": choice, "label": item.label, "score": float(choice == item.label)}
+        count = entries(cell.asked, len(prompt))
+        rows.append(cell.row(count, policy, held, about, {"logprobs": logprobs, **read, **said}))
     return rows
+
+
+CHOICE: must.Fields = {**must.SCORED, "question": must.MODE}  # what a row of these must hold

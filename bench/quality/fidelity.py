@@ -20,10 +20,10 @@ Letters: H query heads, P context, T tail, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,10 +32,15 @@ from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle
 from bench.quality.outputs import LayerTrace, full_pass, observation, relative_error
 from bench.quality.tasks import Frame, make_sample, parted
-from bench.runs.folder import Report, Run, describe, digest, open_run, setting, versions_text
+from bench.report.fidelity import SETS, fidelity_parts
+from bench.runs import schema as must
+from bench.runs.benchmark import Benchmark, register
+from bench.runs.folder import digest
 from bench.runs.methods import Method, check, equal_bytes
 from bench.runs.plans import Asked, Cell, cells_of, distinct, share
-from bench.runs.together import kept_mean, pattern_of, prefill_together
+from bench.runs.rows import Row
+from bench.runs.run import Batch, Work
+from bench.runs.together import Held, kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
 from restkv.generate import Session
 from restkv.lm import LM
@@ -90,6 +95,7 @@ class FidelityPlan:
     oracle: int = 4
     oracle_context: int = 128
     prefill: str = "dense"
+    kind: ClassVar[str] = "fidelity"
 
     @property
     def cells(self) -> list[Cell]:
@@ -101,13 +107,7 @@ class FidelityPlan:
         cells = distinct(cells_of(self.methods, self.budgets), self.oracle_context)
         return [cell for cell in cells if share(cell.asked, self.oracle_context) < self.oracle_context]
 
-    @property
-    def results(self) -> int:
-        """How many there will be."""
-        tasks = len(self.source.tasks) if isinstance(self.source, Questions) else 1
-        return tasks * (self.windows * len(self.cells) + self.oracle * len(self.oracle_cells))
-
-    def arguments(self, lm: LM) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """JSON-ready."""
         plain = {
             name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
@@ -116,12 +116,43 @@ class FidelityPlan:
             plain["text"] = digest(self.source)
         else:
             plain |= {"tasks": list(self.source.tasks), "seed": self.source.seed, "tail": None}
-        return plain | {
-            "methods": [method.label for method in self.methods],
-            "budgets": list(self.budgets),
-            "results": self.results,
-            **setting(lm),
-        }
+        return plain | {"budgets": list(self.budgets)}
+
+    def work(self, lm: LM) -> Work:
+        """Window by window; those that the oracle is run on are followed by it. See bench.runs.run.Plan."""
+        _check(lm, self)
+        if isinstance(self.source, str):
+            windows = _cut(lm, self, self.source)
+            oracles = [_shortened(window, self.oracle_context) for window in windows[: self.oracle]]
+        else:
+            windows = self.source.windows(lm, self.context, self.windows)
+            oracles = self.source.windows(lm, self.oracle_context, self.oracle)
+        first = {window.asked: window.prompt for window in (*reversed(oracles), *reversed(windows))}
+        pattern = pattern_of(self.prefill)
+
+        @cache
+        def policy(cell: Cell, asked: int) -> Policy:
+            """A budget that has to be searched for is found on the first window of its length, so that an interrupted run finds
+            the same."""
+            return equal_bytes(lm, cell.method, share(cell.asked, asked), lambda: first[asked], pattern)
+
+        def prefilled(window: Passage, cells: Sequence[Cell]) -> list[Session]:
+            policies = [policy(cell, window.asked) for cell in cells]
+            made = [Session(lm.engine, policy, [window.context], window.tail) for policy in policies]
+            prefill_together(lm, made, window.prompt, pattern)
+            return made
+
+        short, batches = {window.name: window for window in oracles}, []
+        for window in windows:
+            parts = [("text", window, self.cells, _compare_all)]
+            if window.name in short:
+                parts.append(("oracle", short[window.name], self.oracle_cells, _oracle_gaps))
+            for part, read, cells, measure in parts:
+                keys = [f"{part}/{read.name}/{cell.method.label}/{cell.asked!r}" for cell in cells]
+                batches.append(Batch(keys, partial(measure, lm, read, cells, prefilled)))
+        return Work(
+            self.arguments(), self.methods, max(share(budget, self.context) for budget in self.budgets), batches
+        )
 
 
 @dataclass(frozen=True)
@@ -144,26 +175,6 @@ class Passage:
     @property
     def prompt(self) -> list[int]:
         return self.ids[: self.context]
-
-
-def run_fidelity(lm: LM, plan: FidelityPlan, folder: Path, report: Report | None = None) -> Path:
-    """Run the plan, or what is missing of it, into a folder (bench/runs/folder.py).
-
-    Raises:
-        PolicyError: a method that cannot work with one of the budgets. PromptError: the text or a length is too short, or a plan
-        without sense. RunError: see open_run.
-    """
-    _check(lm, plan)
-    if isinstance(plan.source, str):
-        windows = _cut(lm, plan, plan.source)
-        oracles = [_shortened(window, plan.oracle_context) for window in windows[: plan.oracle]]
-    else:
-        windows = plan.source.windows(lm, plan.context, plan.windows)
-        oracles = plan.source.windows(lm, plan.oracle_context, plan.oracle)
-    details = describe(lm, plan.methods, max(share(budget, plan.context) for budget in plan.budgets))
-    with open_run(folder, "fidelity", plan.arguments(lm), details, plan.results, report) as results:
-        _fill(lm, plan, windows, oracles, results)
-    return folder
 
 
 def _check(lm: LM, plan: FidelityPlan) -> None:
@@ -205,65 +216,44 @@ def _shortened(window: Passage, context: int) -> Passage:
     return Passage(window.name, window.ids[: context + window.tail + 1], context, context)
 
 
+Prefilled = Callable[[Passage, Sequence[Cell]], Sequence[Session]]  # caches that hold what each cell leaves of a window
+
+
 @torch.no_grad()
-def _fill(lm: LM, plan: FidelityPlan, windows: Sequence[Passage], oracles: Sequence[Passage], results: Run) -> None:
-    policies: dict[tuple[Cell, int], Policy] = {}
-    pattern = pattern_of(plan.prefill)
-
-    def sessions(missing: Sequence[Cell], window: Passage) -> list[Session]:
-        """One per cell, prefilled; budgets that must be searched for are found on the first window of this length."""
-        for cell in missing:
-            if (cell, window.asked) not in policies:
-                entries = share(cell.asked, window.asked)
-                policies[cell, window.asked] = equal_bytes(
-                    lm, cell.method, entries, lambda: first[window.asked], pattern
-                )
-        made = [Session(lm.engine, policies[cell, window.asked], [window.context], window.tail) for cell in missing]
-        prefill_together(lm, made, window.prompt, pattern)
-        return made
-
-    first = {window.asked: window.prompt for window in (*reversed(oracles), *reversed(windows))}
-    short = {window.name: window for window in oracles}
-    for window in windows:
-        keys = {cell: f"text/{window.name}/{cell.method.label}/{cell.asked!r}" for cell in plan.cells}
-        missing = [cell for cell in plan.cells if keys[cell] not in results.done]
-        if missing:
-            logits_TV, layers = full_pass(lm, window.ids[:-1], window.tail)
-            for cell, session in zip(missing, sessions(missing, window), strict=True):
-                about = _about("text", window, cell, session)  # before the tail is fed
-                error = layer_errors(lm, session, layers, window.context)
-                compared = compare(lm, session, window.ids[window.context :], logits_TV)
-                results.add(keys[cell], {**about, **compared, "error": error})
-                session.cache.free()
-        if window.name not in short:
-            continue
-        window = short[window.name]
-        keys = {cell: f"oracle/{window.name}/{cell.method.label}/{cell.asked!r}" for cell in plan.oracle_cells}
-        missing = [cell for cell in plan.oracle_cells if keys[cell] not in results.done]
-        if missing:
-            _, layers = full_pass(lm, window.ids[:-1], window.context + window.tail)
-            oracle = Oracle(lm, layers, window.context)
-            for cell, session in zip(missing, sessions(missing, window), strict=True):
-                results.add(keys[cell], {**_about("oracle", window, cell, session), **oracle.gap(session)})
-                session.cache.free()
+def _compare_all(lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Prefilled) -> list[Row]:
+    """How far every cell is from the full cache over the window's tail."""
+    rows = []
+    logits_TV, layers = full_pass(lm, window.ids[:-1], window.tail)
+    for cell, session in zip(cells, prefilled(window, cells), strict=True):
+        held = _held(session)  # before the tail is fed
+        error = layer_errors(lm, session, layers, window.context)
+        compared = compare(lm, session, window.ids[window.context :], logits_TV)
+        rows.append(_row("text", window, cell, session, held, {**compared, "error": error}))
+    return rows
 
 
-def _about(part: str, window: Passage, cell: Cell, session: Session) -> dict[str, Any]:
-    policy = session.policy
-    return {
-        "part": part,
-        "window": window.name,
-        "method": cell.method.label,
-        "preset": cell.method.preset,
-        "granularity": policy.granularity,
-        "asked": cell.asked,
-        "entries": share(cell.asked, window.asked),
-        "budget": policy.budget,
-        "observed": policy.window,
-        "kept": round(kept_mean(session), 3),
-        "bytes": session.cache.live_bytes,
-        "versions": versions_text(),
-    }
+@torch.no_grad()
+def _oracle_gaps(lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Prefilled) -> list[Row]:
+    """How far every cell is from what greedy elimination would have kept of the window's context."""
+    _, layers = full_pass(lm, window.ids[:-1], window.context + window.tail)
+    oracle = Oracle(lm, layers, window.context)
+    return [
+        _row("oracle", window, cell, session, _held(session), oracle.gap(session))
+        for cell, session in zip(cells, prefilled(window, cells), strict=True)
+    ]
+
+
+def _held(session: Session) -> Held:
+    return Held(kept_mean(session), session.cache.live_bytes)
+
+
+def _row(part: str, window: Passage, cell: Cell, session: Session, held: Held, measures: Mapping[str, Any]) -> Row:
+    """A row of a session, which is done with then."""
+    row = cell.row(
+        share(cell.asked, window.asked), session.policy, held, {"part": part, "window": window.name}, measures
+    )
+    session.cache.free()
+    return row
 
 
 @torch.no_grad()
@@ -293,3 +283,21 @@ def layer_errors(lm: LM, session: Session, layers: Sequence[LayerTrace], context
         tail_HT = keep_HP.new_ones(len(keep_HP), trace.k_KLD.shape[1] - context)
         errors.append(relative_error(lm, obs, torch.cat([keep_HP, tail_HT], 1)))
     return errors
+
+
+TEXT: must.Fields = {
+    "entries": must.maybe(must.whole()),
+    **{name: must.number() for name in ("kl", "nll", "full_nll")},
+    "top1": must.SCORE,
+    "error": must.maybe(must.LAYERS),
+}
+ORACLE: must.Fields = {"entries": must.whole(), **{name: must.maybe(must.LAYERS) for name in (*dict(SETS), "overlap")}}
+register(
+    Benchmark(
+        "fidelity",
+        "Fidelity to the full cache",
+        fidelity_parts,
+        {"text": TEXT, "oracle": ORACLE},
+        {"context": must.whole(1), "oracle_context": must.whole(1)},
+    )
+)

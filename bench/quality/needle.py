@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.quality.ruler import Plan, run
-from bench.report.figures import Grid, heat_maps, need_matplotlib, save_png
+from bench.quality.ruler import PLACED, RULER, Plan
+from bench.report.figures import save_png
+from bench.report.retrieval import needle_figure, needle_grids, needle_parts
 from bench.report.stats import grouped
-from bench.runs.folder import Report, read_rows
+from bench.runs import schema as must
+from bench.runs.benchmark import register
 from bench.runs.methods import Method
 from restkv.errors import PromptError
-from restkv.lm import LM
 
 TASK = "niah_single"
 
@@ -28,24 +30,13 @@ def needle_plan(
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
     places = tuple(round(step / (depths - 1), 4) for step in range(depths))
-    return Plan((TASK,), tuple(lengths), tuple(methods), (compression,), samples, depths=places, **options)
-
-
-def run_needle(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> list[Path]:
-    """Run the plan, or what is missing of it, and draw: needle-METHOD.png for each method, needle.png side by side.
-
-    Returns:
-        The pictures.
-    Raises:
-        OutputError: matplotlib is missing (before anything is run). Otherwise as bench.quality.ruler.run.
-    """
-    need_matplotlib()
-    run(lm, plan, folder, kind="needle", report=report)
-    return draw_needle(read_rows(folder), folder)
+    return Plan(
+        (TASK,), tuple(lengths), tuple(methods), (compression,), samples, depths=places, kind="needle", **options
+    )
 
 
 def draw_needle(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """The pictures of the rows there are, complete or not."""
+    """needle-METHOD.png for each method and needle.png side by side, of the rows there are."""
     pictures = []
     for (mode,), part in grouped(rows, "question").items():
         grids = needle_grids(part)
@@ -58,20 +49,13 @@ def draw_needle(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     return pictures
 
 
-def needle_grids(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """Mean score by depth (down) and length (across), one map per method."""
-    depths, lengths = sorted({row["depth"] for row in rows}), sorted({row["length"] for row in rows})
-    grids = []
-    for (method,), part in grouped(rows, "method").items():
-        cells = {place: [row["score"] for row in some] for place, some in grouped(part, "depth", "length").items()}
-        values = [[_mean(cells.get((depth, length))) for length in lengths] for depth in depths]
-        grids.append(Grid(method, [f"{depth:.0%}" for depth in depths], list(map(str, lengths)), values))
-    return grids
-
-
-def needle_figure(grids: Sequence[Grid]) -> Any:
-    return heat_maps(grids, "depth of the needle", "tokens", "needle found", limits=(0, 1))
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
+register(
+    replace(
+        RULER,
+        name="needle",
+        title="Needle in a haystack",
+        parts=needle_parts,
+        rows={**PLACED, "depth": must.number(0, 1)},
+        pictures=draw_needle,
+    )
+)

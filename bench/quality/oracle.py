@@ -47,8 +47,8 @@ class Oracle:
         """Per layer: relative output error over the tail of the session's set, of both oracles', and how much of the future
         oracle's choice the session shares. None for policies that renumber positions."""
         if session.policy.slot_positions:
-            return {"error": None, "window": None, "future": None, "overlap": None}
-        gaps: dict[str, list[float]] = {"error": [], "window": [], "future": [], "overlap": []}
+            return dict.fromkeys(("error", "window_error", "future_error", "overlap"))
+        gaps: dict[str, list[float]] = {"error": [], "window_error": [], "future_error": [], "overlap": []}
         for index, keep_HP in enumerate(kept_masks(session, self._context)):
             obs = self._observation(index, "future", 0)
             group = obs.group
@@ -57,7 +57,7 @@ class Oracle:
             gaps["error"].append(self._error(obs, keep_HP))
             for kind in ("window", "future"):
                 best_KP = self._best(index, kind, newest, union_KP.sum(-1))
-                gaps[kind].append(self._error(obs, best_KP.repeat_interleave(group, 0)))
+                gaps[f"{kind}_error"].append(self._error(obs, best_KP.repeat_interleave(group, 0)))
             old = self._context - newest
             shared, chosen = (union_KP & best_KP)[:, :old].sum(), best_KP[:, :old].sum()
             gaps["overlap"].append(float(shared / chosen.clamp(min=1)))

@@ -14,17 +14,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bench.quality.corpus import Document, Window, cut_windows
 from bench.quality.teacher_forcing import PIECE, tail_logprobs
-from bench.runs.folder import Report, Run, describe, digest, open_run, setting, versions_text
+from bench.report.likelihood import perplexity_parts
+from bench.runs import schema as must
+from bench.runs.benchmark import Benchmark, register
+from bench.runs.folder import digest
 from bench.runs.methods import Method, check
 from bench.runs.plans import Asked, Cell, Entries, cells_of, policy_of, share
+from bench.runs.rows import Row
+from bench.runs.run import Batch, Work
+from bench.runs.together import Held
 from restkv.errors import PromptError
 from restkv.generate import Session
 from restkv.lm import LM
@@ -86,18 +91,26 @@ class PerplexityPlan:
     budgets: tuple[Asked, ...]
     protocol: Protocol
     windows: int = 16
+    kind: ClassVar[str] = "perplexity"
 
-    def arguments(self, lm: LM) -> dict[str, Any]:
-        """JSON-ready; the texts are in it as a hash."""
-        return {
+    def work(self, lm: LM) -> Work:
+        """See bench.runs.run.Plan; the texts are in the arguments as a hash."""
+        if self.windows < 1:
+            raise PromptError(f"windows {self.windows}: give at least 1")
+        protocol, cells = self.protocol, cells_of(self.methods, self.budgets)
+        for cell in cells:
+            what = f"budget {cell.asked:g} of {protocol.read} tokens"
+            check(lm, cell.method, share(cell.asked, protocol.read), protocol.read, what)
+        arguments = {
             "text": texts_digest(self.documents),
-            "methods": [method.label for method in self.methods],
             "budgets": list(self.budgets),
-            "protocol": self.protocol.name,
-            **{name: getattr(self.protocol, name) for name in ("tokens", "context", "chunk")},
+            "protocol": protocol.name,
+            **{name: getattr(protocol, name) for name in ("tokens", "context", "chunk")},
             "windows": self.windows,
-            **setting(lm),
         }
+        windows = protocol.windows(lm, self.documents, self.windows)
+        most = max(share(asked, protocol.read) for asked in self.budgets)
+        return Work(arguments, self.methods, most, reading_batches(lm, windows, protocol, cells, share))
 
 
 def texts_digest(documents: Sequence[Document]) -> str:
@@ -105,87 +118,62 @@ def texts_digest(documents: Sequence[Document]) -> str:
     return digest("\0".join(document.text for document in documents))
 
 
-def run_perplexity(lm: LM, plan: PerplexityPlan, folder: Path, report: Report | None = None) -> Path:
-    """Run the plan, or what is missing of it, into a folder (bench/runs/folder.py).
+def reading_batches(
+    lm: LM, windows: Sequence[Window], protocol: Protocol, cells: Sequence[Cell], entries: Entries
+) -> list[Batch]:
+    """Of a row per window and cell: window by window, or (streaming, chunked) a few windows at a time, cell by cell."""
 
-    Raises:
-        PromptError: texts that are too short, a plan without sense. PolicyError: a method that cannot work with one of the
-        budgets. RunError: see open_run.
-    """
-    if plan.windows < 1:
-        raise PromptError(f"windows {plan.windows}: give at least 1")
-    protocol, cells = plan.protocol, cells_of(plan.methods, plan.budgets)
-    for cell in cells:
-        what = f"budget {cell.asked:g} of {protocol.read} tokens"
-        check(lm, cell.method, share(cell.asked, protocol.read), protocol.read, what)
-    windows = protocol.windows(lm, plan.documents, plan.windows)
-    arguments = {**plan.arguments(lm), "results": len(windows) * len(cells)}
-    details = describe(lm, plan.methods, max(share(asked, protocol.read) for asked in plan.budgets))
-    with open_run(folder, "perplexity", arguments, details, arguments["results"], report) as results:
-        fill_perplexity(lm, windows, protocol, cells, share, results)
-    return folder
+    def key(number: int, cell: Cell) -> str:
+        return f"perplexity/{protocol.name}/{number}/{cell.key}"
 
-
-def fill_perplexity(
-    lm: LM,
-    windows: Sequence[Window],
-    protocol: Protocol,
-    cells: Sequence[Cell],
-    entries: Entries,
-    results: Run,
-) -> None:
-    """A row per window and cell: window by window, or (streaming, chunked) a few windows at a time, cell by cell."""
     numbered = list(enumerate(windows))
     if protocol.name == "prefill":
-        for number, window in numbered:
-            keys = [_key(protocol, number, cell) for cell in cells]
-            results.add_together(keys, partial(_after_prefill, lm, number, window, protocol, cells, entries))
-        return
-    for start in range(0, len(windows), BATCH):
-        some = numbered[start : start + BATCH]
-        for cell in cells:
-            keys = [_key(protocol, number, cell) for number, _ in some]
-            results.add_together(keys, partial(_from_nothing, lm, some, protocol, cell, entries))
+        return [
+            Batch(
+                [key(number, cell) for cell in cells],
+                partial(_after_prefill, lm, number, window, protocol, cells, entries),
+            )
+            for number, window in numbered
+        ]
+    return [
+        Batch([key(number, cell) for number, _ in some], partial(_from_nothing, lm, some, protocol, cell, entries))
+        for some in (numbered[start : start + BATCH] for start in range(0, len(windows), BATCH))
+        for cell in cells
+    ]
 
 
-def _key(protocol: Protocol, number: int, cell: Cell) -> str:
-    return f"perplexity/{protocol.name}/{number}/{cell.key}"
-
-
-def _row(number: int, window: Window, protocol: Protocol, about: dict[str, Any], said_T: Tensor) -> dict[str, Any]:
-    return {
+def _row(
+    at: int, window: Window, protocol: Protocol, cell: Cell, entries: int, policy: Policy, held: Held, said_T: Tensor
+) -> Row:
+    about = {
         "part": "perplexity",
         "protocol": protocol.name,
-        "window": number,
+        "window": at,
         "document": window.document,
         "start": window.start,
-        "prompt": digest(repr(window.ids)),
-        **about,
-        "tokens": len(said_T),
-        "words": window.words,
-        "text_bytes": window.bytes,
-        "nll": round(-float(said_T.double().sum()), 6),
-        "versions": versions_text(),
     }
+    counts = {"tokens": len(said_T), "words": window.words, "text_bytes": window.bytes}
+    nll = round(-float(said_T.double().sum()), 6)
+    return cell.row(entries, policy, held, about, {"prompt": digest(repr(window.ids)), **counts, "nll": nll})
 
 
 def _after_prefill(
     lm: LM, number: int, window: Window, protocol: Protocol, cells: Sequence[Cell], entries: Entries
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One window under all cells, which share its prefill."""
     counts = [entries(cell.asked, window.first) for cell in cells]
     policies = [policy_of(lm, cell, count, window.prompt, once=True) for cell, count in zip(cells, counts, strict=True)]
-    rows = []
     told = tail_logprobs(lm, policies, window.prompt, window.scored)
-    for cell, count, policy, (held, said_T) in zip(cells, counts, policies, told, strict=True):
-        rows.append(_row(number, window, protocol, {**cell.about(count, policy), **held.about()}, said_T))
-    return rows
+    return [
+        _row(number, window, protocol, cell, count, policy, held, said_T)
+        for cell, count, policy, (held, said_T) in zip(cells, counts, policies, told, strict=True)
+    ]
 
 
 @torch.no_grad()
 def _from_nothing(
     lm: LM, some: Sequence[tuple[int, Window]], protocol: Protocol, cell: Cell, entries: Entries
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A few windows under one cell, as rows of one session that begins with an empty cache."""
     windows = [window for _, window in some]
     count = entries(cell.asked, protocol.read)
@@ -194,8 +182,8 @@ def _from_nothing(
     kept_BN = list(zip(*session.kept(), strict=True))
     rows = []
     for (number, window), kept, said_T in zip(some, kept_BN, said_BT, strict=True):
-        about = {**cell.about(count, session.policy), "kept": round(sum(kept) / len(kept), 3)}
-        rows.append(_row(number, window, protocol, about, said_T))
+        held = Held(sum(kept) / len(kept), None)
+        rows.append(_row(number, window, protocol, cell, count, session.policy, held, said_T))
     session.cache.free()
     return rows
 
@@ -227,3 +215,17 @@ def read(
         said.append(session.logits_BV.log_softmax(-1).gather(1, ids_BT[:, t : t + 1]))
         session.feed(ids_BT[:, t])
     return session, list(torch.cat(said, 1))
+
+
+READ: must.Fields = {  # what a row of these must hold
+    "window": must.whole(),
+    "nll": must.number(),
+    "tokens": must.whole(1),
+    "words": must.whole(),
+    "text_bytes": must.whole(),
+}
+ARGUMENTS: must.Fields = {
+    "protocol": must.one_of(*PROTOCOLS),
+    **{name: must.whole() for name in ("tokens", "context", "chunk")},
+}
+register(Benchmark("perplexity", "Perplexity", perplexity_parts, READ, ARGUMENTS))

@@ -7,17 +7,21 @@ context is compressed first and asked afterwards (restkv.LM.compress). Rankings 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, partial
 from typing import Any
 
 from bench.quality.tasks import Frame, Sample, make_sample, score
-from bench.runs.folder import Report, Run, describe, digest, open_run, setting, versions_text
+from bench.report.retrieval import ruler_parts
+from bench.runs import schema as must
+from bench.runs.benchmark import Benchmark, register
+from bench.runs.folder import digest
 from bench.runs.methods import Method, check, equal_bytes
 from bench.runs.plans import Cell, cells_of, check_compression, compressed, modes_of
-from bench.runs.together import answer_all, pattern_of
+from bench.runs.rows import Row
+from bench.runs.run import Batch, Work
+from bench.runs.together import Held, answer_all, pattern_of
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.patterns import Pattern
@@ -37,6 +41,7 @@ class Plan:
         compression: prompt length over entries per KV head.
         question: aware, agnostic or both.
         prefill: "dense", or the sparse pattern with which all prompts are read, as text (restkv/patterns.py).
+        kind: or "needle".
     """
 
     tasks: tuple[str, ...]
@@ -49,16 +54,13 @@ class Plan:
     chat: bool = False
     depths: tuple[float | None, ...] = (None,)
     prefill: str = "dense"
+    kind: str = "ruler"
 
-    def arguments(self, lm: LM) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """JSON-ready."""
         once = any(method.once for method in self.methods)
-        return {
-            **asdict(self),
-            "methods": [method.label for method in self.methods],
-            "evict": "prompt" if once else "always",
-            **setting(lm),
-        }
+        said = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("kind", "methods")}
+        return {**said, "evict": "prompt" if once else "always"}
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -72,114 +74,58 @@ class Plan:
     def places(self) -> list[tuple[int, str, float | None]]:
         return [(length, task, depth) for length in self.lengths for task in self.tasks for depth in self.depths]
 
-    @property
-    def results(self) -> int:
-        """How many there will be."""
-        return self.samples * len(self.places) * len(self.modes) * len(self.cells)
+    def work(self, lm: LM) -> Work:
+        """Sample by sample, number by number, so that a broken run has some of everything. See bench.runs.run.Plan."""
+        _check(lm, self)
+        frame, pattern = Frame(lm.tokenizer, self.chat), pattern_of(self.prefill)
 
+        @cache
+        def policy(cell: Cell, mode: str, task: str, length: int) -> Policy:
+            """A budget that has to be searched for is found on a sample that the run does not use (number -1), so that an
+            interrupted run finds the same."""
 
-def run(lm: LM, plan: Plan, folder: Path, kind: str = "ruler", report: Report | None = None) -> Path:
-    """Run a plan, or what is missing of it, into a folder (bench/runs/folder.py).
+            def prompt() -> list[int]:
+                sample = make_sample(task, length, self.seed, -1, frame)
+                context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
+                return context + asked if mode == "aware" else context
 
-    Raises:
-        PolicyError: a method that cannot work with one of the budgets (before anything is run).
-        PromptError: a plan without sense, a length too short for a task.
-        RunError: see open_run.
-    """
-    _check(lm, plan)
-    details = describe(lm, plan.methods, compressed(min(plan.compression), max(plan.lengths)))
-    with open_run(folder, kind, plan.arguments(lm), details, plan.results, report, may_grow="samples") as results:
-        _fill(lm, plan, results)
-    return folder
+            return equal_bytes(lm, cell.method, compressed(cell.asked, length), prompt, pattern)
 
+        def rows(length: int, task: str, depth: float | None, mode: str, index: int) -> list[Row]:
+            """A sample's answers in all cells, which share its prefill."""
+            sample = make_sample(task, length, self.seed, index, frame, depth)
+            policies = [policy(cell, mode, task, length) for cell in self.cells]
+            answers = answer(lm, frame, sample, mode, policies, pattern)
+            about = {"question": mode, "task": task, "length": length, "depth": sample.depth, "index": index}
+            return [
+                cell.row(compressed(cell.asked, length), made, held, {**about, "seed": self.seed}, said)
+                for cell, made, (held, said) in zip(self.cells, policies, answers, strict=True)
+            ]
 
-def _fill(lm: LM, plan: Plan, results: Run) -> None:
-    """Fill a run sample by sample, number by number, so that a broken run has some of everything."""
-    frame = Frame(lm.tokenizer, plan.chat)
-    budgets, pattern = _Budgets(lm, plan, frame), pattern_of(plan.prefill)
-
-    def rows(length: int, task: str, depth: float | None, mode: str, index: int) -> list[dict[str, Any]]:
-        """A sample's answers in all cells, which share its prefill."""
-        sample = make_sample(task, length, plan.seed, index, frame, depth)
-        policies = [budgets.get(cell, mode, task, length) for cell in plan.cells]
-        answers = answer(lm, frame, sample, mode, policies, pattern)
-        return [{**_about(sample, mode, cell, plan), **row} for cell, row in zip(plan.cells, answers, strict=True)]
-
-    for index in range(plan.samples):
-        for length, task, depth in plan.places:
-            at = "" if depth is None else f"@{depth:g}"
-            for mode in plan.modes:
-                keys = [_key(mode, task, at, length, index, cell) for cell in plan.cells]
-                results.add_together(keys, partial(rows, length, task, depth, mode, index))
-
-
-def _key(mode: str, task: str, at: str, length: int, index: int, cell: Cell) -> str:
-    return f"{mode}/{task}{at}/{length}/{index}/{cell.key}"
-
-
-def _about(sample: Sample, mode: str, cell: Cell, plan: Plan) -> dict[str, Any]:
-    return {
-        "question": mode,
-        "task": sample.task,
-        "length": sample.length,
-        "depth": sample.depth,
-        "index": sample.index,
-        "seed": plan.seed,
-        "method": cell.method.label,
-        "preset": cell.method.preset,
-        "compression": cell.asked,
-        "versions": versions_text(),
-    }
+        batches = []
+        for index in range(self.samples):
+            for length, task, depth in self.places:
+                at = "" if depth is None else f"@{depth:g}"
+                for mode in self.modes:
+                    keys = [f"{mode}/{task}{at}/{length}/{index}/{cell.key}" for cell in self.cells]
+                    batches.append(Batch(keys, partial(rows, length, task, depth, mode, index)))
+        entries = compressed(min(self.compression), max(self.lengths))
+        return Work(self.arguments(), self.methods, entries, batches)
 
 
 def answer(
     lm: LM, frame: Frame, sample: Sample, mode: str, policies: Sequence[Policy], pattern: Pattern | None = None
-) -> list[dict[str, Any]]:
-    """The sample's answer under every policy, in their order: output, score and what was kept. One prefill serves all."""
+) -> list[tuple[Held, dict[str, Any]]]:
+    """What every policy kept for the sample, its answer and score, in their order. One prefill serves all."""
     context, asked = frame.ids(sample.context, sample.question, sample.answer_prefix)
     whole = context + asked
     prompt, after = (whole, []) if mode == "aware" else (context, asked)
     decoding = Decoding(sample.max_new_tokens, stop=FULL_STOP)
-    answers = answer_all(lm, policies, prompt, decoding, asked=after, pattern=pattern)
-    name = digest(repr(whole))
+    about = {"tokens": len(whole), "prompt": digest(repr(whole)), "answers": sample.answers}
     return [
-        {
-            "granularity": policy.granularity,
-            "budget": policy.budget,
-            "window": policy.window,
-            **held.about(),
-            "tokens": len(whole),
-            "prompt": name,
-            "answers": sample.answers,
-            "output": said.text,
-            "score": score(said.text, sample.answers),
-        }
-        for policy, (held, said) in zip(policies, answers, strict=True)
+        (held, {**about, "output": said.text, "score": score(said.text, sample.answers)})
+        for held, said in answer_all(lm, policies, prompt, decoding, asked=after, pattern=pattern)
     ]
-
-
-class _Budgets:
-    """The policy of every cell, made when it is first needed.
-
-    Where its budget has to be searched for, that is done on a sample that the run itself does not use (number -1), so that an
-    interrupted run finds the same.
-    """
-
-    def __init__(self, lm: LM, plan: Plan, frame: Frame) -> None:
-        self._lm, self._plan, self._frame = lm, plan, frame
-        self._made: dict[tuple[Cell, str, str, int], Policy] = {}
-
-    def get(self, cell: Cell, mode: str, task: str, length: int) -> Policy:
-        def prompt() -> list[int]:
-            sample = make_sample(task, length, self._plan.seed, -1, self._frame)
-            context, asked = self._frame.ids(sample.context, sample.question, sample.answer_prefix)
-            return context + asked if mode == "aware" else context
-
-        key = (cell, mode, task, length)
-        if key not in self._made:
-            pattern = pattern_of(self._plan.prefill)
-            self._made[key] = equal_bytes(self._lm, cell.method, compressed(cell.asked, length), prompt, pattern)
-        return self._made[key]
 
 
 def _check(lm: LM, plan: Plan) -> None:
@@ -205,3 +151,28 @@ def _check(lm: LM, plan: Plan) -> None:
         for method in plan.methods:
             for compression in plan.compression:
                 check(lm, method, compressed(compression, length), length, f"{length} tokens at {compression:g}x")
+
+
+def _total(arguments: Mapping[str, Any]) -> int:
+    cells = 1 + (len(arguments["methods"]) - 1) * len(arguments["compression"])  # the full cache once
+    places = len(arguments["tasks"]) * len(arguments["lengths"]) * len(arguments["depths"])
+    return arguments["samples"] * places * len(modes_of(arguments["question"])) * cells
+
+
+GRID: must.Fields = {
+    "tasks": must.many(must.name, 1),
+    "lengths": must.many(must.whole(1), 1),
+    "depths": must.many(must.maybe(must.number(0, 1)), 1),
+    "compression": must.many(must.number(1), 1),
+    "samples": must.whole(1),
+    "question": must.one_of("aware", "agnostic", "both"),
+}
+PLACED: must.Fields = {
+    **must.SCORED,
+    "question": must.MODE,
+    "length": must.whole(1),
+    "depth": must.maybe(must.number(0, 1)),
+    "asked": must.number(1),
+}
+RULER = Benchmark("ruler", "Retrieval (RULER families)", ruler_parts, PLACED, GRID, may_grow="samples", total=_total)
+register(RULER)

@@ -13,14 +13,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from bench.quality.anli import anli_items
-from bench.quality.choice import choice_rows, fill_choices, shortest, told_items
+from bench.quality.choice import CHOICE, choice_batches, shortest, told_items
 from bench.quality.corpus import Document, prose
-from bench.quality.perplexity import Protocol, fill_perplexity, texts_digest
-from bench.runs.folder import Report, describe, digest, open_run, setting
+from bench.quality.perplexity import READ, Protocol, reading_batches, texts_digest
+from bench.report.likelihood import smoothing_parts
+from bench.runs import schema as must
+from bench.runs.benchmark import Benchmark, register
+from bench.runs.folder import digest
 from bench.runs.methods import Method, check
 from bench.runs.plans import Cell, cells_of, check_compression, compressed, modes_of
+from bench.runs.run import Work
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
 
@@ -61,57 +66,49 @@ class SmoothingPlan:
     samples: int = 100
     question: str = "both"
     seed: int = 0
+    kind: ClassVar[str] = "smoothing"
 
+    def work(self, lm: LM) -> Work:
+        """Windows of text first, then questions. See bench.runs.run.Plan.
 
-def run_smoothing(lm: LM, plan: SmoothingPlan, folder: Path, report: Report | None = None) -> Path:
-    """Run the plan, or what is missing of it, into a folder (bench/runs/folder.py).
-
-    A compression that leaves a method fewer entries than it can work with is left out, and said to be (RestKVWarning).
-
-    Raises:
-        PromptError: a plan without sense, data that cannot be read or are too short. PolicyError: a method that can work with
-        none of the compressions. RunError: see open_run.
-    """
-    least = {"length": 2, "tail": 2, "windows": 1, "samples": 1}
-    for name, bound in least.items():
-        if getattr(plan, name) < bound:
-            raise PromptError(f"{name} {getattr(plan, name)}: give at least {bound}")
-    check_compression(plan.compression, plan.length)
-    modes, protocol = modes_of(plan.question), Protocol("prefill", plan.tail, plan.length)
-    documents = plan.documents or (prose(lm.tokenizer, plan.windows * (plan.length + plan.tail), plan.seed),)
-    windows = protocol.windows(lm, documents, plan.windows)
-    if plan.anli is None:
-        items = told_items(lm.tokenizer, plan.length, plan.samples, plan.seed)
-    else:
-        items = anli_items(plan.anli, shots=plan.shots, limit=plan.samples, seed=plan.seed)
-    cells = cells_of(plan.methods, plan.compression)
-    reading, left_out = _workable(lm, cells, plan.length)
-    choosing, also_out = _workable(lm, cells, shortest(lm, items, modes))
-    for what, out in (("perplexity", left_out), ("classification", also_out)):
-        if out:
-            warnings.warn(f"{what}: too few entries, left out: {', '.join(out)}", RestKVWarning, stacklevel=2)
-    arguments = {
-        "methods": [method.label for method in plan.methods],
-        "compression": list(plan.compression),
-        "text": "generated prose" if plan.documents is None else texts_digest(documents),
-        "length": plan.length,
-        "tail": plan.tail,
-        "windows": len(windows),
-        "tasks": list(dict.fromkeys(item.task for item in items)),
-        "questions": "generated" if plan.anli is None else digest(repr(items)),
-        "shots": 0 if plan.anli is None else plan.shots,
-        "samples": plan.samples,
-        "question": plan.question,
-        "seed": plan.seed,
-        "left out": [*left_out, *(f"{name} (classification)" for name in also_out if name not in left_out)],
-        "results": len(windows) * len(reading) + choice_rows(items, modes, choosing),
-        **setting(lm),
-    }
-    details = describe(lm, plan.methods, compressed(min(plan.compression), plan.length))
-    with open_run(folder, "smoothing", arguments, details, arguments["results"], report) as results:
-        fill_perplexity(lm, windows, protocol, reading, compressed, results)
-        fill_choices(lm, items, modes, choosing, compressed, results, once=True)
-    return folder
+        A compression that leaves a method fewer entries than it can work with is left out, and said to be (RestKVWarning); a
+        method that can work with none of them is refused.
+        """
+        least = {"length": 2, "tail": 2, "windows": 1, "samples": 1}
+        for what, bound in least.items():
+            if getattr(self, what) < bound:
+                raise PromptError(f"{what} {getattr(self, what)}: give at least {bound}")
+        check_compression(self.compression, self.length)
+        modes, protocol = modes_of(self.question), Protocol("prefill", self.tail, self.length)
+        documents = self.documents or (prose(lm.tokenizer, self.windows * (self.length + self.tail), self.seed),)
+        windows = protocol.windows(lm, documents, self.windows)
+        if self.anli is None:
+            items = told_items(lm.tokenizer, self.length, self.samples, self.seed)
+        else:
+            items = anli_items(self.anli, shots=self.shots, limit=self.samples, seed=self.seed)
+        cells = cells_of(self.methods, self.compression)
+        reading, left_out = _workable(lm, cells, self.length)
+        choosing, also_out = _workable(lm, cells, shortest(lm, items, modes))
+        for what, out in (("perplexity", left_out), ("classification", also_out)):
+            if out:
+                warnings.warn(f"{what}: too few entries, left out: {', '.join(out)}", RestKVWarning, stacklevel=2)
+        arguments = {
+            "compression": list(self.compression),
+            "text": "generated prose" if self.documents is None else texts_digest(documents),
+            "length": self.length,
+            "tail": self.tail,
+            "windows": len(windows),
+            "tasks": list(dict.fromkeys(item.task for item in items)),
+            "questions": "generated" if self.anli is None else digest(repr(items)),
+            "shots": 0 if self.anli is None else self.shots,
+            "samples": self.samples,
+            "question": self.question,
+            "seed": self.seed,
+            "left out": [*left_out, *(f"{cell} (classification)" for cell in also_out if cell not in left_out)],
+        }
+        batches = reading_batches(lm, windows, protocol, reading, compressed)
+        batches += choice_batches(lm, items, modes, choosing, compressed, once=True)
+        return Work(arguments, self.methods, compressed(min(self.compression), self.length), batches)
 
 
 def _workable(lm: LM, cells: Sequence[Cell], length: int) -> tuple[list[Cell], list[str]]:
@@ -128,3 +125,8 @@ def _workable(lm: LM, cells: Sequence[Cell], length: int) -> tuple[list[Cell], l
         if all(other.method != cell.method for other in good):
             raise why
     return good, [f"{cell.method.label} at {cell.asked:g}x" for cell in bad]
+
+
+ARGUMENTS = {"compression": must.many(must.number(1), 1), "tasks": must.many(must.name)}
+ROWS = {"perplexity": READ, "choice": CHOICE}
+register(Benchmark("smoothing", "Does smoothing pay?", smoothing_parts, ROWS, ARGUMENTS))

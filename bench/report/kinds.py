@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.published import tables as official
-from bench.report import likelihood as tables_likelihood
-from bench.report.tables import Part, Row, fidelity_parts, needle_parts, ruler_parts
+from bench.runs.benchmark import Line, Part, benchmark, names
 from bench.runs.folder import MANIFEST, SAMPLES, RunError, read_manifest, read_rows
-from bench.runs.schema import ARGUMENTS, MADE, require, require_row
+from bench.runs.schema import MADE, many, name, require, require_row, whole
 from restkv.errors import RestKVError
 from restkv.saving.strict_json import shown
-
-MAKERS = {
-    "ruler": ruler_parts,
-    "needle": needle_parts,
-    "fidelity": fidelity_parts,
-    **tables_likelihood.MAKERS,
-}
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -35,10 +25,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         require(MADE, manifest)
         kind = manifest["kind"]
-        if kind not in ARGUMENTS:
-            raise RunError(f"{folder}: a run of kind {shown(kind)}; pages are made of {', '.join(ARGUMENTS)}")
-        place = place / "arguments"
-        require(ARGUMENTS[kind], manifest["arguments"])
+        if kind not in names():
+            raise RunError(f"{folder}: a run of kind {shown(kind)}; pages are made of {', '.join(names())}")
+        place, found = place / "arguments", benchmark(kind)
+        counted = {} if found.may_grow else {"results": whole()}
+        require({"methods": many(name, 1), **counted, **found.arguments}, manifest["arguments"])
     except KeyError as error:
         raise RunError(f"{place}: has no {error}; run the bench again into another folder") from None
     except ValueError as error:
@@ -47,9 +38,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise RunError(f"{place}: {error}, not as a bench writes it; run it again into another folder") from None
     for row in rows:
         try:
-            require_row(kind, manifest["arguments"], row)
+            require_row(found.rows, manifest["arguments"], row)
         except KeyError as error:
-            raise _lacking(row["key"], error) from None
+            raise RunError(
+                f"result {shown(row['key'])} has no {error}; delete its line of {SAMPLES} and run again"
+            ) from None
         except ValueError as error:
             raise RunError(
                 f"{folder}: in the result {shown(row['key'])}, {error}; delete its line of {SAMPLES} and run again"
@@ -66,7 +59,7 @@ def fitting(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RestKVError, KeyError):
+    except RestKVError:
         raise
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -75,35 +68,30 @@ def fitting(what: str) -> Iterator[None]:
         ) from error
 
 
-def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Line]) -> list[Part]:
     """Tables and figures of a run, in reading order.
 
     Raises:
-        RunError: a row lacks something (it is named).
+        RunError: rows that do not fit together.
     """
-    if not rows:
-        return []
-    make = partial(official.parts, kind) if kind in official.TITLES else MAKERS[kind]
-    try:
-        with fitting("tables"):
-            return make(arguments, rows)
-    except KeyError as error:
-        whole = [row for row in rows if error.args[0] in row]
-        if not whole or len(whole) == len(rows):
-            raise  # not a row that lacks what others have
-        raise _lacking(next(row["key"] for row in rows if error.args[0] not in row), error) from None
+    with fitting("tables"):
+        return benchmark(kind).parts(arguments, rows) if rows else []
 
 
-def _lacking(key: str, error: KeyError) -> RunError:
-    return RunError(f"result {shown(key)} has no {error}; delete its line of {SAMPLES} and run again")
-
-
-def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> tuple[int, int]:
+def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Line]) -> tuple[int, int]:
     """Rows there are, and rows of the complete run."""
-    if "results" in arguments:
-        return len(rows), arguments["results"]
-    evicting = len(arguments["methods"]) - 1  # all but the full cache
-    modes = 2 if arguments["question"] == "both" else 1
-    places = len(arguments["tasks"]) * len(arguments["lengths"]) * len(arguments["depths"])
-    cells = 1 + evicting * len(arguments["compression"])
-    return len(rows), arguments["samples"] * places * modes * cells
+    return len(rows), benchmark(kind).total(arguments)
+
+
+def draw_pictures(folder: Path) -> list[Path]:
+    """The files that a run's benchmark draws beside its page, if any.
+
+    Raises:
+        RunError: see read_run. OutputError: one cannot be written.
+    """
+    manifest, rows = read_run(folder)
+    pictures = benchmark(manifest["kind"]).pictures
+    if pictures is None:
+        return []
+    with fitting("pictures"):
+        return pictures(rows, folder)

@@ -29,16 +29,14 @@ UNITS = {"token": "tokens", "word": "words", "byte": "text_bytes"}
 # -- accuracy
 
 
-def _anli(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def anli_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     parts = grouped(rows, "question")
     for (mode,), part in parts.items():
-        made.append(accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments, "asked", ""))
+        made.append(accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments))
         if len(arguments["tasks"]) > 1:
             made.append(_by_round(f"By round, {QUESTION[mode]}", part, arguments))
-    panels = [
-        panel(f"query-{mode}", accuracies(part, arguments, "asked"), arguments) for (mode,), part in parts.items()
-    ]
+    panels = [panel(f"query-{mode}", accuracies(part, arguments), arguments) for (mode,), part in parts.items()]
     return made + drawing(
         "Accuracy against what is kept of the prompt. Mean over rounds; bars are 95 % intervals; guessing is right in a "
         "third of all cases.",
@@ -54,7 +52,7 @@ def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -
     rounds = [task for task in arguments["tasks"] if any(row["task"] == task for row in rows)]
     full = scores_of([row for row in rows if row["method"] == FULL], "task")
     lines = []
-    for method, asked, part in by_cell(rows, arguments, "asked"):
+    for method, asked, part in by_cell(rows, arguments):
         scores = scores_of(part, "task")
         line = [method, f"{asked:g}"]
         for task in rounds:
@@ -79,7 +77,7 @@ def _nats(rows: Sequence[Row]) -> dict[Any, float]:
     return {row["window"]: row["nll"] / row["tokens"] for row in rows}
 
 
-def _perplexities(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def perplexity_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     protocol, count = arguments["protocol"], len({row["window"] for row in rows})
     read = {
         "streaming": "token by token, evicting after each",
@@ -88,7 +86,7 @@ def _perplexities(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
     }
     full = _nats([row for row in rows if row["method"] == FULL])
     lines, means = [], {}
-    for method, asked, part in by_cell(rows, arguments, "asked"):
+    for method, asked, part in by_cell(rows, arguments):
         means[method, asked] = _perplexity(part)
         ratio = paired_difference((_nats(part), full)) if method != FULL else None
         lines.append(
@@ -121,7 +119,7 @@ def _perplexities(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Par
 Values = Callable[[Sequence[Row]], dict[Any, dict[Any, float]]]  # one cell's rows: group -> sample -> value
 
 
-def _smoothing(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
+def smoothing_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     """The verdict first, then the differences it comes from, then the levels."""
     text = [row for row in rows if row["part"] == "perplexity"]
     choices = grouped([row for row in rows if row["part"] == "choice"], "question")
@@ -140,7 +138,7 @@ def _smoothing(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
         unit = "nats per token, less is better" if name == "perplexity" else "share of right answers, more is better"
         caption = f"{arguments['methods'][1]} minus the others, {name} ({unit}; paired, 95 % intervals)"
         differences.append(_by_rate(caption, found, arguments, lambda e: e.show(sign="+")))
-        cells = {(m, at): level(part) for m, at, part in by_cell(some, arguments, "asked")}
+        cells = {(m, at): level(part) for m, at, part in by_cell(some, arguments)}
         whole = next((f"{one}, n = {one.n}" for (method, _), one in cells.items() if method == FULL), "not run yet")
         title = f"{name[0].upper()}{name[1:]}"
         levels.append(_by_rate(f"{title} by compression (full cache: {whole})", cells, arguments, str))
@@ -164,7 +162,7 @@ def _by_text(rows: Sequence[Row]) -> dict[Any, dict[Any, float]]:
 def _differences(rows: Sequence[Row], arguments: Mapping[str, Any], values: Values) -> dict[tuple[str, Any], Estimate]:
     """(other method, compression) -> the subject's value minus the other's; the full cache is not among the others."""
     subject = arguments["methods"][1]
-    cells = {(method, asked): values(part) for method, asked, part in by_cell(rows, arguments, "asked")}
+    cells = {(method, asked): values(part) for method, asked, part in by_cell(rows, arguments)}
     found = {}
     for (method, asked), theirs in cells.items():
         ours = cells.get((subject, asked))
@@ -206,6 +204,3 @@ def _by_rate(
         for method in methods
     ]
     return Table(caption, ["method", *(f"{rate:g}x" for rate in rates)], lines)
-
-
-MAKERS = {"anli": _anli, "perplexity": _perplexities, "smoothing": _smoothing}

@@ -9,10 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.published.tables import TITLES as OFFICIAL_TITLES
 from bench.report.figures import as_image, need_matplotlib
 from bench.report.kinds import fitting, parts, progress, read_run
-from bench.report.tables import Table
+from bench.runs.benchmark import Table, benchmark
 from bench.runs.folder import TIMINGS
 from bench.runs.lines import RunError, lines
 from restkv.files import write_text
@@ -34,20 +33,6 @@ pre { white-space: pre-wrap; font-size: .8rem; background: #f4f4f4; padding: .6r
 .note { border-left: 4px solid #d55e00; padding-left: .8rem }
 @media print { body { max-width: none; font-size: 10pt } figure, tr { break-inside: avoid } .scroll { overflow: visible } }
 """
-TITLES = {
-    "ruler": "Retrieval (RULER families)",
-    "needle": "Needle in a haystack",
-    "fidelity": "Fidelity to the full cache",
-    **OFFICIAL_TITLES,
-    "anli": "ANLI on evicted premises",
-    "perplexity": "Perplexity",
-    "smoothing": "Does smoothing pay?",
-}
-LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -81,22 +66,6 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def latex(folder: Path) -> str:
-    """The run's tables as LaTeX (package booktabs), each under a comment with its caption; the first says how they were made.
-
-    Raises:
-        RunError: see build.
-    """
-    run = as_json(folder)
-    blocks = [f"% {_how_made(run)}"]
-    for table in run["tables"]:
-        head, *lines = [" & ".join(map(_tex, line)) + r" \\" for line in (table["columns"], *table["lines"])]
-        columns = "l" + "r" * (len(table["columns"]) - 1)
-        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines]
-        blocks.append("\n".join([f"% {table['caption']}", *body, r"\bottomrule", r"\end{tabular}"]))
-    return "\n\n".join(blocks) + "\n"
-
-
 def as_json(folder: Path) -> dict[str, Any]:
     """What bench/results keeps of a run: its manifest and tables, JSON-ready; the samples themselves are too many.
 
@@ -112,12 +81,8 @@ def as_json(folder: Path) -> dict[str, Any]:
 
 def _how_made(run: Mapping[str, Any]) -> str:
     manifest = run["manifest"]
-    how = f"{TITLES[manifest['kind']]} of {manifest['model']['fingerprint']}, {run['done']} of {run['total']} results"
+    how = f"{benchmark(manifest['kind']).title} of {manifest['model']['fingerprint']}, {run['done']} of {run['total']} results"
     return f"{how}; {_plain(manifest['versions'])}; {_plain(manifest['machine'])}."
-
-
-def _tex(text: str) -> str:
-    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def build(folder: Path) -> str:
@@ -128,7 +93,7 @@ def build(folder: Path) -> str:
     """
     manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
-    title = f"{TITLES[kind]}: {manifest['model']['fingerprint']}"
+    title = f"{benchmark(kind).title}: {manifest['model']['fingerprint']}"
     done, total = progress(kind, arguments, rows)
     body = [f"<h1>{escape(title)}</h1>", "\n".join(_how(manifest, folder))]
     if done < total:

@@ -27,21 +27,17 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from bench.runs.lines import RunError as RunError
 from bench.runs.lines import append_line, check_value, cut_unfinished_line, lines, lock, opened
+from bench.runs.rows import FORMAT, READERS, Row
 from bench.runs.schema import GENERAL, require
 from restkv import __version__
 from restkv.errors import OutputError, PromptError
 from restkv.files import refusal, write_text
 from restkv.saving.strict_json import parse, shown
 
-if TYPE_CHECKING:
-    from bench.runs.methods import Method
-    from restkv.lm import LM
-
-FORMAT = 1
 MANIFEST, SAMPLES, TIMINGS = "manifest.json", "samples.jsonl", "timings.jsonl"
 MOST_MANIFEST = 16 << 20  # bytes
 
@@ -65,8 +61,10 @@ class Run:
     _report: Report | None
     _lap: float = field(default_factory=time.perf_counter)
 
-    def add(self, key: str, row: Mapping[str, Any]) -> None:
+    def add(self, key: str, row: Row | Mapping[str, Any]) -> None:
         """Write a row, which is on the disk then, and report."""
+        if isinstance(row, Row):
+            row = {**row.line(), "versions": versions_text()}
         assert key not in self.done, f"{key} is done already"
         lap = time.perf_counter()
         timing = {"key": key, "seconds": round(lap - self._lap, 4), "finished": _now()}
@@ -77,7 +75,7 @@ class Run:
         if self._report is not None:
             self._report(len(self.done), self._total)
 
-    def add_together(self, keys: Sequence[str], make: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+    def add_together(self, keys: Sequence[str], make: Callable[[], Sequence[Row | Mapping[str, Any]]]) -> None:
         """Add those of some rows that are missing; all are made, or none.
 
         Rows of one session are computed as one batch, and a batch of other rows may round otherwise: what a broken-off run
@@ -103,7 +101,7 @@ def open_run(
     """Begin a run in a folder, or go on with the one that is there.
 
     Args:
-        kind: of run, a key of bench.report.page.TITLES.
+        kind: of run, the name of a benchmark.
         arguments: JSON-ready, all that results depend on; a folder is gone on with only where they are the same.
         details: JSON-ready, what else the manifest shall say.
         total: rows of the complete run.
@@ -128,6 +126,10 @@ def open_run(
         path = folder / MANIFEST
         if path.exists() or (folder / SAMPLES).stat().st_size:
             manifest = read_manifest(folder)
+            if manifest["format"] != FORMAT:
+                raise RunError(
+                    f"{folder}: holds a run of format {manifest['format']}, this version writes {FORMAT}; choose another --out"
+                )
             before, now = manifest.get("arguments", {}), json.loads(json.dumps(made))
             grown = may_grow in before and _less(before[may_grow], now["arguments"][may_grow])
             if grown:
@@ -149,37 +151,6 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def setting(lm: LM) -> dict[str, Any]:
-    """Which model, where and how: what the results of every run depend on, for its arguments."""
-    from restkv.saving.store import fingerprint
-
-    return {
-        "model": fingerprint(lm.model),
-        "tokenizer": lm.tokenizer.digest,
-        "device": lm.device.type,
-        "backend": lm.backend,
-    }
-
-
-def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
-    """What a manifest says besides the arguments: the policies in full (budgets and windows are said by each row), the model."""
-    from restkv.saving.store import fingerprint
-
-    config = lm.config
-    return {
-        "methods": {method.label: method.describe(entries) for method in methods},
-        "model": {
-            "fingerprint": fingerprint(lm.model),
-            "family": config.family,
-            "layers": config.num_layers,
-            "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
-            "max_positions": config.max_positions,
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "bytes_per_token": config.kv_bytes_per_token(lm.dtype),
-        },
-    }
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of results.
 
@@ -192,8 +163,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = parse(text.decode())
     except ValueError:
         raise RunError(f"{path}: not a manifest; name the folder of a run") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RunError(f"{path}: not a manifest of format {FORMAT}; run the bench again with this version")
+    said = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(said) is not int or said not in READERS:
+        known = " or ".join(map(str, READERS))
+        raise RunError(f"{path}: not a manifest of format {known}; run the bench again with this version")
     try:
         require(GENERAL, manifest, all_of_them=False)
     except ValueError as error:
@@ -202,16 +175,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All finished rows of a folder, also of one that is being written to, without their check values.
+    """All finished rows of a folder, also of one that is being written to, in this version's format and without check values.
 
     Raises:
         RunError: a line is no JSON object with a key, has the key of an earlier one, or is not as it was written (it is named).
     """
     path = folder / SAMPLES
     try:
-        check = read_manifest(folder).get("check")
+        manifest = read_manifest(folder)
     except RunError:
-        check = None  # whoever makes something of the rows needs the manifest too, and says what is wrong with it
+        manifest = {}  # whoever makes something of the rows needs the manifest too, and says what is wrong with it
+    check, kind, current = manifest.get("check"), manifest.get("kind", ""), READERS[manifest.get("format", FORMAT)]
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines(path), 1):
         if not line.endswith(b"\n"):
@@ -232,7 +206,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
             )
         if key in rows:
             raise RunError(f"{path}: line {number} repeats the result {shown(key)}; delete it")
-        rows[key] = row
+        rows[key] = current(kind, row)
     return list(rows.values())
 
 

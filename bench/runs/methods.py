@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.runs.folder import digest
+from bench.runs.rows import FULL
 from bench.runs.together import kept_mean, prefill_together
 from restkv.cli.options import parse_field
 from restkv.errors import PolicyError
@@ -27,9 +28,7 @@ from restkv.generate import Session
 from restkv.lm import LM
 from restkv.patterns import Pattern
 from restkv.policies import Policy, get_policy, policy_class
-from restkv.saving.store import policy_to_dict
-
-FULL = "full"
+from restkv.saving.store import fingerprint, policy_to_dict
 
 
 @dataclass(frozen=True)
@@ -168,3 +167,30 @@ def equal_bytes(
         low = max(fits, default=low)
         high = min((budget for budget in budgets if budget > low), default=high)
     return replace(policy, budget=low)
+
+
+def setting(lm: LM) -> dict[str, Any]:
+    """Which model, where and how: what the results of every run depend on, for its arguments."""
+    return {
+        "model": fingerprint(lm.model),
+        "tokenizer": lm.tokenizer.digest,
+        "device": lm.device.type,
+        "backend": lm.backend,
+    }
+
+
+def describe(lm: LM, methods: Sequence[Method], entries: int) -> dict[str, Any]:
+    """What a manifest says besides the arguments: the policies in full (budgets and windows are said by each row), the model."""
+    config = lm.config
+    return {
+        "methods": {method.label: method.describe(entries) for method in methods},
+        "model": {
+            "fingerprint": fingerprint(lm.model),
+            "family": config.family,
+            "layers": config.num_layers,
+            "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
+            "max_positions": config.max_positions,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "bytes_per_token": config.kv_bytes_per_token(lm.dtype),
+        },
+    }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.runs.methods import Method, equal_bytes
+from bench.runs.rows import Row
+from bench.runs.together import Held
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.policies import Policy
@@ -30,17 +32,23 @@ class Cell:
         clear = self.method.full or (float(short) == self.asked and repr(self.asked) != "1.0")
         return f"{self.method.label}/{short if clear else repr(self.asked)}"
 
-    def about(self, entries: int, policy: Policy) -> dict[str, Any]:
-        """What a row says of it: what was asked for, and the policy it became."""
-        return {
-            "method": self.method.label,
-            "preset": self.method.preset,
-            "asked": self.asked,
-            "entries": None if self.method.full else entries,
-            "granularity": policy.granularity,
-            "budget": policy.budget,
-            "observed": policy.window,
-        }
+    def row(
+        self, entries: int, policy: Policy, held: Held, about: Mapping[str, Any], measures: Mapping[str, Any]
+    ) -> Row:
+        """A result in this cell. entries: what `asked` came to; policy: what the method became; about, measures: see Row."""
+        return Row(
+            about,
+            self.method.label,
+            self.method.preset,
+            self.asked,
+            None if self.method.full else entries,
+            policy.granularity,
+            policy.budget,
+            policy.window,
+            round(held.kept, 3),
+            held.bytes,
+            measures,
+        )
 
 
 def cells_of(methods: Sequence[Method], budgets: Sequence[Asked]) -> list[Cell]:

@@ -1,12 +1,13 @@
-"""What a manifest and its results must hold before a table is made of them: names, types and ranges, by the kind of run.
+"""What a manifest and its results must hold before a table is made of them: names, types and ranges.
 
 A folder of results may have been edited, mixed up, or made by something else; a table of it would be wrong or fail somewhere
-in its making. Each check raises ValueError with what is wrong; bench/report/kinds.py adds where.
+in its making. What those of a benchmark must hold besides it says itself (bench/runs/benchmark.py). A check raises ValueError
+with what is wrong; bench/report/kinds.py adds where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from restkv.saving.strict_json import shown
@@ -81,106 +82,12 @@ MADE: Fields = {
     "started": name,
 }
 
-_METHODS: Fields = {"methods": many(name, 1)}
-_GRID: Fields = {
-    **_METHODS,
-    "tasks": many(name, 1),
-    "lengths": many(whole(1), 1),
-    "depths": many(maybe(number(0, 1)), 1),
-    "compression": many(number(1), 1),
-    "samples": whole(1),
-    "question": one_of("aware", "agnostic", "both"),
-}
-_COUNTED: Fields = {**_METHODS, "results": whole()}
-_OFFICIAL: Fields = {
-    **_COUNTED,
-    "tasks": many(name, 1),
-    "budgets": many(ASKED),
-    "protocol": name,
-    "checkpoint": name,
-    "model": name,
-    "max_length": maybe(whole()),
-}
-ARGUMENTS: Mapping[str, Fields] = {
-    "ruler": _GRID,
-    "needle": _GRID,
-    "fidelity": {**_COUNTED, "context": whole(1), "oracle_context": whole(1)},
-    "anli": {**_COUNTED, "tasks": many(name, 1)},
-    "perplexity": {
-        **_COUNTED,
-        "protocol": one_of("streaming", "prefill", "chunked"),
-        "tokens": whole(),
-        "context": whole(),
-        "chunk": whole(),
-    },
-    "smoothing": {**_COUNTED, "compression": many(number(1), 1), "tasks": many(name)},
-    "longbench": _OFFICIAL,
-    "infinitebench": _OFFICIAL,
-    "ruler-official": _OFFICIAL,
-    "needle-official": _OFFICIAL,
-}
-
-_SCORED: Fields = {"method": name, "kept": number(0), "score": SCORE, "task": name, "index": whole()}
-_CHOICE: Fields = {**_SCORED, "question": MODE, "asked": ASKED}
-_PLACED: Fields = {
-    **_SCORED,
-    "question": MODE,
-    "length": whole(1),
-    "depth": maybe(number(0, 1)),
-    "compression": number(1),
-}
-_READ: Fields = {
-    "method": name,
-    "kept": number(0),
-    "asked": ASKED,
-    "window": whole(),
-    "nll": number(),
-    "tokens": whole(1),
-    "words": whole(),
-    "text_bytes": whole(),
-}
-_TEXT: Fields = {
-    "method": name,
-    "entries": whole(),
-    "kept": number(0),
-    "kl": number(),
-    "top1": SCORE,
-    "nll": number(),
-    "full_nll": number(),
-    "error": maybe(many(number(), 1)),
-}
-_ORACLE: Fields = {
-    "method": name,
-    "entries": whole(),
-    "kept": number(0),
-    **{part: maybe(many(number(), 1)) for part in ("error", "window", "future", "overlap")},
-}
-_ANSWERED: Fields = {
-    **_SCORED,
-    "length": maybe(whole()),
-    "depth": maybe(number(0, 1)),
-    "budget": maybe(ASKED),
-    "wording": name,
-    "chat": boolean,
-    "tokens": whole(),
-    "cut": whole(),
-}
-ROWS: Mapping[str, Fields | Mapping[str, Fields]] = {
-    "ruler": _PLACED,
-    "needle": {**_PLACED, "depth": number(0, 1)},
-    "anli": _CHOICE,
-    "perplexity": _READ,
-    "longbench": _ANSWERED,
-    "infinitebench": _ANSWERED,
-    "ruler-official": {**_ANSWERED, "length": whole(1)},
-    "needle-official": {**_ANSWERED, "length": whole(1), "depth": number(0, 1)},
-}
-PARTS: Mapping[str, Mapping[str, Fields]] = {  # kinds whose rows are of several parts
-    "fidelity": {"text": _TEXT, "oracle": _ORACLE},
-    "smoothing": {"perplexity": _READ, "choice": _CHOICE},
-}
+# Of every row, as far as tables are made of it.
+ROW: Fields = {"method": name, "asked": ASKED, "kept": number(0)}
+SCORED: Fields = {"score": SCORE, "task": name, "index": whole()}  # an answer that is right to some degree
+LAYERS = many(number(), 1)
 # Fields whose values are among those of an argument, so that tables and figures have no more places than were asked for.
-AMONG = {"method": "methods", "length": "lengths", "depth": "depths", "task": "tasks"}
+AMONG = {"method": "methods", "length": "lengths", "depth": "depths", "task": "tasks", "asked": "budgets"}
 
 
 def require(fields: Fields, value: Mapping[str, Any], all_of_them: bool = True) -> None:
@@ -197,24 +104,23 @@ def require(fields: Fields, value: Mapping[str, Any], all_of_them: bool = True) 
             raise ValueError(f"{field} is {shown(value[field])}")
 
 
-def require_row(kind: str, arguments: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-    """A result of a run of this kind.
+def require_row(rows: Fields | Mapping[str, Fields], arguments: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """A result; `rows` and `arguments` are those of its benchmark and its run.
 
     Raises:
         KeyError: it lacks a field. ValueError: a field is not as it should be.
     """
-    fields: Any = ROWS.get(kind)
-    if kind in PARTS:
-        if not one_of(*PARTS[kind])(row["part"]):
+    fields: Any = rows
+    if all(isinstance(part, Mapping) for part in rows.values()):
+        if not one_of(*rows)(row["part"]):
             raise ValueError(f"part is {shown(row['part'])}")
-        fields = PARTS[kind][row["part"]]
+        fields = rows[row["part"]]
+    fields = {**ROW, **fields}
     require(fields, row)
     for field, argument in AMONG.items():
         values = arguments.get(argument)
         if not isinstance(values, list) or not values or None in values:  # a depth of None is left to the task
             continue
-        if field in fields and row[field] is not None and row[field] not in values:
+        full = field == "asked" and row["method"] == "full"
+        if field in fields and row[field] is not None and row[field] not in values and not full:
             raise ValueError(f"{field} is {shown(row[field])}, which is not among the run's {argument}")
-    budgets: Sequence[Any] = arguments.get("budgets", ())
-    if fields is _ANSWERED and row["budget"] is not None and row["budget"] not in budgets:
-        raise ValueError(f"budget is {shown(row['budget'])}, which is not among the run's budgets")

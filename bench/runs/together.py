@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,14 +33,10 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Held:
-    """What a policy has kept of a prompt: entries per layer and KV head, and bytes."""
+    """What a policy has kept of a prompt: entries per layer and KV head, and bytes (None: not counted)."""
 
     kept: float
-    bytes: int
-
-    def about(self) -> dict[str, Any]:
-        """What a row says of it."""
-        return {"kept": round(self.kept, 3), "bytes": self.bytes}
+    bytes: int | None
 
 
 @dataclass

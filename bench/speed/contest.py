@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,10 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bench.report.stats import Estimate
 from bench.runs.folder import machine as described_machine
 from bench.runs.methods import Method
 from bench.speed.floor import Machine, decode_floor, machine_rows, matrix_parameters, measure_machine, prefill_floor
@@ -33,9 +31,6 @@ from modeling.families.registry import config_from_dict, read_config
 from restkv.errors import PromptError
 from restkv.patterns import parse_prefill
 from restkv.saving.store import policy_to_dict
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Shapes as config.json has them; the weights are random, nothing is downloaded.
 PRESETS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("presets.json").read_text())
@@ -351,111 +346,3 @@ def _quartiles(laps: Sequence[float]) -> tuple[float, float, float]:
 
 def _brief(row: Mapping[str, Any]) -> str:
     return f"{row['contestant']} {row['tpot_ms']:.1f} ms"
-
-
-# -- tables and figures
-
-
-def title(result: Mapping[str, Any]) -> str:
-    contest = result["contest"]
-    shape = contest["preset"] or contest["model"]
-    text = f"{shape}, {contest['dtype']}, budget {contest['budget']}, {contest['device']}, {contest['threads']} threads"
-    if "rates" in result:
-        rate = result["rates"]
-        text += f"; reads {rate['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies "
-        text += f"{rate['operations_per_s'] / 1e9:.0f} GFLOP/s"
-    return text
-
-
-def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines."""
-    if result["kind"] == "memory":
-        columns = [
-            "contestant",
-            "context",
-            "batch",
-            "kept",
-            "loaded",
-            "prefill peak",
-            "after it",
-            "decode peak",
-            "cache",
-        ]
-        names = ["loaded", "prefill_peak", "after_prefill", "decode_peak", "cache"]
-        return columns, [
-            [*_who(row), f"{row['kept']:,.0f}", *(f"{row[f'{name}_bytes'] / 1e6:,.1f} MB" for name in names)]
-            for row in result["rows"]
-        ]
-    columns = [
-        "contestant",
-        "context",
-        "batch",
-        "kept",
-        "cache MB",
-        "TTFT s",
-        "of floor",
-        "evicting",
-        "TPOT ms",
-        "with evictions",
-        "tokens/s",
-        "of floor",
-    ]
-    columns += ["first round s", "graphs, new"]
-    return columns, [
-        [
-            *_who(row),
-            f"{row['kept']:,.0f}",
-            f"{row['cache_bytes'] / 1e6:.1f}",
-            "" if row["ttft_s"] is None else f"{row['ttft_s']:.2f}",
-            _share(row["ttft_floor_s"], row["ttft_s"]),
-            _share(row["evicting_s"], row["ttft_s"]),
-            f"{row['tpot_ms']:.1f}",
-            "" if row["tpot_with_evictions_ms"] is None else f"{row['tpot_with_evictions_ms']:.1f}",
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['share_of_floor']:.0%}",
-            f"{row['first_round_s']:.1f}",
-            f"{row['graphs']}, {row['new_graphs']}",
-        ]
-        for row in result["rows"]
-    ]
-
-
-def _share(part: float | None, whole: float | None) -> str:
-    return "" if part is None or whole is None else f"{part / whole:.1%}"
-
-
-def _who(row: Mapping[str, Any]) -> list[str]:
-    return [row["contestant"], f"{row['context']:,}", str(row["batch"])]
-
-
-def figure(result: Mapping[str, Any]) -> Figure:
-    """Latency, or memory, against context: one panel per batch size."""
-    from bench.report.figures import Line, Panel, line_panels
-
-    names = list(dict.fromkeys(row["contestant"] for row in result["rows"]))
-    speed = result["kind"] == "speed"
-    panels = []
-    for batch in result["contest"]["batches"]:
-        lines = []
-        for name in names:
-            rows = [row for row in result["rows"] if (row["contestant"], row["batch"]) == (name, batch)]
-            values = [_tpot(row) if speed else _exact(row["prefill_peak_bytes"] / 1e6) for row in rows]
-            lines.append(Line(name, [row["context"] for row in rows], values))
-        panels.append(Panel(f"batch {batch}", lines))
-    y_name = "TPOT, ms" if speed else "peak above the weights, MB"
-    return line_panels(panels, names, "context, tokens", y_name, log_x=True, log_y=True)
-
-
-def _tpot(row: Mapping[str, Any]) -> Estimate:
-    low, high = row["tpot_quartiles_ms"]
-    return Estimate(row["tpot_ms"], low, high, 1)
-
-
-def _exact(value: float) -> Estimate:
-    return Estimate(value, value, value, 1)
-
-
-if __name__ == "__main__":
-    from restkv.cli import main
-
-    sys.exit(main(["bench", "speed", *sys.argv[1:]]))

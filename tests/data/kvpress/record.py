@@ -1,8 +1,8 @@
 """Record what NVIDIA kvpress keeps on small random models, so that our policies are tested against it without it.
 
-    bench/speed/peers/.venv/bin/python bench/speed/peers/record_kvpress.py --out tests/data/kvpress
+    bench/speed/peers/.venv/bin/python tests/data/kvpress/record.py --out tests/data/kvpress
 
-README.md beside this file makes that environment, lists the tensors of a case, and says what each press computes.
+bench/speed/peers/README.md makes that environment, lists the tensors of a case, and says what each press computes.
 
 Shapes: H query heads, K KV heads, G = H/K, L prompt length, D head dim, C kept entries of one head.
 """
