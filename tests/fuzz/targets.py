@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from families import CASES, save_case
 from hypothesis import strategies as st
 from mutations import HOSTILE, edited, torn, written
 from safetensors.torch import load_file, safe_open
-from test_tokenizer import KINDS, TOKENS
+
+from make.families import CASES, save_case
+from make.toy_tokenizers import KINDS, TOKENS
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _checkpoint(folder: Path, name: str, tokenizer: str = "byte_level", **config
     """A tiny random checkpoint with a tokenizer whose ids it has."""
 
     def make(place: Path) -> None:
-        import families
+        from make import families
 
         before, families.VOCAB = families.VOCAB, 420
         try:

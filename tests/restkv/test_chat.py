@@ -1,0 +1,473 @@
+"""Chats: the cache holds what was said and nothing else, the system prompt stays, and no interruption leaves a trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import restkv
+from laws.kept import engine_kept
+from make.chats import CHATML, SYSTEM, TEMPLATES, TURNS, say
+from restkv.budgets import Pyramid
+from restkv.chat import Chat
+from restkv.context import CompressedContext
+from restkv.errors import OutputError, PolicyError, PromptError, RestKVWarning, TokenizerError
+from restkv.lm import LM
+from restkv.policies import H2O, POLICIES, FullCache, LaCache, ReSTKV, SnapKV, StreamingLLM, get_policy
+
+
+@pytest.fixture(scope="module")
+def lm(rambler) -> LM:
+    return restkv.load(rambler)
+
+
+@pytest.fixture(scope="module")
+def templated(rambler, tmp_path_factory):
+    """templated(name): the same checkpoint with a chat template."""
+    made = {}
+
+    def get(name: str) -> LM:
+        if name not in made:
+            folder = Path(shutil.copytree(rambler, tmp_path_factory.mktemp("templated") / name))
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            template = TEMPLATES.get(name, name)
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+            made[name] = restkv.load(folder)
+        return made[name]
+
+    return get
+
+
+def with_eos(lm: LM, *tokens: int) -> LM:
+    """The same model, ending its answers at other tokens."""
+    twin = LM(lm.model, lm.tokenizer)
+    twin.config = replace(lm.config, eos_token_ids=tokens)
+    return twin
+
+
+def holds_what_was_said(chat: Chat) -> None:
+    """With a full cache: its entries are those of chat.tokens, all but an unread last one."""
+    read = int(chat.session.cache.next_pos[0])
+    assert len(chat.tokens) - 1 <= read <= len(chat.tokens)
+    assert all(held == list(range(read)) for layer in engine_kept(chat.session, 0) for held in layer)
+    expected = chat.lm.logits(chat.tokens[:read])[-1]
+    assert (chat.session.logits_BV[0] - expected).abs().max() < 1e-3
+
+
+# -- what the cache holds
+
+
+@pytest.mark.parametrize("system", [None, SYSTEM])
+def test_lines_without_a_template(lm, system):
+    chat, encode = Chat(lm, FullCache(), system), lm.tokenizer.encode
+    expected = encode(f"{system}\n" if system else "")
+    for number, turn in enumerate(TURNS):
+        expected += encode(("\n" if number else "") + turn + "\n", bos=False)
+        answer = say(chat, turn)
+        expected += answer.tokens
+        assert chat.tokens == expected
+        holds_what_was_said(chat)
+    assert [m["role"] for m in chat.messages] == ["system"] * bool(system) + ["user", "assistant"] * 3
+    assert lm.tokenizer.decode(chat.tokens) == "\n".join(
+        m["content"] + "\n" * (m["role"] == "user" and m is not chat.messages[0]) for m in chat.messages
+    ).replace("\n\n", "\n")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [None, SYSTEM])
+def test_turns_rendered_by_a_template(templated, name, system):
+    lm = templated(name)
+    chat, tokenizer = Chat(lm, FullCache(), system), lm.tokenizer
+    user = [{"role": "user", "content": turn} for turn in TURNS]
+    first = ([{"role": "system", "content": system}] if system else []) + user[:1]
+    assert len(say(chat, TURNS[0]).tokens) == 10
+    assert chat.tokens[: len(tokenizer.chat(first))] == tokenizer.chat(first)
+    for turn in TURNS[1:]:
+        before = list(chat.tokens)
+        answer = say(chat, turn)
+        assert chat.tokens[: len(before)] == before
+        new = tokenizer.decode(chat.tokens[len(before) : len(chat.tokens) - len(answer.tokens)], skip_special=False)
+        assert (
+            new
+            == {
+                "chatml": f"</s>\n<|user|>{turn}</s>\n<|assistant|>",
+                "stripping": f" </s><s>[INST] {turn.strip()} [/INST]",
+                "rewriting": f"\n<user>{turn.upper()}\n<assistant>",
+                "moving": f"</s>[INST]{system + chr(10) if system else ''}{turn}[/INST]",
+            }[name]
+        )
+        holds_what_was_said(chat)
+    if name == "chatml":
+        said = tokenizer.render(chat.messages, add_generation_prompt=False).removesuffix("</s>\n")
+        assert tokenizer.decode(chat.tokens, skip_special=False) == said
+
+
+def test_sentencepiece_gets_no_space_between_turns(stories260k):
+    """Its tokenizer puts a space before every text; in the middle of a conversation there is none."""
+    lm = restkv.load(stories260k)
+    chat = Chat(lm, FullCache())
+    first, second = say(chat, "Lily ran."), say(chat, "Tom sat.")
+    written = lm.tokenizer.encode("Lily ran.\n") + first.tokens
+    between = chat.tokens[len(written) : len(chat.tokens) - len(second.tokens)]
+    assert lm.tokenizer.encode("Lily ran.\nTom sat.\n")[len(lm.tokenizer.encode("Lily ran.")) :] == between
+    assert lm.encode_continuation("Tom") == lm.tokenizer.encode("\nTom", bos=False)[2:]
+    assert lm.tokenizer.decode(lm.tokenizer.encode("Lily") + lm.encode_continuation("'s dog")) == "Lily's dog"
+    holds_what_was_said(chat)
+
+
+@pytest.mark.parametrize("name", ["chatml", None])
+def test_an_end_of_sequence_is_not_read(lm, templated, name):
+    """The next turn writes its own, if its template has one."""
+    lm = lm if name is None else templated(name)
+    drawn = say(Chat(lm, FullCache()), TURNS[0]).tokens
+    ending = with_eos(lm, drawn[4])
+    chat = Chat(ending, FullCache())
+    answer = say(chat, TURNS[0])
+    end = drawn.index(drawn[4])
+    assert (answer.finish_reason, answer.tokens) == ("eos", drawn[: end + 1])
+    assert chat.tokens[-end:] == drawn[:end]
+    holds_what_was_said(chat)
+    say(chat, TURNS[1])
+    holds_what_was_said(chat)
+    instantly = Chat(with_eos(lm, *range(lm.config.vocab_size)), FullCache())
+    for turn in TURNS:  # answers without a token
+        assert say(instantly, turn).text == ""
+        holds_what_was_said(instantly)
+
+
+def test_other_ends_of_an_answer(lm):
+    chat = Chat(lm, FullCache())
+    whole = say(Chat(lm, FullCache()), TURNS[0]).text
+    stop = whole[5:9]
+    answer = say(chat, TURNS[0], stop=stop)
+    assert (answer.finish_reason, answer.text) == ("stop", whole[: whole.index(stop)])
+    assert chat.messages[-1]["content"] == answer.text
+    holds_what_was_said(chat)
+    say(chat, TURNS[1], ignore_eos=True, temperature=2.0, seed=3)
+    holds_what_was_said(chat)
+
+
+def test_turns_that_cannot_be_said(lm, templated):
+    chat = Chat(lm, ReSTKV(64))
+    for text, words in (
+        ("", "is empty"),
+        ("  \n", "is empty"),
+        (b"Tom", "b'Tom' is no text"),
+        (None, "None is no text"),
+    ):
+        with pytest.raises(PromptError, match=f"the message {words}"):
+            chat.send(text)
+    with pytest.raises(PromptError, match="max_new_tokens=0"):
+        chat.send("Tom", max_new_tokens=0)
+    with pytest.raises(PromptError, match="no tokenizer"):
+        Chat(LM(lm.model, None), ReSTKV(64))
+    assert (chat.messages, chat.tokens, chat.session, chat.stats) == ([], [], None, None)
+    deaf = Chat(templated("{{ messages[-1].content }}"), ReSTKV(64))
+    say(deaf, "Tom")
+    said = list(deaf.tokens)
+    with pytest.raises(PromptError, match=r"does not repeat the last answer.*--no-template"):
+        say(deaf, "Lily")
+    assert deaf.tokens == said and len(deaf.messages) == 2
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    with pytest.raises(TokenizerError, match="no system role"):
+        say(Chat(templated(no_system), ReSTKV(64), SYSTEM), "Tom")
+    plain = Chat(templated("chatml"), ReSTKV(64), template=False)
+    say(plain, "Tom")
+    assert plain.tokens[:-10] == lm.tokenizer.encode("Tom\n")
+
+
+def test_positions_that_run_out_are_remarked_on_once(lm):
+    lm = LM(lm.model, lm.tokenizer)
+    lm.config = replace(lm.config, max_positions=50)
+    with pytest.warns(RestKVWarning, match="outgrows the model's 50 positions"):
+        chat = Chat(lm, ReSTKV(40))
+        for turn in TURNS:
+            say(chat, turn)
+    assert len(chat.tokens) > 60
+
+
+@pytest.mark.filterwarnings("error::restkv.errors.RestKVWarning")
+def test_slots_do_not_run_out(lm):
+    lm = LM(lm.model, lm.tokenizer)
+    lm.config = replace(lm.config, max_positions=50)
+    chat = Chat(lm, StreamingLLM(40))
+    for turn in TURNS:
+        say(chat, turn)
+    assert len(chat.tokens) > 60
+
+
+# -- eviction
+
+
+POLICY = {
+    name: get_policy(name, budget=48, interval=8, **({"window": 8} if POLICIES[name].window > 8 else {}))
+    for name in POLICIES
+    if name not in ("full", "pyramidkv")
+} | {
+    "pyramidkv": SnapKV(48, window=8, interval=8, budget_by=Pyramid(beta=2)),  # the usual 20 starves the last layer
+    "restkv query": ReSTKV(48, window=8, interval=8, granularity="query"),
+    "restkv global": ReSTKV(48, window=8, interval=8, gqa="joint", budget_by="global"),
+    "restkv once": ReSTKV(48, window=8, interval=None),
+    "h2o every step": H2O(48, recent=8),
+    "streamingllm every step": StreamingLLM(48),
+}
+
+
+@pytest.mark.parametrize("policy", POLICY.values(), ids=POLICY)
+def test_the_system_prompt_is_never_evicted(policy, lm, tmp_path):
+    chat = Chat(lm, policy, SYSTEM)
+    spared = len(lm.tokenizer.encode(SYSTEM + "\n"))
+    for number, turn in enumerate(TURNS * 3):
+        answer = say(chat, turn, max_new_tokens=12)
+        assert answer.stats.question == ("agnostic" if number else "aware")
+        for layer in engine_kept(chat.session, 0):
+            for held in layer:
+                assert held[:spared] == list(range(spared))
+        if number == 4:
+            chat.save(tmp_path / "chat")
+            chat = Chat.load(tmp_path / "chat", lm)
+            chat.change(replace(policy, interval=policy.interval and 5))
+    assert (0, spared) in chat.policy.protect
+    assert len(chat.tokens) > 200
+    assert chat.stats.seen == [int(chat.session.cache.next_pos[0])]
+    if policy.interval:
+        assert max(map(max, chat.stats.kept)) <= 2 * 48 + 12 < 150  # query heads may hold disjoint sets
+    assert lm.tokenizer.decode(chat.tokens[:spared]) == SYSTEM + "\n"
+
+
+@pytest.mark.parametrize("name", ["chatml", "stripping", "moving"])
+def test_the_template_around_the_system_prompt_stays_too(templated, name):
+    lm = templated(name)
+    chat = Chat(lm, SnapKV(64, window=8, interval=8), SYSTEM)
+    for turn in TURNS * 2:
+        say(chat, turn)
+    ((start, spared),) = chat.policy.protect
+    before = lm.tokenizer.render([*chat.messages[:1], {"role": "user", "content": "?"}]).partition("?")[0]
+    assert start == 0 and lm.tokenizer.decode(chat.tokens[:spared], skip_special=False) == before
+    assert all(held[:spared] == list(range(spared)) for layer in engine_kept(chat.session, 0) for held in layer)
+
+
+def test_a_system_prompt_that_does_not_come_first_is_remarked_on(templated):
+    backward = "{% for m in messages | reverse %}{{ m.content }}\n{% endfor %}"
+    with pytest.warns(RestKVWarning, match="does not put the system prompt first"):
+        say(Chat(templated(backward), ReSTKV(64), SYSTEM), "Hello")
+
+
+def test_a_budget_too_small_for_the_system_prompt(lm):
+    chat = Chat(lm, ReSTKV(20, window=8), SYSTEM)
+    spared = len(lm.tokenizer.encode(SYSTEM + "\n"))
+    with pytest.raises(
+        PolicyError, match=f"no room for the system prompt's {spared} tokens and the 8 newest .* of 20;"
+    ):
+        say(chat, "Tom")
+    assert (chat.tokens, len(chat.messages)) == ([], 1)
+    chat.change(ReSTKV(8 + spared, window=8))
+    assert say(chat, "Tom").stats.budget == 8 + spared
+    before, session = chat.policy, chat.session
+    starved = SnapKV(48, window=8, budget_by="pyramid")
+    for policy in (ReSTKV(20, window=8), LaCache(16), H2O(24), starved):
+        with pytest.raises(PolicyError):
+            chat.change(policy)
+        assert chat.policy is before and chat.session is session
+
+
+@pytest.mark.parametrize("policy", [ReSTKV(0.5), get_policy("h2o", preset="ratio"), LaCache(1.0)])
+def test_a_fraction_of_a_conversation_is_refused(policy, lm):
+    with pytest.raises(PolicyError, match=r"budget \d\.\d: a chat grows"):
+        Chat(lm, policy)
+    chat = Chat(lm, ReSTKV(64))
+    with pytest.raises(PolicyError, match="a chat grows"):
+        chat.change(policy)
+
+
+def test_another_policy_reads_everything_anew(lm):
+    chat = Chat(lm, ReSTKV(40, window=8), SYSTEM)
+    for turn in TURNS:
+        say(chat, turn)
+    policy = SnapKV(44, window=4, interval=8)
+    chat.change(policy)
+    expected = lm.compress(chat.tokens, chat.policy)
+    assert replace(chat.policy, protect=()) == policy
+    assert engine_kept(chat.session, 0) == engine_kept(expected._session, 0)
+    assert (chat.session.logits_BV - expected._session.logits_BV).abs().max() < 1e-5
+    answer = say(chat, TURNS[0])
+    asked = expected.ask("\n" + TURNS[0] + "\n", max_new_tokens=10)
+    assert answer.tokens == asked.tokens
+    chat.change(FullCache())
+    holds_what_was_said(chat)
+    untold = Chat(lm, ReSTKV(40), SYSTEM)
+    untold.change(policy)
+    assert (untold.policy, untold.session) == (policy, None)
+
+
+def test_a_first_turn_in_chunks(lm):
+    long = " ".join(TURNS * 8)
+    chat = Chat(lm, ReSTKV(48, window=8), SYSTEM, prefill="chunked", chunk=32)
+    say(chat, long)
+    assert (0, len(lm.tokenizer.encode(SYSTEM + "\n"))) in chat.policy.protect
+    assert chat.stats.max_kept <= 48 + 32 + 10
+    with pytest.raises(PromptError, match="prefill 'sideways'"):
+        say(Chat(lm, ReSTKV(48), prefill="sideways"), "Tom")
+
+
+def test_starting_anew(lm, templated):
+    chat = Chat(templated("chatml"), ReSTKV(64, window=8, protect=((3, 5),)), SYSTEM, template=False)
+    first = say(chat, TURNS[0])
+    again = chat.anew()
+    assert (again.messages, again.tokens, again.policy.protect) == (chat.messages[:1], [], ((3, 5),))
+    assert say(again, TURNS[0]).tokens == first.tokens
+
+
+@pytest.mark.slow
+def test_a_compiled_chat_compiles_for_its_first_turn_only(lm):
+    eager, compiled = (Chat(LM(lm.model, lm.tokenizer, backend), H2O(48, interval=8)) for backend in ("sdpa", "flex"))
+    for number, turn in enumerate(TURNS * 2):
+        answer = say(compiled, turn)
+        assert answer.tokens == say(eager, turn).tokens
+        assert number < 2 or answer.stats.graphs == 0  # the first turn compiles single tokens, the second whole chunks
+
+
+# -- interruptions
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_an_answer_broken_off_is_kept_as_far_as_it_came(stops, pieces, lm):
+    chat = Chat(lm, FullCache())
+    whole = say(Chat(lm, FullCache()), TURNS[0], max_new_tokens=30)
+    stream = chat.send(TURNS[0], max_new_tokens=30)
+    words = iter(stream)
+    heard = "".join(next(words) for _ in range(pieces))
+    assert chat.stats is None
+    if stops:
+        chat.stop()
+        holds_what_was_said(chat)
+    say(chat, TURNS[1])
+    assert chat.messages[1]["content"] == heard
+    assert whole.text.startswith(heard) and heard != whole.text
+    holds_what_was_said(chat)
+    assert list(words) == []
+    with pytest.raises(RuntimeError, match="not ended yet"):
+        _ = stream.generation
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_message_whose_answer_nobody_hears_is_read(stops, before, lm):
+    chat = Chat(lm, FullCache())
+    for _ in range(before):
+        say(chat, TURNS[2])
+    chat.send(TURNS[0])
+    if stops:
+        chat.stop()
+        chat.stop()
+        holds_what_was_said(chat)
+    assert say(chat, TURNS[1]).stats.question == "agnostic"
+    assert [m["content"] for m in chat.messages[2 * before :][:3]] == [TURNS[0], "", TURNS[1]]
+    holds_what_was_said(chat)
+
+
+def test_a_message_never_heard_that_cannot_be_read_is_not_said(lm):
+    chat = Chat(lm, ReSTKV(20, window=8), SYSTEM)
+    chat.send(TURNS[0])
+    with pytest.raises(PolicyError, match="no room for the system prompt"):
+        chat.change(ReSTKV(64))
+    chat.change(ReSTKV(64))
+    say(chat, TURNS[1])
+    assert [m["content"] for m in chat.messages[:2]] == [SYSTEM, TURNS[1]]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+@pytest.mark.parametrize("policy", [FullCache(), StreamingLLM(40), ReSTKV(40, window=8, interval=4)])
+def test_an_interruption_within_a_step_leaves_no_trace(failing, policy, lm, monkeypatch):
+    """Layers that hold different tokens are thrown away: the next turn reads everything anew."""
+    chat = Chat(lm, policy)
+    first = say(chat, TURNS[0])
+    said = list(chat.tokens)
+    step, calls = lm.engine.decode, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        result = step(*arguments)  # all layers have written the tokens, but nobody has counted them
+        if calls == failing:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(lm.engine, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, TURNS[1])
+    monkeypatch.undo()
+    assert chat.session is None
+    assert chat.tokens[: len(said)] == said
+    drawn = failing - 1  # the first call reads the turn, the others what was drawn before
+    assert len(chat.messages) == (4 if drawn else 2)
+    new = lm.encode_continuation("\n" + TURNS[1] + "\n") if drawn else []
+    assert len(chat.tokens) == len(said) + len(new) + drawn
+    answer = say(chat, TURNS[2])
+    assert answer.stats.question == "aware"  # it was read together with all the rest
+    before = chat.tokens[: len(chat.tokens) - len(answer.tokens)]
+    assert answer.tokens == lm.generate(before, policy, max_new_tokens=10).tokens
+    if policy.budget is None:
+        holds_what_was_said(chat)
+    assert first.tokens == chat.tokens[len(lm.tokenizer.encode(TURNS[0] + "\n")) :][: len(first.tokens)]
+
+
+# -- on disk
+
+
+@pytest.mark.parametrize("name", [None, "chatml"])
+@pytest.mark.parametrize("policy", [ReSTKV(48, window=8, interval=8), H2O(48, recent=8), LaCache(48)])
+def test_a_saved_chat_goes_on(name, policy, lm, templated, tmp_path):
+    lm = lm if name is None else templated(name)
+    chat = Chat(lm, policy, SYSTEM, prefill="chunked", chunk=64)
+    for turn in TURNS[:2]:
+        say(chat, turn)
+    chat.save(tmp_path / "chat")
+    loaded = Chat.load(str(tmp_path / "chat"), lm)
+    assert (loaded.messages, loaded.tokens, loaded.policy) == (chat.messages, chat.tokens, chat.policy)
+    assert loaded.stats.kept == chat.stats.kept
+    for turn in TURNS:
+        assert say(loaded, turn).tokens == say(chat, turn).tokens
+    assert engine_kept(loaded.session, 0) == engine_kept(chat.session, 0)
+    loaded.change(SnapKV(52, window=4))
+    chat.change(SnapKV(52, window=4))
+    assert loaded.policy == chat.policy
+    assert engine_kept(loaded.session, 0) == engine_kept(chat.session, 0)
+
+
+def test_chats_and_contexts_are_not_mixed_up(lm, tmp_path):
+    chat = Chat(lm, ReSTKV(48))
+    with pytest.raises(PromptError, match="nothing has been said yet"):
+        chat.save(tmp_path / "chat")
+    assert not list(tmp_path.iterdir())
+    say(chat, "Tom")
+    chat.save(tmp_path / "chat")
+    lm.compress("Tom", ReSTKV(48)).save(tmp_path / "context")
+    with pytest.raises(PromptError, match=f"^{tmp_path}/chat: holds a chat, not a context"):
+        CompressedContext.load(tmp_path / "chat", lm)
+    with pytest.raises(PromptError, match=f"^{tmp_path}/context: holds a context, not a chat"):
+        Chat.load(tmp_path / "context", lm)
+    with pytest.raises(OutputError, match="cannot be written"):
+        chat.save(tmp_path / "no" / "chat")
+    assert say(chat, "Lily").text  # it goes on
+
+
+def test_saving_ends_an_answer_and_mends_a_failed_turn(lm, tmp_path, monkeypatch):
+    chat = Chat(lm, FullCache())
+    for _ in chat.send(TURNS[0]):
+        chat.save(tmp_path / "chat")
+        break
+    loaded = Chat.load(tmp_path / "chat", lm)
+    assert loaded.messages == chat.messages and len(chat.messages) == 2
+    holds_what_was_said(loaded)
+    monkeypatch.setattr(lm.engine, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, TURNS[1])
+    monkeypatch.undo()
+    chat.save(tmp_path / "chat")
+    holds_what_was_said(Chat.load(tmp_path / "chat", lm))
