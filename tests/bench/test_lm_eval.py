@@ -15,6 +15,7 @@ import tomllib
 import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
     rows = [
         {"text": text, "choices": some} for text, some in zip(contexts, [*choices, ["The end", "One"]], strict=True)
     ]
-    lines = {
+    lines: dict[str, list[dict[str, Any]]] = {
         "choice": rows,
         "rolling": [{"text": text} for text in [*TEXTS, STORY[:250]]],
         "answer": [{"text": t} for t in TEXTS],
@@ -280,9 +281,12 @@ def test_continuations_of_a_context_share_its_prefill(monkeypatch):
 
     prompts = []
     prefill = Session.prefill
-    monkeypatch.setattr(
-        Session, "prefill", lambda self, rows, *more: (prompts.extend(rows), prefill(self, rows, *more))
-    )
+
+    def noting(self, rows, *more):
+        prompts.extend(rows)
+        return prefill(self, rows, *more)
+
+    monkeypatch.setattr(Session, "prefill", noting)
     model = ours(budget=16, window=8, batch_size=2)
     model.loglikelihood(asks(*[(context, end) for end in (" a", " the ball", " 12") for context in TEXTS[:3]]))
     assert sorted(map(len, prompts)) == sorted(len(model.tok_encode(text)) for text in TEXTS[:3])

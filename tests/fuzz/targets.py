@@ -130,8 +130,8 @@ def _with_weights(folders: list[Path]) -> st.SearchStrategy[Case]:
         if draw(st.integers(0, 3)):
             files = {"m/model.safetensors": data}
         else:
-            index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(header, "a.safetensors")}
-            index["weight_map"].pop("__metadata__", None)
+            places = {name: "a.safetensors" for name in header if name != "__metadata__"}
+            index = {"metadata": {"total_size": 1}, "weight_map": places}
             files = {"m/model.safetensors.index.json": draw(torn(written(draw(edited(index)))))}
             files["m/a.safetensors"] = draw(st.sampled_from([whole, data]))
         return Case(("generate", "m", *ASK), files, _linked(folder, "model.safetensors"))
@@ -249,7 +249,7 @@ def _with_template(folders: list[Path]) -> st.SearchStrategy[Case]:
                 config = draw(edited(config, ["name", "template", "default"]))
             files = {"m/tokenizer_config.json": written(config).encode("utf-8", "surrogatepass")}
         if draw(st.booleans()):
-            command = ("generate", "m", "-p", "a b", "-n", "2", "--budget", "16", "--set", "window=2")
+            command: tuple[str, ...] = ("generate", "m", "-p", "a b", "-n", "2", "--budget", "16", "--set", "window=2")
             stdin = b""
         else:
             command, stdin = ("chat", "m", "-n", "2", "--budget", "64", "--set", "window=2"), b"a\nb\n/stats\n"

@@ -8,7 +8,7 @@ from twins.stepwise import Kept
 
 def engine_kept(session: Session, row: int) -> Kept:
     """Positions that one row of a session holds, as Row.kept() lists them."""
-    kept = []
+    kept: Kept = []
     for layer in session.cache.layers:
         slot_RC, pos_RC = layer.slots()
         lists = range(row * layer.heads, (row + 1) * layer.heads)

@@ -54,7 +54,7 @@ def snapshot(cache: KVCache) -> Snapshot:
 
 def positions(lists: Sequence[Entries]) -> list[list[int]]:
     """Positions per KV head or, where query heads have sets of their own, per query head."""
-    out = []
+    out: list[list[int]] = []
     for entries in lists:
         lines = [[True] * len(entries.pos)] if entries.seen is None else entries.seen
         out.extend([p for p, has in zip(entries.pos, line, strict=True) if has] for line in lines)

@@ -398,8 +398,8 @@ def test_a_cascade_is_one_selection_from_all_layers(monkeypatch, variant, granul
     done = run(ENGINE, replace(uniform, budget_by=spread), PROMPTS, new=0)
     for row, kept in enumerate(done.kept):
         layers = seen[row * LAYERS : (row + 1) * LAYERS]
-        columns = zip(*(uniform.ranking(obs) for obs in layers), strict=True)
-        keeps = spread.select_layers(*columns, torch.tensor([12]))
+        score, pos, protected = zip(*(uniform.ranking(obs) for obs in layers), strict=True)
+        keeps = spread.select_layers(score, pos, protected, torch.tensor([12]))
         assert kept == [[head.nonzero()[:, 0].tolist() for head in keep_BXC[0]] for keep_BXC in keeps]
         assert sum(len(head) for heads in kept for head in heads) == 12 * LAYERS * len(kept[0])
 

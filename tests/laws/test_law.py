@@ -25,7 +25,7 @@ from torch import Tensor
 
 from laws.law import protected, snapshot, watched
 from make.small import small_ids, small_model
-from modeling.layers import Decoder
+from modeling.layers import Block, Decoder
 from modeling.pages import UNBOUNDED
 from restkv import generate
 from restkv.errors import PolicyError
@@ -42,7 +42,8 @@ FEW, MANY = 60, 625  # examples of each of the 8 tests: 480 on every run, 5,000 
 def model_of(double: bool, softcap: float | None, **traits: Any) -> Decoder:
     model = small_model(**traits)
     model = exact(model) if double else model
-    for part in (model, *model.blocks):  # `exact` takes no capped model; attention itself caps in float64
+    parts: list[Decoder | Block] = [model, *model.blocks]
+    for part in parts:  # `exact` takes no capped model; attention itself caps in float64
         part.config = replace(part.config, attn_softcap=softcap)
     return model
 
@@ -156,7 +157,7 @@ def policies(draw: Callable, scores: st.SearchStrategy, longest: int) -> Policy:
         options["high_water"] = budget + draw(st.integers(0, 9))
     if draw(st.integers(0, 4)) == 0 and not slots and not span:
         budget = draw(st.floats(0.05, 1.0))
-    return get_policy(**options, window=window, sinks=sinks, budget=budget, interval=interval)
+    return get_policy(options.pop("name"), **options, window=window, sinks=sinks, budget=budget, interval=interval)
 
 
 @st.composite

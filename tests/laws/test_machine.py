@@ -354,10 +354,10 @@ class Machine(RuleBasedStateMachine):
         forks: int,
     ) -> None:
         engine, policy, told = ENGINES[model], POLICIES[METHODS[method % len(METHODS)]], self._told()
-        lengths = lengths[: 1 + rows % 2]
+        given = lengths[: 1 + rows % 2]
         how = "chunked" if chunked else "dense"
-        session = Session(engine, policy, lengths, room, prefill=how, chunk=chunk, extends=True, forks=forks)
-        prompts = [self._ids(length) for length in lengths]
+        session = Session(engine, policy, given, room, prefill=how, chunk=chunk, extends=True, forks=forks)
+        prompts = [self._ids(length) for length in given]
         session.prefill(prompts)
         live = Live(session, [Twin(engine, policy, length) for length in lengths], chunk)
         logits: list[Tensor | None] = []
@@ -457,7 +457,7 @@ class Machine(RuleBasedStateMachine):
             (logits,) = twin.absorb([ids[begin : begin + live.chunk]], told)
         assert len(got) == answer
         for step, token in enumerate(got):
-            assert logits.max() - logits[token] < CLOSE
+            assert logits is not None and logits.max() - logits[token] < CLOSE
             if step + 1 < answer:
                 (logits,) = twin.absorb([[token]], told)
         self._done(None, [], told)

@@ -6,6 +6,7 @@ Letters: B batch rows, V vocabulary, L prompt length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def follow(
     rows = [Row(model, policy) for _ in lengths]
     prompts = [small_ids(length, seed=7 + i) for i, length in enumerate(lengths)]
     more = [small_ids(steps, seed=70 + i) for i, _ in enumerate(lengths)]
-    how = {} if chunk is None else {"prefill": "chunked", "chunk": chunk}
+    how: dict[str, Any] = {} if chunk is None else {"prefill": "chunked", "chunk": chunk}
     session = Session(Engine(model, "sdpa"), policy, lengths, steps, extends=bool(turns), **how)
 
     def compare(step, logits, running):
@@ -200,7 +201,8 @@ def test_a_full_cache_in_chunks_is_the_dense_prefill(chunk, windows):
     model = exact(small_model(2, windows=windows))
     prompts = [small_ids(50), small_ids(3, seed=1)]
     sessions = []
-    for how in ({}, {"prefill": "chunked", "chunk": chunk}):
+    ways: list[dict[str, Any]] = [{}, {"prefill": "chunked", "chunk": chunk}]
+    for how in ways:
         session = Session(Engine(model, "sdpa"), FullCache(), [50, 3], 4, **how)
         session.prefill(prompts)
         session.feed(torch.tensor([1, 2]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from restkv.chat import Chat
-from restkv.results import Generation
+from restkv.generate import Session
+from restkv.results import Generation, Stats
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
@@ -38,3 +39,15 @@ def say(chat: Chat, text: str, **options) -> Generation:
     for _ in stream:
         pass
     return stream.generation
+
+
+def session_of(chat: Chat) -> Session:
+    """The session of a chat that has begun."""
+    assert chat.session is not None
+    return chat.session
+
+
+def stats_of(chat: Chat) -> Stats:
+    """The statistics of a chat that has begun."""
+    assert chat.stats is not None
+    return chat.stats

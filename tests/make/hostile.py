@@ -32,7 +32,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def alter_remarks(draw: Callable[..., Any], remarks: Any) -> Any:
     """Something else in one place, or one part more or fewer."""
     everywhere = list(places(remarks))
-    *way, last = (None, *everywhere[draw(st.integers(0, len(everywhere) - 1))])
+    way: list[Any] = [None, *everywhere[draw(st.integers(0, len(everywhere) - 1))]]
+    last = way.pop()
     holder: Any = {None: remarks}
     top = holder
     for key in way:

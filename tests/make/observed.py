@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 
@@ -83,7 +85,7 @@ def root_for(policy, w_o, kv_heads):
     return root_of(w_o) if "root" in policy.needs else None
 
 
-shapes = st.fixed_dictionaries(
+shapes: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**31),
         "rows": st.integers(1, 3),

@@ -89,7 +89,7 @@ def ruler_row(task: str, number: int = 0, prefix_apart: bool = True) -> dict[str
     prefix = " Answer: it is"
     if prefix_apart:
         return row | {"length_w_model_temp": 70, "answer_prefix": prefix}
-    return row | {"input": row["input"] + prefix}
+    return row | {"input": f"{row['input']}{prefix}"}
 
 
 def write_ruler(folder: Path, lengths: Sequence[int] = (128, 256), rows: int = 1) -> Path:

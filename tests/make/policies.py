@@ -6,7 +6,7 @@ from restkv.policies import H2O, POLICIES, LaCache, ReSTKV, SnapKV, StreamingLLM
 
 FOUR = (None,) * 4  # layers: LaCache's shortest ladders need as many
 POLICY = {
-    name: get_policy(name, **({} if name == "full" else {"budget": 20, "interval": 8}), **more)
+    name: get_policy(name, None, **({} if name == "full" else {"budget": 20, "interval": 8}), **more)
     for name in POLICIES
     for more in [{"window": 4} if POLICIES[name].window > 20 and name != "full" else {}]
 } | {

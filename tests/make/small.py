@@ -53,7 +53,7 @@ def small_model(
     random = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            parameter += torch.empty_like(parameter).uniform_(-0.4, 0.4, generator=random)
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4, generator=random))
         else:
             parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5, generator=random)
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import pytest
@@ -263,7 +264,7 @@ def test_attention_never_writes_out_all_logits_of_a_chunk(softcap):
 @pytest.mark.parametrize(("queries", "pairs"), [(1, 1), (3, 1), (1, 100), (5, 1000)])
 def test_masked_attention_in_pieces_is_attention_at_once(queries, pairs, monkeypatch):
     q_THD, k_KCD, v_KCD = (torch.randn(shape, dtype=torch.float64) for shape in ((13, 6, 8), (2, 20, 8), (2, 20, 8)))
-    how = {"scale": 1.0, "softcap": None, "window": 9}
+    how: dict[str, Any] = {"scale": 1.0, "softcap": None, "window": 9}
     at_once = causal_attention(q_THD, k_KCD, v_KCD, 7, **how)
     monkeypatch.setattr("modeling.attention.MASKED_QUERIES", queries)
     monkeypatch.setattr("modeling.attention.MASKED_PAIRS", pairs)
@@ -273,7 +274,7 @@ def test_masked_attention_in_pieces_is_attention_at_once(queries, pairs, monkeyp
 @pytest.mark.parametrize("logits", [1, 100, 1000])
 def test_soft_capped_attention_in_pieces_is_attention_at_once(logits, monkeypatch):
     q_THD, k_KCD, v_KCD = (torch.randn(shape, dtype=torch.float64) for shape in ((13, 6, 8), (2, 20, 8), (2, 20, 8)))
-    how = {"scale": 1.0, "softcap": 2.0, "window": 9}
+    how: dict[str, Any] = {"scale": 1.0, "softcap": 2.0, "window": 9}
     at_once = causal_attention(q_THD, k_KCD, v_KCD, 7, **how)
     monkeypatch.setattr("modeling.attention.CAPPED_LOGITS", logits)
     assert largest_gap(causal_attention(q_THD, k_KCD, v_KCD, 7, **how), at_once) < 1e-12
@@ -370,7 +371,7 @@ def masked_twice(window_of) -> float:
             seq_lengths=(columns, columns),
             compute_q_blocks=False,
         )
-        options = {"PARTITION_SIZE": 31}
+        options: Any = {"PARTITION_SIZE": 31}
         return flex_attention(q_11TD, k_11CD, k_11CD, block_mask=block_mask, scale=1.0, kernel_options=options)
 
     def both(q_11TD: Tensor, k_11CD: Tensor, pages: Tensor) -> Tensor:

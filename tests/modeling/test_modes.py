@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def day(lm: LM, folder: Path, mode: Callable[[], Any]) -> list[Any]:
         return result
 
     for policy in (POLICY, H2O(20, interval=3), StreamingLLM(20), ExpectedAttention(20, window=4, interval=8)):
-        said += [row.tokens for row in under(lambda p=policy: lm.generate([ids, ids[:9]], p, **SAMPLED))]
+        said += [row.tokens for row in under(partial(lm.generate, [ids, ids[:9]], policy, **SAMPLED))]
     sparse = "flexprefill:block=32:min_budget=32"
     said.append(under(lambda: lm.generate(ids, POLICY, prefill=sparse, max_new_tokens=9)).tokens)
     said.append(under(lambda: lm.generate(ids, POLICY, prefill="chunked", chunk=16, max_new_tokens=9)).tokens)
@@ -120,6 +121,7 @@ def talk(folder: Path, place: Path, mode: Callable[[], Any]) -> list[Any]:
     with mode():
         chat.save(place / "chat")
         chat = Chat.load(place / "chat", lm)
+        assert chat.stats is not None
         said.append(chat.stats.kept)
     said.append("".join(chat.send("four", max_new_tokens=12)))
     with mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -133,9 +134,13 @@ def test_logits_logprobs_and_scores():
     session = Session(lm.engine, FullCache(), [len(IDS), 20], 30, extends=True)
     session.prefill([IDS, IDS[:20]])
     assert all(map(math.isfinite, lm.logprobs(IDS, [[1, 2, 7]])))  # the last token is judged, not read
-    for call in (lambda: lm.logprobs(IDS, [[1, 2], [1, 7, 2]]), lambda: session.logprobs([[1, 2], [1, 7, 2]])):
+    asked: list[Callable[[], object]] = [
+        lambda: lm.logprobs(IDS, [[1, 2], [1, 7, 2]]),
+        lambda: session.logprobs([[1, 2], [1, 7, 2]]),
+    ]
+    for ask in asked:
         with pytest.raises(NumericError) as error:
-            call()
+            ask()
         one_line(error, "the embedding of token 7")
 
 

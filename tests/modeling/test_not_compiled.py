@@ -7,6 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -40,15 +41,15 @@ def environment(name: str, value: str) -> Iterator[None]:
         yield
 
 
-def stance(*words: str, **options: str) -> contextlib.AbstractContextManager:
+def stance(*words: str, **options: Any) -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance(*words, **options)
 
 
-def dynamo(**settings: object) -> contextlib.AbstractContextManager:
+def dynamo(**settings: Any) -> contextlib.AbstractContextManager:
     return torch._dynamo.config.patch(**settings)
 
 
-def inductor(**settings: object) -> contextlib.AbstractContextManager:
+def inductor(**settings: Any) -> contextlib.AbstractContextManager:
     import torch._inductor.config
 
     return torch._inductor.config.patch(**settings)
@@ -163,7 +164,7 @@ def test_sparse_kernels_are_refused_as_well(off, monkeypatch):
     )  # torch.compile remembers what TORCHDYNAMO_DISABLE was
     q_THD, k_KLD, v_KLD = torch.randn(64, 4, 16), torch.randn(2, 64, 16), torch.randn(2, 64, 16)
     chosen = BlockMap(torch.eye(2, dtype=torch.bool).expand(4, 2, 2), 32)
-    how = {"scale": 0.25, "softcap": None, "window": None}
+    how: dict[str, Any] = {"scale": 0.25, "softcap": None, "window": None}
     with switch(), pytest.raises(CompileError, match=words):
         sparse_attention(q_THD, k_KLD, v_KLD, 0, chosen, backend="flex", **how)
 
@@ -178,7 +179,12 @@ def test_what_has_been_compiled_before_is_not_passed_over():
         for one in ("eager_on_recompile", "fail_on_recompile"):  # the graph is there: nothing is recompiled
             with torch.compiler.set_stance(one):
                 assert lm.generate(IDS, POLICY, max_new_tokens=30).tokens == want.tokens
-        for shut in ({"stance": "force_eager"}, {"force_backend": "eager"}, {"force_backend": "aot_eager"}):
+        ways: list[dict[str, Any]] = [
+            {"stance": "force_eager"},
+            {"force_backend": "eager"},
+            {"force_backend": "aot_eager"},
+        ]
+        for shut in ways:
             session = Session(Engine(weights, "flex", named), POLICY, [70], 30)
             session.prefill([IDS])
             for _ in range(5):

@@ -5,6 +5,8 @@ Letters: B batch rows, T new tokens, K KV heads, G query heads per KV head, W re
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,9 +53,15 @@ def test_padding_writes_zeros_and_changes_no_row(real, value, window, softcap):
     """Rows of one step, some of their tokens padding whose embedding is poison, are the rows alone."""
     model = small_model(attn_softcap=softcap, windows=(3, None), fused=len(real) % 2 == 0)
     model.embed_tokens.weight[0] = value
-    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": torch.float32, "device": torch.device("cpu")}
+    shape: dict[str, Any] = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
 
-    def run(rows: list[int]) -> tuple[KVCache, torch.Tensor]:
+    def run(rows: list[int]) -> tuple[KVCache, list[list[torch.Tensor]]]:
         cache = KVCache.create(
             windows=(3, None), rows=len(rows), entries=12, page=4, window=window, companions=COMPANIONS, **shape
         )

@@ -65,6 +65,9 @@ class Entry(NamedTuple):
     bits: list[bool]
 
 
+Lives = list[list[list[Entry]]]  # of every layer, list and place
+
+
 class Life(RuleBasedStateMachine):
     """A cache of two layers over one pool that starts too small, and its forks; every list has a model, a list of Entry."""
 
@@ -72,7 +75,7 @@ class Life(RuleBasedStateMachine):
     def create(self, rows, heads, seed):
         cache = cache_of((None, None), rows, heads, companions=COMPANIONS, shared=True)
         self.pool = cache.layers[0].pool
-        self.caches = [(cache, [[[] for _ in range(rows * heads)] for _ in cache.layers])]
+        self.caches: list[tuple[KVCache, Lives]] = [(cache, [[[] for _ in range(rows * heads)] for _ in cache.layers])]
         self.next_pos = 0
         # Blocks that add nothing to the residual stream: every layer's keys follow from the token and its position alone.
         self.model = small_model(windows=(None, None), kv_heads=heads, group=GROUP, head_dim=D)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -155,10 +157,10 @@ def test_pyramid_released_code(layer, shared):
 @given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 4), normalize=st.booleans(), exact=st.booleans())
 def test_adakv_equals_its_loops(data, rows, heads, normalize, exact):
     # Infinite scores have no share of a sum, and sums of random floats depend on their order.
-    tensors = data.draw(layers_of(rows, heads, *((MILD, False) if normalize else ())))
+    score, pos, protected = tensors = data.draw(layers_of(rows, heads, *((MILD, False) if normalize else ())))
     floor = data.draw(st.sampled_from(FLOORS))
     budget = torch.tensor(data.draw(st.lists(st.integers(0, 16), min_size=rows, max_size=rows)))
-    keep = AdaKV(floor=floor, normalize=normalize, exact=exact).select(*tensors, budget)
+    keep = AdaKV(floor=floor, normalize=normalize, exact=exact).select(score, pos, protected, budget)
     for row in range(rows):
         score, pos, protected = per_row(tensors, row)
         want = reference.adakv(score, pos, protected, int(budget[row]), floor, normalize, exact)
@@ -231,7 +233,8 @@ def models(draw):
 @given(models())
 def test_global_equals_its_loops(model):
     layers, budget, floor = model
-    keeps = Global(floor=floor).select_layers(*zip(*layers, strict=True), budget)
+    scores, positions, safes = zip(*layers, strict=True)
+    keeps = Global(floor=floor).select_layers(scores, positions, safes, budget)
     for row, limit in enumerate(budget.tolist()):
         kept = {(n, *entry) for n, keep in enumerate(keeps) for entry in columns_of(keep[row])}
         assert kept == reference.whole_model([per_row(layer, row) for layer in layers], limit, floor)
@@ -249,7 +252,8 @@ def test_global_equals_its_loops(model):
 def test_cascade_is_the_one_selection(model):
     layers, budget, floor = model
     allocation = Global(floor=floor)
-    at_once = allocation.select_layers(*zip(*layers, strict=True), budget)
+    scores, positions, safes = zip(*layers, strict=True)
+    at_once = allocation.select_layers(scores, positions, safes, budget)
     for row, limit in enumerate(budget.tolist()):
         cascade = allocation.cascade(len(layers), limit)
         alive: list[torch.Tensor] = []  # (head, column) of each layer's survivors
@@ -307,10 +311,13 @@ def test_global_keeps_nothing_hidden_in_preference_to_something_visible():
 def test_a_row_of_a_batch_is_a_row_alone_and_other_padding_changes_nothing(data, rows, heads):
     score, pos, protected = data.draw(layers_of(rows, heads))
     budget = torch.tensor(data.draw(st.lists(st.integers(0, 16), min_size=rows, max_size=rows)))
-    wider = [torch.nn.functional.pad(t, (3, 2), value=fill) for t, fill in ((score, 7.0), (pos, -1), (protected, True))]
+    padded = ((score, 7.0), (pos, -1), (protected, True))
+    wide_score, wide_pos, wide_protected = (torch.nn.functional.pad(t, (3, 2), value=fill) for t, fill in padded)
     for cls in ALLOCATIONS.values():
         keep = cls().select(score, pos, protected, budget)
-        assert torch.equal(cls().select(*wider, budget)[..., 3 : 3 + keep.shape[-1]], keep)
+        assert torch.equal(
+            cls().select(wide_score, wide_pos, wide_protected, budget)[..., 3 : 3 + keep.shape[-1]], keep
+        )
         for row in range(rows):
             one = slice(row, row + 1)
             assert torch.equal(cls().select(score[one], pos[one], protected[one], budget[one]), keep[one])
@@ -340,18 +347,23 @@ def test_an_allocation_can_be_a_name_or_an_object_of_any_policy():
     assert [cls().layers(64, 32, 2, 40) for cls in (Allocation, AdaKV, Global)] == [[64, 64]] * 3
 
 
+def given_anyhow(**options: Any) -> dict[str, Any]:
+    """Options of types that a type checker would refuse."""
+    return options
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Pyramid(beta=0), "budget_by pyramid: beta 0: give a whole number of at least 1"),
-        (lambda: Pyramid(beta=2.5), "budget_by pyramid: beta 2.5: give a whole number"),
+        (partial(Pyramid, **given_anyhow(beta=2.5)), "budget_by pyramid: beta 2.5: give a whole number"),
         (lambda: Pyramid(beta=True), "budget_by pyramid: beta True: give a whole number"),
-        (lambda: Pyramid(exact="yes"), "budget_by pyramid: exact 'yes': give True or False"),
+        (partial(Pyramid, **given_anyhow(exact="yes")), "budget_by pyramid: exact 'yes': give True or False"),
         (lambda: AdaKV(floor=1.5), "budget_by adakv: floor 1.5: give the share .* in \\[0, 1\\]"),
         (lambda: AdaKV(floor=math.nan), "budget_by adakv: floor nan: give the share"),
-        (lambda: AdaKV(normalize=1), "budget_by adakv: normalize 1: give True or False"),
+        (partial(AdaKV, **given_anyhow(normalize=1)), "budget_by adakv: normalize 1: give True or False"),
         (lambda: Global(floor=-0.1), "budget_by global: floor -0.1: give the share"),
-        (lambda: Global(floor="8"), "budget_by global: floor '8': give the share"),
+        (partial(Global, **given_anyhow(floor="8")), "budget_by global: floor '8': give the share"),
     ],
 )
 def test_refused_in_one_line(make, message):

@@ -6,12 +6,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import restkv
 from laws.kept import engine_kept
-from make.chats import CHATML, SYSTEM, TEMPLATES, TURNS, say
+from make.chats import CHATML, SYSTEM, TEMPLATES, TURNS, say, session_of, stats_of
 from restkv.budgets import Pyramid
 from restkv.chat import Chat
 from restkv.context import CompressedContext
@@ -51,11 +52,12 @@ def with_eos(lm: LM, *tokens: int) -> LM:
 
 def holds_what_was_said(chat: Chat) -> None:
     """With a full cache: its entries are those of chat.tokens, all but an unread last one."""
-    read = int(chat.session.cache.next_pos[0])
+    session = session_of(chat)
+    read = int(session.cache.next_pos[0])
     assert len(chat.tokens) - 1 <= read <= len(chat.tokens)
-    assert all(held == list(range(read)) for layer in engine_kept(chat.session, 0) for held in layer)
+    assert all(held == list(range(read)) for layer in engine_kept(session_of(chat), 0) for held in layer)
     expected = chat.lm.logits(chat.tokens[:read])[-1]
-    assert (chat.session.logits_BV[0] - expected).abs().max() < 1e-3
+    assert (session.logits_BV[0] - expected).abs().max() < 1e-3
 
 
 # -- what the cache holds
@@ -153,12 +155,13 @@ def test_other_ends_of_an_answer(lm):
 
 def test_turns_that_cannot_be_said(lm, templated):
     chat = Chat(lm, ReSTKV(64))
-    for text, words in (
+    cases: list[tuple[Any, str]] = [
         ("", "is empty"),
         ("  \n", "is empty"),
         (b"Tom", "b'Tom' is no text"),
         (None, "None is no text"),
-    ):
+    ]
+    for text, words in cases:
         with pytest.raises(PromptError, match=f"the message {words}"):
             chat.send(text)
     with pytest.raises(PromptError, match="max_new_tokens=0"):
@@ -204,7 +207,7 @@ def test_slots_do_not_run_out(lm):
 
 
 POLICY = {
-    name: get_policy(name, budget=48, interval=8, **({"window": 8} if POLICIES[name].window > 8 else {}))
+    name: get_policy(name, None, budget=48, interval=8, **({"window": 8} if POLICIES[name].window > 8 else {}))
     for name in POLICIES
     if name not in ("full", "pyramidkv")
 } | {
@@ -224,7 +227,7 @@ def test_the_system_prompt_is_never_evicted(policy, lm, tmp_path):
     for number, turn in enumerate(TURNS * 3):
         answer = say(chat, turn, max_new_tokens=12)
         assert answer.stats.question == ("agnostic" if number else "aware")
-        for layer in engine_kept(chat.session, 0):
+        for layer in engine_kept(session_of(chat), 0):
             for held in layer:
                 assert held[:spared] == list(range(spared))
         if number == 4:
@@ -233,9 +236,9 @@ def test_the_system_prompt_is_never_evicted(policy, lm, tmp_path):
             chat.change(replace(policy, interval=policy.interval and 5))
     assert (0, spared) in chat.policy.protect
     assert len(chat.tokens) > 200
-    assert chat.stats.seen == [int(chat.session.cache.next_pos[0])]
+    assert stats_of(chat).seen == [int(session_of(chat).cache.next_pos[0])]
     if policy.interval:
-        assert max(map(max, chat.stats.kept)) <= 2 * 48 + 12 < 150  # query heads may hold disjoint sets
+        assert max(map(max, stats_of(chat).kept)) <= 2 * 48 + 12 < 150  # query heads may hold disjoint sets
     assert lm.tokenizer.decode(chat.tokens[:spared]) == SYSTEM + "\n"
 
 
@@ -248,7 +251,7 @@ def test_the_template_around_the_system_prompt_stays_too(templated, name):
     ((start, spared),) = chat.policy.protect
     before = lm.tokenizer.render([*chat.messages[:1], {"role": "user", "content": "?"}]).partition("?")[0]
     assert start == 0 and lm.tokenizer.decode(chat.tokens[:spared], skip_special=False) == before
-    assert all(held[:spared] == list(range(spared)) for layer in engine_kept(chat.session, 0) for held in layer)
+    assert all(held[:spared] == list(range(spared)) for layer in engine_kept(session_of(chat), 0) for held in layer)
 
 
 def test_a_system_prompt_that_does_not_come_first_is_remarked_on(templated):
@@ -292,8 +295,8 @@ def test_another_policy_reads_everything_anew(lm):
     chat.change(policy)
     expected = lm.compress(chat.tokens, chat.policy)
     assert replace(chat.policy, protect=()) == policy
-    assert engine_kept(chat.session, 0) == engine_kept(expected._session, 0)
-    assert (chat.session.logits_BV - expected._session.logits_BV).abs().max() < 1e-5
+    assert engine_kept(session_of(chat), 0) == engine_kept(expected._session, 0)
+    assert (session_of(chat).logits_BV - expected._session.logits_BV).abs().max() < 1e-5
     answer = say(chat, TURNS[0])
     asked = expected.ask("\n" + TURNS[0] + "\n", max_new_tokens=10)
     assert answer.tokens == asked.tokens
@@ -309,7 +312,7 @@ def test_a_first_turn_in_chunks(lm):
     chat = Chat(lm, ReSTKV(48, window=8), SYSTEM, prefill="chunked", chunk=32)
     say(chat, long)
     assert (0, len(lm.tokenizer.encode(SYSTEM + "\n"))) in chat.policy.protect
-    assert chat.stats.max_kept <= 48 + 32 + 10
+    assert stats_of(chat).max_kept <= 48 + 32 + 10
     with pytest.raises(PromptError, match="prefill 'sideways'"):
         say(Chat(lm, ReSTKV(48), prefill="sideways"), "Tom")
 
@@ -430,14 +433,14 @@ def test_a_saved_chat_goes_on(name, policy, lm, templated, tmp_path):
     chat.save(tmp_path / "chat")
     loaded = Chat.load(str(tmp_path / "chat"), lm)
     assert (loaded.messages, loaded.tokens, loaded.policy) == (chat.messages, chat.tokens, chat.policy)
-    assert loaded.stats.kept == chat.stats.kept
+    assert stats_of(loaded).kept == stats_of(chat).kept
     for turn in TURNS:
         assert say(loaded, turn).tokens == say(chat, turn).tokens
-    assert engine_kept(loaded.session, 0) == engine_kept(chat.session, 0)
+    assert engine_kept(session_of(loaded), 0) == engine_kept(session_of(chat), 0)
     loaded.change(SnapKV(52, window=4))
     chat.change(SnapKV(52, window=4))
     assert loaded.policy == chat.policy
-    assert engine_kept(loaded.session, 0) == engine_kept(chat.session, 0)
+    assert engine_kept(session_of(loaded), 0) == engine_kept(session_of(chat), 0)
 
 
 def test_chats_and_contexts_are_not_mixed_up(lm, tmp_path):

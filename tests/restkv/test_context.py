@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -327,11 +328,12 @@ def test_policies_survive_json(policy):
 
 def test_policies_that_this_version_does_not_know_are_refused():
     saved = store.policy_to_dict(ReSTKV(20, window=4))
-    for change, words in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"name": "nothing"}, "'nothing' is unknown"),
         ({"budget_by": {"name": "lottery"}}, "'lottery' is unknown"),
         ({"colour": 3}, "do not fit this version.*colour"),
-    ]:
+    ]
+    for change, words in changes:
         with pytest.raises(PolicyError, match=words):
             store.policy_from_dict(saved | change)
 
@@ -436,7 +438,8 @@ def test_an_answer_broken_off_changes_nothing(stories260k):
     for piece in context.stream(" She", max_new_tokens=12):
         assert piece
         break
-    for question, options in [("", {}), (" She", {"max_new_tokens": 0}), ([99999], {})]:
+    refused: list[tuple[Any, dict[str, Any]]] = [("", {}), (" She", {"max_new_tokens": 0}), ([99999], {})]
+    for question, options in refused:
         with pytest.raises(PromptError):
             context.ask(question, **options)
     assert [layer.pool.free_pages for layer in context._session.cache.layers] == pages

@@ -105,7 +105,8 @@ def test_a_temporary_file_that_another_takes_for_a_dead_ones_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its making and its lock another writer may lock it, and remove it."""
-    flock, taken = fcntl.flock, []
+    flock = fcntl.flock
+    taken: list[int] = []
 
     def first_is_taken(number: int, how: int) -> None:
         if not taken:
@@ -124,7 +125,12 @@ def test_a_temporary_file_that_another_takes_for_a_dead_ones_is_made_again(
 def test_threads_that_write_one_name_leave_one_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     texts = [str(number) * 50_000 for number in range(8)]
-    threads = [threading.Thread(target=lambda text=text: [write_text(path, text) for _ in range(5)]) for text in texts]
+
+    def write(text: str) -> None:
+        for _ in range(5):
+            write_text(path, text)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):

@@ -6,6 +6,7 @@ Letters: B batch rows, L prompt length, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import restkv
 from make.small import VOCAB, small_ids, small_lm, small_model
 from restkv.generate import Session
 from restkv.lm import LM
-from restkv.policies import H2O, FullCache, ReSTKV, SnapKV, StreamingLLM
+from restkv.policies import H2O, FullCache, Policy, ReSTKV, SnapKV, StreamingLLM
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
@@ -248,7 +249,7 @@ def test_log_probabilities_of_appended_tokens_are_those_of_reading_them_one_by_o
 # -- compiled
 
 
-COMPILED = {
+COMPILED: dict[str, tuple[Policy, dict[str, Any]]] = {
     "query sets, one budget for all layers": (
         ReSTKV(budget=20, window=4, interval=8, granularity="query", budget_by="global"),
         {"windows": (9, None)},

@@ -39,7 +39,7 @@ def nowhere(monkeypatch, tmp_path) -> Iterator[Path]:
     compiling._temporary_folder.cache_clear()
 
 
-def homeless(_: Path) -> None:
+def homeless(_: type[Path]) -> None:
     raise RuntimeError("Could not determine home directory.")
 
 

@@ -61,7 +61,9 @@ def test_roots_measure_projected_lengths():
     u = torch.randn(6, 4, generator=random, dtype=torch.float64)
     lengths = torch.stack([(w_o[:, h] @ u[h]).norm() for h in range(6)])
     torch.testing.assert_close(torch.einsum("hd,hdf->hf", u, root_of(w_o)).norm(dim=-1), lengths)
-    joint = torch.stack([sum(w_o[:, h] @ u[h] for h in heads).norm() for heads in (range(3), range(3, 6))])
+    joint = torch.stack(
+        [torch.stack([w_o[:, h] @ u[h] for h in heads]).sum(0).norm() for heads in (range(3), range(3, 6))]
+    )
     grouped = u.view(2, 3, 4)
     torch.testing.assert_close(torch.einsum("kgd,kgdf->kf", grouped, group_root_of(w_o, 2)).norm(dim=-1), joint)
 

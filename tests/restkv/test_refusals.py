@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,8 @@ def test_what_is_no_policy_is_refused_in_one_line(lm, policy):
             call()
         assert "\n" not in str(error.value)
     with pytest.raises(PolicyError, match="policy None"):
-        restkv.Chat(lm, None)
+        nothing: Any = None
+        restkv.Chat(lm, nothing)
 
 
 def test_text_needs_a_tokenizer():

@@ -37,11 +37,11 @@ def test_equals_a_sort(data, rows, heads, columns):
     for b in range(rows):
         for x in range(heads):
             limit = budget if isinstance(budget, int) else int(budget[b] if budget.ndim == 1 else budget[b, x])
-            args = [t[b, x].tolist() for t in (score, pos, protected)]
+            scores, positions, safe = (t[b, x].tolist() for t in (score, pos, protected))
             kept = set(keep[b, x].nonzero().flatten().tolist())
-            assert kept == reference.select(*args, limit)
-            held = sum(p >= 0 and bool(safe) for p, safe in zip(*args[1:], strict=True))
-            assert len(kept) == min(max(limit, held), sum(p >= 0 for p in args[1]))
+            assert kept == reference.select(scores, positions, safe, limit)
+            held = sum(p >= 0 and bool(stays) for p, stays in zip(positions, safe, strict=True))
+            assert len(kept) == min(max(limit, held), sum(p >= 0 for p in positions))
 
 
 @settings(max_examples=200)
@@ -107,5 +107,5 @@ def test_order_of_columns_does_not_matter(dtype):
     pos = torch.arange(50, dtype=dtype).expand(2, 3, 50)
     protected = torch.rand(2, 3, 50, generator=random) < 0.1
     order = torch.randperm(50, generator=random)
-    shuffled = [t[..., order] for t in (score, pos, protected)]
-    assert torch.equal(select(*shuffled, 20), select(score, pos, protected, 20)[..., order])
+    shuffled = select(score[..., order], pos[..., order], protected[..., order], 20)
+    assert torch.equal(shuffled, select(score, pos, protected, 20)[..., order])

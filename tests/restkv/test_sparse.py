@@ -306,7 +306,7 @@ def explicit(model: Decoder, ids: list[int], pattern: Pattern) -> tuple[list[tup
     length, config = len(ids), model.config
     pos_1L = torch.arange(length)[None]
     x_1LE, ropes = model.embed(torch.tensor([ids])), model.rotary(pos_1L, torch.tensor([length]))
-    layers = []
+    layers: list[tuple[Tensor, ...]] = []
     for block in model.blocks:
         q, k, v = (t[0].transpose(0, 1) for t in block.project(x_1LE, *ropes[block.rope]))
         raw = block.unrotated(x_1LE)[1][0].transpose(0, 1)
@@ -382,7 +382,8 @@ def test_a_pattern_that_lists_everything_is_the_dense_prefill():
 
 def test_ragged_batches_contexts_and_decoding_after_a_sparse_prompt():
     """A row of a batch is the prompt alone; a compressed context answers as a generation does; both backends agree."""
-    lm, how = LM(small_model(), None), {"prefill": "a-shape:block=32:sinks=4:local=32"}
+    lm = LM(small_model(), None)
+    how: dict[str, Any] = {"prefill": "a-shape:block=32:sinks=4:local=32"}
     prompts = [small_ids(LENGTH), small_ids(20, seed=1), small_ids(LENGTH + 77, seed=2)]
     policy = get_policy("restkv", budget=40, window=8)
     together = lm.generate(prompts, policy, max_new_tokens=12, **how)

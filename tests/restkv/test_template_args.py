@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,13 +92,14 @@ def test_a_template_is_chosen_by_name(lm, tmp_path):
 
 
 def test_what_is_of_no_use_is_refused_or_remarked_on(lm, rambler):
-    for options, words in (
+    useless: list[tuple[dict[str, Any], str]] = [
         ({"template_args": {"x": 1}, "template": False}, "template_args x: this chat uses no chat template"),
         ({"template_name": "terse", "template": False}, "template_name 'terse': this chat uses no chat template"),
-    ):
+    ]
+    for options, words in useless:
         with pytest.raises(PromptError, match=words):
             Chat(lm, FullCache(), **options)
-    for options, words in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"template_name": "verbose"}, "named default, terse, and none called 'verbose'"),
         ({"template_args": {"messages": []}}, "'messages': is what the chat itself says"),
         ({"template_args": {"enable thinking": 1}}, "is no name of a variable"),
@@ -105,7 +107,8 @@ def test_what_is_of_no_use_is_refused_or_remarked_on(lm, rambler):
         ({"template_args": ["x"]}, r"template variables \['x'\]: give names and values"),
         ({"template_args": "x"}, "template variables 'x': give names and values"),
         ({"template_name": ["terse"]}, r"none called \['terse'\]"),
-    ):
+    ]
+    for options, words in wrong:
         with pytest.raises(TokenizerError, match=words):
             Chat(lm, FullCache(), **options)
     with pytest.warns(RestKVWarning, match="reads no variable 'enable_thinkng'"):

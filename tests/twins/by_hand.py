@@ -57,7 +57,7 @@ def steps(policy, stream, prompt):
     The prompt's observation carries all queries, later ones the newest; mass stays with its entry.
     """
     held = [list(range(prompt)) for _ in stream.k]
-    mass = [{} for _ in stream.k]
+    mass: list[dict[int, float]] = [{} for _ in stream.k]
     for step in range(prompt, stream.k.shape[1] + 1):
         queries = np.arange(prompt) if step == prompt else np.array([step - 1])
         C = max(map(len, held))
@@ -77,8 +77,9 @@ def steps(policy, stream, prompt):
         if "mass" in policy.needs:
             gained = collected(policy, obs)
             old = [[m.get(p, 0.0) for p in row] for m, row in zip(mass, rows, strict=True)]
-            obs = replace(obs, mass=torch.tensor(old, dtype=torch.float64)[None] + gained)
-            mass = [dict(zip(row, m, strict=True)) for row, m in zip(rows, obs.mass[0].tolist(), strict=True)]
+            now = torch.tensor(old, dtype=torch.float64)[None] + gained
+            obs = replace(obs, mass=now)
+            mass = [dict(zip(row, m, strict=True)) for row, m in zip(rows, now[0].tolist(), strict=True)]
         if policy.budget < C:
             kept = policy.keep(obs)[0]
             held = [pos[0, h, kept[h]].tolist() for h in range(len(held))]

@@ -31,7 +31,7 @@ def dense_logits(model: Decoder, ids_L: Tensor, cache: DenseCache | None = None)
     pos_C = torch.arange(cache.length, device=ids_L.device)
     x_1LE = model.embed(ids_L[None])
     ropes = model.rotary(pos_L[None], torch.tensor([cache.length], device=ids_L.device))
-    for block in model.layers:
+    for block in model.blocks:
         q, k, v = (t[0] for t in block.project(x_1LE, *ropes[block.rope]))
         if block.index in cache.k:
             k, v = torch.cat((cache.k[block.index], k)), torch.cat((cache.v[block.index], v))

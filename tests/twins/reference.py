@@ -6,6 +6,7 @@ It shares no code with restkv/: W_O is applied as it is (no root of it), windows
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def removal(heads, attention, outputs, i, projections, policy):
         odds = a[i] / max(1 - a[i], np.finfo(np.float64).eps)
         change = change + w_o @ (odds * (o - head.v[i]))
         whole = whole + w_o @ o
-    size = np.linalg.norm(change)
+    size: Any = np.linalg.norm(change)
     if policy.tau != 1:
         (a,) = attention
         odds = a[i] / max(1 - a[i], np.finfo(np.float64).eps)
@@ -102,7 +103,7 @@ def rest_line(heads, projections, policy, budget):
 def drift(head, policy, budget):
     """Mean place of the entries the older queries look at most, minus the newer ones' (SPEC §1.2 item 7)."""
     kept = max(1, budget - policy.window)
-    halves = ([], [])
+    halves: tuple[list[int], list[int]] = ([], [])
     for w, row in enumerate(head.attention):
         ranked = [i for i, a in enumerate(row) if a > 0 and (policy.drift == "released" or i in head.past)]
         top = sorted(ranked, key=lambda i: row[i])[-kept:]

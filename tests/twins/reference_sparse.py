@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,6 +53,10 @@ def blocks_with(pair: Pair, length: int, size: int) -> Tensor:
     return listed_MM
 
 
+def _in_a_shape(pattern: AShape, q: int, k: int) -> bool:
+    return k < pattern.sinks or q - k < pattern.local
+
+
 def choose_slowly(
     pattern: Pattern, q_HLD: Tensor, k_KLD: Tensor, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
@@ -68,8 +73,7 @@ def choose_slowly(
     for head in range(heads):
         k_LD = k_KLD[head // (heads // len(k_KLD))].double()
         if isinstance(pattern, AShape):
-            sinks, local = pattern.sinks, pattern.local
-            one = blocks_with(lambda q, k, s=sinks, n=local: k < s or q - k < n, padded, pattern.block)
+            one = blocks_with(partial(_in_a_shape, pattern), padded, pattern.block)
         elif isinstance(pattern, VerticalSlash):
             one = _vertical_slash(pattern, weights_HLL[head], padded)
         else:

@@ -20,7 +20,7 @@ from modeling.config import RopeConfig
 from modeling.layers import Decoder, RMSNorm, linear, softcap
 from modeling.rope import rotate
 from restkv.observe import Observation
-from restkv.policies import Policy
+from restkv.policies import LaCache, Policy, StreamingLLM
 from twins.reference_policies import Ladders, best
 
 Kept = list[list[list[int]]]  # [layer][KV head, or query head][entry]: positions, ascending
@@ -242,6 +242,7 @@ class Streaming(Rule):
 
     def layer(self, index: int, prompt: bool) -> list[list[int]]:
         policy = self.policy
+        assert isinstance(policy, StreamingLLM) and isinstance(policy.budget, int)
         first = policy.sinks if policy.fill == "newest" else policy.budget - policy.window
         return [head.pos[:first] + head.pos[len(head.pos) - policy.budget + first :] for head in self.row.heads[index]]
 
@@ -285,8 +286,10 @@ class Ladder(Rule):
 
     def __init__(self, row: Row) -> None:
         super().__init__(row)
-        span = self.policy.span or row.config.num_layers // 2
-        self.slots = Ladders(row.config.num_layers, self.policy.budget, span, self.policy.overlap, self.policy.sinks)
+        policy = self.policy
+        assert isinstance(policy, LaCache)
+        span = policy.span or row.config.num_layers // 2
+        self.slots = Ladders(row.config.num_layers, policy.budget, span, policy.overlap, policy.sinks)
 
     def __call__(self, prompt: bool) -> Kept:
         lines = self.slots(len(self.row.heads[0][0].pos))

@@ -74,7 +74,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded_or_run(capsys: pyte
 
 
 def test_right_codes_stand_out_from_wrong_ones_and_narrow_screens_get_rows() -> None:
-    frame = Frame(restkv.load(RECALL).tokenizer)  # type: ignore[arg-type]
+    frame = Frame(restkv.load(RECALL).tokenizer)
     sample = make_sample("niah_single", 300, 0, 0, frame)
     text = _marked(f" {sample.answers[0]} and 12", sample)
     styles = {text.plain[span.start : span.end]: span.style for span in text.spans}

@@ -209,7 +209,7 @@ def test_odd_rows_are_refused_by_file_and_line(
 
 
 def test_every_field_of_every_task_is_missed_by_file_line_and_name(lm: restkv.LM, tmp_path: Path) -> None:
-    fields = {
+    fields: dict[str, dict[str, tuple[str, ...]]] = {
         "longbench": dict.fromkeys(METRICS, ("input", "context", "answers")),
         "infinitebench": dict.fromkeys(INFINITEBENCH_TASKS, ("input", "context", "answer")),
         "ruler": dict.fromkeys(RULER_TASKS, ("input", "outputs")),

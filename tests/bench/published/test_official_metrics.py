@@ -112,7 +112,7 @@ def test_values_by_hand(score: Any, cases: list[tuple[str, str, float]]) -> None
 
 
 def test_there_are_enough_of_them() -> None:
-    by_hand = [QA_F1, CHARACTER_F1, ROUGE_L, CLASSIFICATION, COUNT, RETRIEVAL, CODE, RULER, INFINITE]
+    by_hand: list[list[Any]] = [QA_F1, CHARACTER_F1, ROUGE_L, CLASSIFICATION, COUNT, RETRIEVAL, CODE, RULER, INFINITE]
     assert sum(map(len, by_hand)) >= 100
 
 

@@ -152,7 +152,7 @@ def test_the_chat_template_is_around_what_is_left(lm: restkv.LM, tmp_path: Path)
     text = words.decode(plain)
     assert words.decode(ids) == f"User: {text}\nShe said:" or "She said:" in words.decode(ids)
     assert ids == words.encode(words.render([{"role": "user", "content": text}]), bos=False)
-    assert ids.count(words.bos_id) == (1 if words.bos_id is not None else 0)
+    assert [token for token in ids if token == words.bos_id] == ([] if words.bos_id is None else [words.bos_id])
 
 
 # -- runs
@@ -310,7 +310,7 @@ def rows_of(arguments: dict[str, Any], tasks: list[str], score: dict[str, float]
     return rows
 
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, Any] = {
     "protocol": "official",
     "checkpoint": "Llama-3.1-8B-Instruct",
     "model": "llama-32x4096-bfloat16-0123456789abcdef",
@@ -392,21 +392,21 @@ def test_published_figures_are_those_of_the_specification(shared: Path) -> None:
     for model, shape in MODELS.items():
         line = re.search(rf"^\| {re.escape(model)} \(([\d.]+)\) \|(.*)\|$", text, re.M)
         assert line is not None
-        expected = {("full", None, None): float(line[1])}
+        expected: dict[tuple[Any, ...], float] = {("full", None, None): float(line[1])}
         for method, cell in zip(methods, line[2].split("|"), strict=True):
             means = map(float, cell.split("/"))
             expected |= {(method, b, None): mean for b, mean in zip((64, 128, 256, 512, 1024), means, strict=True)}
         if model == "Llama-3.1-8B-Instruct":
             expected |= ablations(text)
         assert published("longbench", {"checkpoint": model, "model": f"{shape}-bfloat16-0"}) == (model, expected)
-    (line,) = [line for line in text.splitlines() if line.startswith("Full 99.34/")]
+    (row,) = [line for line in text.splitlines() if line.startswith("Full 99.34/")]
     _, figures = published("ruler-official", ARGUMENTS)
     assert len(figures) == 5 * 6
-    for name, values in re.findall(r"(\S+) ((?:\d+\.\d+/){6}\d+\.\d+)", line):
-        *means, average = map(float, values.split("/"))
+    for name, values in re.findall(r"(\S+) ((?:\d+\.\d+/){6}\d+\.\d+)", row):
+        *scores, average = map(float, values.split("/"))
         method, budget = name.lower().replace("-", ""), None if name == "Full" else 1024
-        assert [figures[method, budget, 4096 << step] for step in range(6)] == means
-        assert sum(means) / 6 == pytest.approx(average, abs=0.006)
+        assert [figures[method, budget, 4096 << step] for step in range(6)] == scores
+        assert sum(scores) / 6 == pytest.approx(average, abs=0.006)
 
 
 def ablations(text: str) -> dict[tuple[Any, ...], float]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from restkv.observe import Observation
 from restkv.policies import FullCache, Policy
 
 CONTEXT, TAIL = 40, 6
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "groups": {"kv_heads": 1, "group": 4},
     "alone": {"kv_heads": 3, "group": 1},
@@ -40,7 +41,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+@pytest.fixture(scope="module", params=MODELS.values(), ids=list(MODELS))
 def lm(request: pytest.FixtureRequest) -> LM:
     return LM(small_model(3, **request.param), None)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from restkv.lm import LM
 from restkv.policies import Policy
 from twins.stepwise import Row, exact
 
-MODEL = {"seed": 3, "windows": (None, 23, None)}
+MODEL: dict[str, Any] = {"seed": 3, "windows": (None, 23, None)}
 LENGTH = 40  # tokens of a text
 
 
@@ -63,7 +64,7 @@ def slow_logprobs(model: Decoder, ids: list[int], sees: Callable[[int, int], boo
     seen_LC = torch.tensor([[j == t or (j < t and sees(t, j)) for j in range(len(ids))] for t in range(len(ids))])
     x_1LE = model.embed(torch.tensor([ids]))
     ropes = model.rotary(pos_L[None], torch.tensor([len(ids)]))
-    for block in model.layers:
+    for block in model.blocks:
         q_LHD, k_LKD, v_LKD = (t[0] for t in block.project(x_1LE, *ropes[block.rope]))
         mask_LC = seen_LC if block.window is None else seen_LC & (pos_L > pos_L[:, None] - block.window)
         o_LHD = torch.empty_like(q_LHD)
@@ -439,7 +440,7 @@ def test_odd_rows_of_anli_are_named_with_file_and_line(tmp_path: Path, line: str
 
 
 def test_data_that_are_not_there_are_named(anli: Path, tmp_path: Path) -> None:
-    for arguments, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"data": tmp_path / "elsewhere"}, "elsewhere: has no folder R1; name the folder anli_v1.0"),
         ({"rounds": (1, 4)}, "rounds 1, 4: ANLI has 1, 2, 3"),
         ({"split": "valid"}, "split 'valid' is not known; choose from train, dev, test"),
@@ -447,7 +448,8 @@ def test_data_that_are_not_there_are_named(anli: Path, tmp_path: Path) -> None:
         ({"shots": -1}, "shots -1: give at least 0"),
         ({"limit": 0}, "limit 0: give at least 1"),
         ({"fraction": 1.5}, "fraction 1.5: give a number above 0, at most 1"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(PromptError, match=message):
             anli_items(**{"data": anli, **arguments})
     (anli / "anli_v1.0" / "R2" / "test.jsonl").unlink()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def ids(frame: Frame, sample: Sample) -> list[int]:
     return context + asked
 
 
-def plan(**changes: object) -> Plan:
+def plan(**changes: Any) -> Plan:
     few = Plan(("niah_single", "cwe"), (256,), tuple(parse_methods("restkv,snapkv:granularity=query")), (8.0,), 2)
     return replace(few, **changes)
 
@@ -216,6 +217,7 @@ def test_windows_shrink_to_half_a_small_budget_unless_they_were_asked_for() -> N
 @pytest.mark.parametrize("entries", (16, 40))
 def test_every_method_keeps_the_same_bytes(lm: restkv.LM, ids: list[int], method: Method, entries: int) -> None:
     policy = equal_bytes(lm, method, entries, lambda: ids)
+    assert isinstance(policy.budget, int)
     budgets = [policy.budget] if policy.granularity == "kv" else [policy.budget, policy.budget + 1]
     kept = []
     for budget in budgets:
@@ -239,7 +241,7 @@ def test_rows_say_everything_they_depend_on(lm: restkv.LM, tmp_path: Path) -> No
     assert (row["granularity"], row["compression"], row["seed"], row["window"]) == ("query", 8, 0, 16)
     assert row["budget"] < 32 and 28 < row["kept"] < 36  # 32, found on another sample
     assert row["versions"].startswith("restkv ") and "torch" in row["versions"]
-    assert row["answers"] == list(make_sample("cwe", 256, 0, 1, Frame(lm.tokenizer)).answers)  # type: ignore[arg-type]
+    assert row["answers"] == list(make_sample("cwe", 256, 0, 1, Frame(lm.tokenizer)).answers)
     prompts = {row["prompt"] for row in rows}
     assert len(prompts) == 4 and all(row["tokens"] <= 256 for row in rows)
     described = read_manifest(tmp_path)
@@ -391,16 +393,16 @@ def test_a_broken_command_of_another_package_hides_no_other(
 ) -> None:
     from importlib.metadata import EntryPoint
 
-    from restkv import cli
+    from restkv.cli import app
 
     broken = EntryPoint("broken", "no.such.module:app", "restkv.commands")
-    monkeypatch.setattr(cli, "entry_points", lambda group: [broken])
-    cli._command.cache_clear()
+    monkeypatch.setattr(app, "entry_points", lambda group: [broken])
+    app._command.cache_clear()
     try:
         assert main(["--version"]) == 0
         assert "restkv: note: command 'broken' (no.such.module:app) cannot be used" in capsys.readouterr().err
     finally:
-        cli._command.cache_clear()
+        app._command.cache_clear()
 
 
 def test_all_tasks_are_known_to_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,15 +212,15 @@ def test_the_verdict_says_where_the_subject_is_better_and_where_nobody_knows() -
     assert text.lines == [["rival", "+0.000 [+0.000, +0.000]", "-1.000 [-1.000, -1.000]"]]
     assert choice.lines == [["rival", "+0.000 [+0.000, +0.000]", "+1.000 [+1.000, +1.000]"]]
     swapped = {**arguments, "methods": ["full", "rival", "restkv"]}
-    verdict = parts("smoothing", swapped, rows)[0]
-    assert isinstance(verdict, Table) and [line[2:] for line in verdict.lines] == [["-", "8x", "4x"]] * 2
+    first = parts("smoothing", swapped, rows)[0]
+    assert isinstance(first, Table) and [line[2:] for line in first.lines] == [["-", "8x", "4x"]] * 2
 
 
 def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
     policies = {method.label: method.policy(64) for method in parse_methods(ARMS)[1:]}
     whole = policies["restkv@paper"]
     assert isinstance(whole, restkv.ReSTKV)
-    without = {
+    without: dict[str, dict[str, Any]] = {
         "restkv@paper:alpha=none": {"alpha": None},
         "restkv@paper:pooling=none": {"pooling": "none"},
         "restkv@paper:alpha=none:pooling=none": {"alpha": None, "pooling": "none"},
@@ -249,16 +249,17 @@ def test_what_a_method_cannot_work_with_is_left_out_and_said_to_be(lm: restkv.LM
 
 def test_senseless_plans_are_refused_before_anything_is_run(lm: restkv.LM, anli: Path, tmp_path: Path) -> None:
     methods = tuple(parse_methods("lacache"))
-    for run, plan, error, message in (
+    cases: list[tuple[Callable[..., Any], Any, type[Exception], str]] = [
         (run_smoothing, smoothing_plan(samples=0), PromptError, "^samples 0: give at least 1"),
         (run_smoothing, smoothing_plan(question="some"), PromptError, "question 'some' is not known"),
         (run_smoothing, smoothing_plan(documents=(Document("d", "short"),)), PromptError, "no text has the"),
         (run_perplexity, perplexity_plan("prefill", windows=0), PromptError, "windows 0: give at least 1"),
         (run_perplexity, perplexity_plan("prefill", methods=methods), PolicyError, "lacache: 8 entries per head"),
         (run_anli, AnliPlan(anli, methods, (0.01,)), PolicyError, "lacache: 8 entries .* of the shortest prompt"),
-    ):
+    ]
+    for run, plan, error, message in cases:
         with pytest.raises(error, match=message):
-            run(lm, plan, tmp_path / "out")  # type: ignore[operator]
+            run(lm, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

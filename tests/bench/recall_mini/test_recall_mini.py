@@ -87,7 +87,9 @@ def test_what_a_lesson_asks_it_has_told(tokenizer: Tokenizer, kind: str, length:
         assert runs[0][0] == -1 and [number for number, _ in runs[1::2]] == list(range(len(lesson.asks)))
         for (_, before), (number, after) in zip(runs[::2], runs[1::2], strict=True):
             assert after.endswith(f".{EOS}")
-            question, prefix = re.search(r"([^.?]*\?)([^.?]*)$", before).groups()
+            end = re.search(r"([^.?]*\?)([^.?]*)$", before)
+            assert end is not None
+            question, prefix = end.groups()
             whole = f"{prefix.strip()}{after.removesuffix(f'.{EOS}')}"
             said = [fact[0].upper() + fact[1:] + "." for fact in whole.split(" and ")]
             assert said and set(said) <= told, (question, said)

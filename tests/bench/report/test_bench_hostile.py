@@ -340,20 +340,31 @@ def test_folders_from_before_are_read_with_a_note(whole, tmp_path, capsys):
 # -- places
 
 
+def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else where a file of the folder was; without a name, where the folder was."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.unlink() if name else shutil.rmtree(folder)
+        make(path)
+
+    return change
+
+
 PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "cannot be read (No such file or directory)"),
-    "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "cannot be read (Not a directory)"),
+    "a file": (instead("", lambda path: path.write_text("x")), "cannot be read (Not a directory)"),
     "a manifest that is a folder": (
-        lambda f: ((f / MANIFEST).unlink(), (f / MANIFEST).mkdir()),
+        instead(MANIFEST, Path.mkdir),
         "it is no regular file",
     ),
     "a manifest that is a pipe": (
-        lambda f: ((f / MANIFEST).unlink(), os.mkfifo(f / MANIFEST)),
+        instead(MANIFEST, os.mkfifo),
         "it is no regular file",
     ),
-    "results that are a pipe": (lambda f: ((f / SAMPLES).unlink(), os.mkfifo(f / SAMPLES)), "it is no regular file"),
+    "results that are a pipe": (instead(SAMPLES, os.mkfifo), "it is no regular file"),
     "results that are endless": (
-        lambda f: ((f / SAMPLES).unlink(), (f / SAMPLES).symlink_to("/dev/zero")),
+        instead(SAMPLES, lambda path: path.symlink_to("/dev/zero")),
         "no regular file",
     ),
     "no results": (lambda folder: (folder / SAMPLES).unlink(), "samples.jsonl: cannot be read (No such file"),
@@ -441,7 +452,13 @@ def test_a_checkpoint_with_another_tokenizer_is_another_checkpoint(tmp_path):
 def test_resuming_with_hostile_manifests_is_one_line(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    for change in ({"arguments": []}, {"methods": {"full": {"policy": 3}}}, {"versions": [1]}, {"check": 3}):
+    changes: list[dict[str, Any]] = [
+        {"arguments": []},
+        {"methods": {"full": {"policy": 3}}},
+        {"versions": [1]},
+        {"check": 3},
+    ]
+    for change in changes:
         (tmp_path / MANIFEST).write_text(json.dumps({**manifest, **change}))
         with pytest.raises(RunError, match="not as a bench writes it"):
             filled(tmp_path)

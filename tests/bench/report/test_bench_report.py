@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from PIL import Image
 
 from bench.report.figures import Grid, Line, Panel, heat_maps, line_panels, save_png, style
@@ -270,10 +272,11 @@ def test_lines_have_their_intervals_and_the_look_of_their_place() -> None:
     panels = [Panel("p", [Line("b", [8, 16], points), Line("future oracle", [8, 16], points, True)], points[0])]
     figure = line_panels(panels, ["a", "b"], "x", "y", log_x=True, y_limits=(0, 1))
     axes = figure.axes[0]
-    line = axes.containers[0].lines[0]
-    assert line.get_ydata().tolist() == [0.5, 0.8] and line.get_marker() == style(1)["marker"]
-    bars = axes.containers[0].lines[2][0].get_segments()
-    assert np.allclose([segment[:, 1] for segment in bars], [[0.4, 0.7], [0.75, 0.85]])
+    bars = cast(ErrorbarContainer, axes.containers[0])
+    line = bars.lines[0]
+    assert np.asarray(line.get_ydata()).tolist() == [0.5, 0.8] and line.get_marker() == style(1)["marker"]
+    intervals = bars.lines[2][0].get_segments()
+    assert np.allclose([segment[:, 1] for segment in intervals], [[0.4, 0.7], [0.75, 0.85]])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full", "b", "future oracle"]
     assert axes.get_ylim() == (0, 1) and [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "16"]
 

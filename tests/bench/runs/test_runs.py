@@ -218,13 +218,13 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
-        estimate = mean_interval(rng.exponential(size=60), seed=trial, draws=400)
+        estimate = mean_interval(rng.exponential(size=60).tolist(), seed=trial, draws=400)
         covered += estimate.low <= 1 <= estimate.high
     assert 0.86 <= covered / 200 <= 0.99
 
 
 def test_large_groups_are_drawn_in_blocks_with_the_same_meaning() -> None:
-    values = np.random.default_rng(1).normal(size=50_000)
+    values = np.random.default_rng(1).normal(size=50_000).tolist()
     estimate = mean_interval(values, draws=200)
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / 50_000**0.5, rel=0.2)
 

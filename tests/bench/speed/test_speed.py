@@ -212,10 +212,10 @@ def test_caches_that_would_not_fit_beside_all_others_are_left_out() -> None:
     """Three processes hold llama-3.1-8b's 16 GB each; 128 kB a token, in two caches that keep everything."""
     contest = replace(CONTEST, preset="llama-3.1-8b", dtype="bfloat16", budget=1024)
     for memory, context, batch, fits in (
-        (140e9, 32_768, 8, True),
-        (140e9, 131_072, 1, True),
-        (140e9, 131_072, 8, False),
-        (80e9, 32_768, 8, False),
+        (140 << 30, 32_768, 8, True),
+        (140 << 30, 131_072, 1, True),
+        (140 << 30, 131_072, 8, False),
+        (80 << 30, 32_768, 8, False),
         (None, 131_072, 8, True),
     ):
         assert (

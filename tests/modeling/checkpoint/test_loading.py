@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -294,7 +295,7 @@ def test_resolve_says_how_to_get_the_hub_client(monkeypatch):
 
 def test_resolve_downloads_hub_names_without_pickles_and_second_copies(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def download(name, **patterns):
         asked.update(patterns, name=name)
@@ -357,7 +358,7 @@ def large_folder(tiny, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
             slots = tensor_slots(Decoder(read_config(tmp_path)))
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for part in range(3):
             file, names = f"model-{part}.safetensors", list(slots)[part::3]
             save_file({name: torch.zeros(slots[name].shape, dtype=dtype) for name in names}, tmp_path / file)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def raw(header: object, tensors: bytes = b"", length: int | None = None) -> byte
     return (len(text) if length is None else length).to_bytes(8, "little") + text + tensors
 
 
-def entry(shape: list[int], first: int, last: int, dtype: str = "F32") -> dict[str, object]:
+def entry(shape: list[Any], first: int, last: int, dtype: str = "F32") -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
 
 
@@ -211,7 +212,8 @@ def test_a_file_larger_than_the_address_space_is_inspected_and_loaded(tiny, tmp_
     config |= {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
     config |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    layer = {f"self_attn.{name}_proj": (512, 512) for name in "qkvo"} | {"mlp.down_proj": (512, 1024)}
+    layer: dict[str, tuple[int, ...]] = dict.fromkeys((f"self_attn.{name}_proj" for name in "qkvo"), (512, 512))
+    layer |= {"mlp.down_proj": (512, 1024)}
     layer |= {"mlp.gate_proj": (1024, 512), "mlp.up_proj": (1024, 512)}
     layer |= {"input_layernorm": (512,), "post_attention_layernorm": (512,)}
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(4) for name, shape in layer.items()}

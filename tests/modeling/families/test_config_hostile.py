@@ -93,7 +93,7 @@ def test_a_generation_config_of_any_content_is_read_or_refused_in_one_line(value
         assert all(0 <= i <= LAST for i in ids)
 
 
-HOSTILE = {
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "layers 1e9": ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000; it must be a whole number of at"),
     "layers 1e5 and their types": (
         {"num_hidden_layers": 10**5, "layer_types": ["full_attention"] * 10**5},

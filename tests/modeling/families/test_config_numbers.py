@@ -102,7 +102,7 @@ def test_many_drawn_configs_give_transformers_logits_or_are_refused(family):
 
 HALVES = ["sliding_attention", "full_attention", "sliding_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 50.0}
-EQUAL = {
+EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, layers of both types": ("mistral", {"layer_types": HALVES, "sliding_window": 8}),
     "mistral, layer_types null": ("mistral", {"layer_types": None, "sliding_window": 8}),
     "an older name of full attention": ("qwen3", {"layer_types": ["attention"] * 3}),
@@ -164,7 +164,7 @@ EQUAL = {
     "no ends": ("llama", {"eos_token_id": None, "bos_token_id": None}),
     "keys of training": ("llama", {"attention_dropout": 0.5, "pretraining_tp": 4, "use_cache": False}),
 }
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama, window": ("llama", {"sliding_window": 8}, "'sliding_window' is 8, but llama has no sliding layers"),
     "llama, types": ("llama", {"layer_types": HALVES, "sliding_window": 8}, "'layer_types' has 'sliding_attention'"),
     "gemma, window": ("gemma", {"sliding_window": 8}, "'sliding_window' is 8, but gemma has no sliding layers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_rope_follows_transformers_to_long_positions(name, tiny):
     """Frequencies agree to the last bits: an error of 1e-6 in one would be an angle of 0.1 at position 100,000."""
     config = CASES[name]()
     pos = torch.tensor([[0, 1, 63, 64, 65, 1000, 30_000, 99_999]])
-    oracle = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    oracle = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(cast(transformers.LlamaConfig, config))
     cos, sin = oracle(torch.zeros(1), pos)
     rotary = Rotary(load_model(tiny(name).folder).config.ropes[0])
     got_cos, got_sin = rotary(pos, torch.tensor([100_000]), torch.float32)
@@ -130,15 +131,16 @@ def test_padding_positions_count_as_zero(tiny):
 
 def test_casting_a_model_keeps_its_frequencies_exact(tiny):
     model = load_model(tiny("llama31").folder)
-    want = model.rotaries[0].inv_F.clone()
+    rotary = cast(Rotary, model.rotaries[0])
+    want = rotary.inv_F.clone()
     model.to(torch.bfloat16)
-    assert model.layers[0].o_proj.weight.dtype == torch.bfloat16
-    assert model.rotaries[0].inv_F.dtype == torch.float32
-    assert torch.equal(model.rotaries[0].inv_F, want)
+    assert model.blocks[0].o_proj.weight.dtype == torch.bfloat16
+    assert rotary.inv_F.dtype == torch.float32
+    assert torch.equal(rotary.inv_F, want)
     cos, _ = model.rotary(torch.tensor([[5]]), torch.tensor([6]))[0]
     assert cos.dtype == torch.bfloat16
     model.to_empty(device="cpu")
-    assert torch.equal(model.rotaries[0].inv_F, want)
+    assert torch.equal(rotary.inv_F, want)
 
 
 @pytest.mark.parametrize(("name", "norm"), [("llama2", "LlamaRMSNorm"), ("gemma2", "Gemma2RMSNorm")])
@@ -172,7 +174,7 @@ def test_gemma_embeddings_are_scaled_in_the_weights_dtype(tiny):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_output_weight_gives_each_heads_share_of_the_projection(fused, tiny):
-    block = load_model(tiny("mistral_nemo").folder, fused=fused).layers[1]
+    block = load_model(tiny("mistral_nemo").folder, fused=fused).blocks[1]
     o_HD = torch.randn(block.config.num_heads, block.config.head_dim)
     w_EHD = block.output_weight()
     assert w_EHD.data_ptr() == block.o_proj.weight.data_ptr()
@@ -198,13 +200,14 @@ def test_a_step_traces_as_one_graph_with_the_block_as_nested_region(name, tiny):
             mixed = q + (k + v).repeat_interleave(self.config.group, dim=2)  # stands for attention
             return self.finish(x, mixed)
 
-    for block in model.layers:
-        block.__class__ = Region
+    for layer in model.blocks:
+        layer.__class__ = Region
 
     def step(ids, pos, length):
         x = model.embed(ids)
         ropes = model.rotary(pos, length)
-        for block in model.layers:
+        for block in model.blocks:
+            assert isinstance(block, Region)
             x = block.region(x, *ropes[block.rope])
         return model.head(x)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -45,7 +46,7 @@ def folder_with(place: Path, files: dict[str, str | bytes], **config: object) ->
 def rendered(tmp_path):
     """rendered(template, messages, **variables): what Tokenizer.render gives for a folder with this template."""
 
-    def call(template: str, messages: list = HELLO, **variables: object) -> str:
+    def call(template: str, messages: list = HELLO, **variables: Any) -> str:
         return Tokenizer.from_folder(folder_with(tmp_path, {}, chat_template=template)).render(messages, **variables)
 
     return call
@@ -523,7 +524,7 @@ def test_a_template_is_chosen_as_in_transformers(files, config, tmp_path):
             assert ours.render(HELLO, tools=tools, template_name=name) == want
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
     "no text": ({"chat_template.jinja": b"\xff"}, {}, "chat_template.jinja: unreadable (not UTF-8)"),
     "a pointer": (
         {"chat_template.jinja": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"},
@@ -575,7 +576,7 @@ def test_a_template_that_is_no_file_is_not_passed_over(what, tmp_path):
 
 
 def test_another_template_does_not_suffer(tmp_path):
-    files = {"chat_template.jinja": "fine", "additional_chat_templates/bad.jinja": b"\xff"}
+    files: dict[str, str | bytes] = {"chat_template.jinja": "fine", "additional_chat_templates/bad.jinja": b"\xff"}
     tokenizer = Tokenizer.from_folder(folder_with(tmp_path, files))
     assert tokenizer.render(HELLO) == "fine"
     with pytest.raises(TokenizerError, match=r"bad\.jinja: unreadable"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -240,9 +241,10 @@ def test_chats_render_and_encode_as_in_transformers(name, prompt, folders, tmp_p
     ours, theirs = Tokenizer.from_folder(folder), fast(folder)
     want = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
     assert ours.render(CHAT, prompt) == want
-    assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(CHAT, add_generation_prompt=prompt)["input_ids"]
+    encoded: Any = theirs.apply_chat_template(CHAT, add_generation_prompt=prompt)
+    assert ours.chat(CHAT, prompt) == encoded["input_ids"]
     if name == "tools":
-        more = {"tools": [{"name": "näme", "x": [1, None]}], "enable_thinking": False}
+        more: dict[str, Any] = {"tools": [{"name": "näme", "x": [1, None]}], "enable_thinking": False}
         assert ours.render(CHAT, prompt, **more) == theirs.apply_chat_template(
             CHAT, tokenize=False, add_generation_prompt=prompt, **more
         )
@@ -300,7 +302,8 @@ def test_no_template_and_odd_messages_are_refused(folders, tmp_path):
         tokenizer.chat(CHAT)
     tokenizer = Tokenizer.from_folder(copy(folders["byte_level"], tmp_path, chat_template=CHATML))
     with pytest.raises(TokenizerError, match="chat message 1 is 'hello'; it must have a 'role'"):
-        tokenizer.chat([CHAT[0], "hello"])
+        odd: list[Any] = [CHAT[0], "hello"]
+        tokenizer.chat(odd)
 
 
 # --- broken files

@@ -317,6 +317,7 @@ def test_a_reader_that_goes_away_ends_the_chat(command):
     with subprocess.Popen(
         [*command, "-n", "400"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
+        assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"Once upon a time\n")
         process.stdin.flush()
         assert process.stdout.read(1)

@@ -284,7 +284,7 @@ def test_methods_bytes_are_what_a_prompt_leaves(
     ran = run("methods", "--bytes", rambler, "--context", length, "--budget", budget)
     assert ran.code == 0
     (row,) = re.findall(rf"│ {method} +│ +(\d+) +│ (\S+ \S+) +│ [\d.]+% +│ (\S+ \S+)", ran.out)
-    policy = restkv.get_policy(method, **({} if method == "full" else {"budget": budget}))
+    policy = restkv.get_policy(method, None, **({} if method == "full" else {"budget": budget}))
     stats = lm.generate(STORY, policy, max_new_tokens=1).stats
     kept = sum(layer[0] for layer in stats.kept) / len(stats.kept)  # layers may have shares of their own
     copied = lm.config.group * kept * lm.config.kv_bytes_per_token(lm.dtype)

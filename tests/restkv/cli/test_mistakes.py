@@ -94,7 +94,7 @@ def test_a_change_that_fails_leaves_no_trace(error, policy, lm, failing, monkeyp
             chat.change(failing(44, window=8))
         assert (chat.policy, chat.session, chat.tokens, chat.messages) == before
     assert say(chat, TURNS[2]).tokens == say(twin, TURNS[2]).tokens
-    assert chat.stats.kept == twin.stats.kept
+    assert chat.stats and twin.stats and chat.stats.kept == twin.stats.kept
 
 
 @pytest.mark.parametrize("error", ANYTHING[-3:], ids=lambda error: type(error).__name__)

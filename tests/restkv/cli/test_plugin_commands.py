@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from restkv import cli
+from restkv.cli import app as cli
 from restkv.cli import main
 from restkv.errors import PolicyError
 from restkv.policies import get_policy, known_policies

@@ -60,11 +60,12 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setenv("TERM", "xterm")
-        for name, stream in (("stdin", io.StringIO(stdin)), ("stdout", Terminal()), ("stderr", Terminal())):
+        out, err = Terminal(), Terminal()
+        for name, stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", err)):
             monkeypatch.setattr(sys, name, stream)
         code = main(list(map(str, arguments)))
-        err = re.sub(r"(\r\x1b\[K[^\r\n]*)*\r\x1b\[K", "", sys.stderr.getvalue())  # every passing line is taken back
-        return code, re.sub(r"\x1b\[[\d;]*m", "", sys.stdout.getvalue()), err  # less rich's own styles
+        said = re.sub(r"(\r\x1b\[K[^\r\n]*)*\r\x1b\[K", "", err.getvalue())  # every passing line is taken back
+        return code, re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()), said  # less rich's own styles
 
     return run
 
@@ -251,7 +252,12 @@ def test_pieces_of_a_prompt_are_escaped_over_the_map_of_what_was_kept() -> None:
     import numpy as np
 
     kept = Kept(HOSTILE, (HOSTILE, "b\x1b[2J"), np.ones((1, 1, 2)))
-    text = printed(lambda console: [console.print(line) for line in terminal(kept, 20)], 200)
+
+    def show(console: PlainConsole) -> None:
+        for line in terminal(kept, 20):
+            console.print(line)
+
+    text = printed(show, 200)
     assert clean(text) and text.count(r"\x1b]52;c;aGk=\x07") == 2
 
 
@@ -366,10 +372,11 @@ def test_an_answer_comes_though_its_summary_cannot(rambler: Path, monkeypatch: p
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", Full())
     assert main(["generate", str(rambler), "-p", "Lily", "-n", "2"]) == 0
-    assert sys.stdout.getvalue().strip()
+    assert out.getvalue().strip()
 
 
 @pytest.mark.parametrize(

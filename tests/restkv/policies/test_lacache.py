@@ -17,7 +17,7 @@ from twins.reference_policies import Ladders
 
 def call(policy, num_layers, rows, states, budget=None):
     """One eviction in all layers: `rows` holds a list of positions per row and layer; returns what stays, likewise."""
-    after = [[] for _ in rows]
+    after: list[list[list[int]]] = [[] for _ in rows]
     for layer in range(num_layers):
         held = [row[layer] for row in rows]
         C = max(map(len, held))
@@ -41,7 +41,7 @@ def call(policy, num_layers, rows, states, budget=None):
 def stream(policy, num_layers, tokens, states=None):
     """Token by token, an eviction after each: positions per layer in the end."""
     states = [policy.start()] if states is None else states
-    row = [[] for _ in range(num_layers)]
+    row: list[list[int]] = [[] for _ in range(num_layers)]
     for t in range(tokens):
         (row,) = call(policy, num_layers, [[[*positions, t] for positions in row]], states)
     return row
@@ -115,7 +115,8 @@ def test_equals_the_slow_twin_over_random_calls():
         policy = LaCache(cache, span=span, overlap=overlap, sinks=sinks)
         twin, states = Ladders(num_layers, cache, span, overlap, sinks), [policy.start()]
         assert policy.layer_budgets(100, num_layers) == [cache] * num_layers
-        row, tokens = [[]] * num_layers, 0
+        row: list[list[int]] = [[]] * num_layers
+        tokens = 0
         for _ in range(source.randint(1, 12)):
             piece = source.choice([1, 1, 1, 2, 7, cache, 4 * cache])
             row = [[*positions, *range(tokens, tokens + piece)] for positions in row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from restkv.policies import ReSTKV, get_policy
 from restkv.policies.rest import _query_weights
 from twins import reference
 
-UNSMOOTHED = {"window": 1, "alpha": 1.0, "pooling": "none", "interval": None}
+UNSMOOTHED: dict[str, Any] = {"window": 1, "alpha": 1.0, "pooling": "none", "interval": None}
 
 
 def measured_removal(obs, w_o_EHD, heads):
@@ -37,7 +38,7 @@ def measured_removal(obs, w_o_EHD, heads):
 
 
 # What is measured is a difference of two outputs of size 1: below 1e-5 it knows fewer than nine digits of itself.
-MEASURED = {"rtol": 1e-9, "atol": 2e-14}
+MEASURED: dict[str, Any] = {"rtol": 1e-9, "atol": 2e-14}
 
 
 @pytest.mark.parametrize("spread", [1.0, 6.0])
@@ -329,6 +330,7 @@ def test_scoring_and_selection_compile_without_a_break():
         seen = observe.Observation(q, q_pos, k, v, pos, root, obs.scale, budget_B=budget)
         return select(policy.score(seen), pos, pos >= q_pos.amax(-1)[:, None, None] - 7, budget)
 
+    assert obs.root is not None
     inputs = (obs.q, obs.q_pos, obs.k, obs.v, obs.pos, obs.root.float(), torch.tensor([24, 20]))
     assert torch.equal(torch.compile(keep, fullgraph=True, dynamic=False)(*inputs), keep(*inputs))
 
@@ -343,11 +345,14 @@ def test_a_wide_range_of_scores_survives_the_window():
 
 def test_presets_are_the_papers_scripts():
     script = get_policy("restkv", preset="paper-longbench", budget=128)
+    assert isinstance(script, ReSTKV)
     assert (script.kernel_size, script.alpha, script.budget_by) == (5, 0.3, Allocation())
     assert get_policy("restkv", preset="paper", budget=128) == replace(script, granularity="kv", interval=128)
     ruler = get_policy("restkv", preset="paper-ruler", budget=1024, alpha=0.5)
+    assert isinstance(ruler, ReSTKV)
     assert (ruler.kernel_size, ruler.granularity, ruler.interval, ruler.alpha) == (21, "query", None, 0.5)
-    assert get_policy("restkv", preset="eq7", budget=128).aggregate == "indicator"
+    equation = get_policy("restkv", preset="eq7", budget=128)
+    assert isinstance(equation, ReSTKV) and equation.aggregate == "indicator"
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,10 @@ def test_equals_the_slow_twin(shape, kernel_size, pooling, granularity, gqa, per
 
 def test_presets():
     official = get_policy("snapkv", preset="official", budget=1024)
+    assert isinstance(official, SnapKV)
     assert (official.window, official.kernel_size, official.pooling) == (32, 7, "max")
     paper = get_policy("snapkv", preset="paper", budget=1024)
+    assert isinstance(paper, SnapKV)
     assert (paper.window, paper.kernel_size, paper.pooling) == (32, 5, "avg")
     assert {p.granularity for p in (official, paper)} == {"query"} and official.interval is None
 

@@ -340,6 +340,11 @@ def wrote(path: Path, data: bytes) -> Path:
     return path
 
 
+def to_itself(path: Path) -> Path:
+    path.symlink_to(path)
+    return path
+
+
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a model": (lambda path: RECALL / "model.safetensors", "not written by restkv"),
     "a picture": (lambda path: wrote(path, b"\x89PNG\r\n\x1a\n" + bytes(100)), "cannot be read as a saved context"),
@@ -354,7 +359,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "length of a header",
     ),
     "a long name": (lambda path: path.with_name("n" * 300), "File name too long"),
-    "a loop": (lambda path: path.symlink_to(path) or path, "Too many levels"),
+    "a loop": (to_itself, "Too many levels"),
 }
 
 
