@@ -83,7 +83,7 @@ def test_a_command_that_cannot_be_used_costs_a_note(
     install("other", "restkv.commands", points, source)
     (line,) = notes(capsys)
     assert line.startswith("restkv: note: command ") and words in line and line.isprintable()
-    assert cli._command().commands["generate"].callback.__module__ == "restkv.cli"
+    assert cli._command().commands["generate"].callback.__module__ == "restkv.cli.generate"
 
 
 def test_two_packages_of_one_command(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
