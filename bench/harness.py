@@ -1,7 +1,7 @@
 """A model type for lm-evaluation-harness: every task it has, with a cache that evicts. docs/lm-eval.md shows how to run it.
 
 What a task sends is encoded, truncated and stopped as by the harness's own `hf` model on the same checkpoint, so that with
-method=full the two give the same figures (tests/test_lm_eval.py). What differs is the cache: a context is prefilled and
+method=full the two give the same figures (tests/bench/test_lm_eval.py). What differs is the cache: a context is prefilled and
 evicted, then its continuations are scored on what is left, or the answer is generated from it.
 
 Importing this module registers the model; it needs the extra `eval`.

@@ -10,6 +10,11 @@ from torch import Tensor
 
 
 def visible(pos: Tensor, q_pos: Tensor, window: int | Tensor | None) -> Tensor:
-    """Bool, broadcast over pos and q_pos (integers): may the query see the entry?"""
+    """Bool, broadcast over pos and q_pos (integers): may the query see the entry?
+
+    >>> import torch
+    >>> visible(torch.tensor([0, 1, 2, -1, 4]), torch.tensor(3), window=2).tolist()  # -1: evicted; 4: in the future
+    [False, False, True, False, False]
+    """
     seen = (pos >= 0) & (pos <= q_pos)
     return seen if window is None else seen & (pos > q_pos - window)

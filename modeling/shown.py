@@ -15,7 +15,11 @@ HARMFUL = re.compile(
 
 
 def shown(text: str) -> str:
-    """The text with every harmful character as Python would write its escape (\\x1b, \\u202e); the rest stays as it is."""
+    """The text with every harmful character as Python would write its escape (\\x1b, \\u202e); the rest stays as it is.
+
+    >>> shown("a story" + chr(27) + "[2J")
+    'a story\\\\x1b[2J'
+    """
     return HARMFUL.sub(_escape, text)
 
 

@@ -90,7 +90,12 @@ class Pyramid(Allocation):
         """As for every allocation; never increasing from layer to layer.
 
         Worked example: budget 96, reserved 32, 4 layers, 400 tokens: base 64, so 125 unreserved entries in the first layer
-        and 3 in the last. Released: steps of 122 // 3 = 40, [157, 117, 77, 37]; exact: [157, 117, 75, 35].
+        and 3 in the last. The released code steps down by 122 // 3 = 40:
+
+        >>> Pyramid().layers(96, 32, 4, 400)
+        [157, 117, 77, 37]
+        >>> Pyramid(exact=True).layers(96, 32, 4, 400)
+        [157, 117, 75, 35]
         """
         base = budget - reserved
         short = length < budget or (self.middle_regime and length < 2 * base)
@@ -118,6 +123,10 @@ class AdaKV(Allocation):
     `exact=False` rounds capacities to the nearest number instead, as released, and may miss the total by a few.
 
     Of equal scores the older position loses, then the later head.
+
+    >>> score = torch.tensor([[[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 1.0, 1.0]]])
+    >>> AdaKV(floor=0.5).select(score, torch.arange(4).expand(1, 2, 4), score < 0, torch.tensor([2])).sum(-1).tolist()
+    [[3, 1]]
     """
 
     name: ClassVar[str] = "adakv"

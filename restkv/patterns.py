@@ -221,6 +221,11 @@ def parse_prefill(text: str) -> Pattern | None:
 
     Raises:
         PromptError: an unknown name or option, or a value that cannot be.
+
+    >>> parse_prefill("a-shape:block=32:sinks=4:local=64")
+    AShape(block=32, sinks=4, local=64)
+    >>> parse_prefill("dense") is None
+    True
     """
     name, *rest = text.split(":")
     if name not in PREFILLS or (rest and name not in PATTERNS):

@@ -79,6 +79,9 @@ def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
     The likeliest token always stays. Masses are added up in float64: in float32 a top_p below 1e-45 is 0, and a sum over a
     large vocabulary is off by more than what the last tokens have.
+
+    >>> filter_logits(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), Sampling(temperature=1.0, top_k=2)).tolist()
+    [[-inf, 3.0, -inf, 2.0]]
     """
     logits_BV = logits_BV.float() / float(min(sampling.temperature, HOTTEST))  # -inf / inf would be NaN
     if 0 < sampling.top_k < logits_BV.shape[-1]:

@@ -32,6 +32,10 @@ def select(score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget: in
 
     Returns:
         keep [B, X, C] bool with exactly min(entries, max(budget, protected entries)) True per head.
+
+    >>> score = torch.tensor([[[0.3, 0.1, 0.1, 0.9]]])
+    >>> select(score, torch.arange(4).expand(1, 1, 4), score > 0.5, 3).tolist()
+    [[[True, False, True, True]]]
     """
     exists_BXC = pos_BXC >= 0
     protected_BXC = protected_BXC & exists_BXC

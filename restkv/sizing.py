@@ -90,7 +90,11 @@ def page_size(entries: int) -> int:
 
 
 def power(count: int) -> int:
-    """The power of two that is not below."""
+    """The power of two that is not below.
+
+    >>> [power(count) for count in (0, 1, 3, 8, 9)]
+    [1, 1, 4, 8, 16]
+    """
     return 1 << max(0, count - 1).bit_length()
 
 

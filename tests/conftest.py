@@ -1,4 +1,4 @@
-"""Fixtures: tiny random checkpoints (tests/families.py) and the real stories260k of the shared folder."""
+"""Fixtures: tiny random checkpoints (tests/make/families.py) and the real stories260k of the shared folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import save_case
 from hypothesis import settings
-from rambler import save_rambler
+
+from make.families import save_case
+from make.places import ROOT
+from make.rambler import save_rambler
 
 settings.register_profile("restkv", deadline=None)  # a busy machine is no failure
 settings.load_profile("restkv")
@@ -27,8 +29,9 @@ settings.load_profile("restkv")
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """Every run of a test draws the same tensors, whichever worker runs it and whatever ran before."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    """Every run of a test draws the same tensors, whichever worker runs it, whatever ran before, in whichever folder it lies."""
+    name = request.node.nodeid.removeprefix(str(request.path.parent.relative_to(ROOT)))
+    torch.manual_seed(zlib.crc32(f"tests{name}".encode()))
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyCheckp
 
 @pytest.fixture(scope="session")
 def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a checkpoint that never stops talking (tests/rambler.py). Do not write to it."""
+    """The folder of a checkpoint that never stops talking (tests/make/rambler.py). Do not write to it."""
     folder = tmp_path_factory.mktemp("rambler")
     save_rambler(folder)
     return folder
@@ -64,7 +67,7 @@ def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The shared data folder: $RESTKV_SHARED, or ../shared beside the repository."""
-    folder = Path(os.environ.get("RESTKV_SHARED", Path(__file__).parents[2] / "shared"))
+    folder = Path(os.environ.get("RESTKV_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set RESTKV_SHARED")
     return folder

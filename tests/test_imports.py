@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from make.places import ROOT, TESTS
 from modeling.families.registry import FAMILIES
 
-ROOT = Path(__file__).parent.parent
 ORDER = ("modeling", "restkv", "bench")  # each may import itself and those before it
 SOURCES = sorted(path for package in ORDER for path in (ROOT / package).rglob("*.py"))
-FAMILY_FILES = {ROOT / "modeling" / f"{entry[1].__module__.rpartition('.')[2]}.py" for entry in FAMILIES.values()}
+FAMILY_FILES = {
+    ROOT / "modeling" / "families" / f"{entry[1].__module__.rpartition('.')[2]}.py" for entry in FAMILIES.values()
+}
 FAMILY_NAMES = {path.stem.rstrip("0123456789") for path in FAMILY_FILES}
+OF_TESTS = {"tests", "conftest", *(path.parent.name for path in TESTS.glob("*/__init__.py"))}
 ROPE_KINDS = {"llama3"}  # a rope type that Hugging Face named after a family; any family may have it
 
 
@@ -23,25 +26,27 @@ def relative(path: Path) -> str:
 
 
 def is_peer(path: Path) -> bool:
-    return path.is_relative_to(ROOT / "bench" / "peers")
+    return path.is_relative_to(ROOT / "bench" / "speed" / "peers")
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything a file imports, inside functions and TYPE_CHECKING blocks as well."""
+def imported(path: Path, whole: bool = False) -> set[str]:
+    """Top-level (or whole) names of everything a file imports, inside functions and TYPE_CHECKING blocks as well."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add("." * node.level + (node.module or "") if node.level else str(node.module))
-    return {name if name.startswith(".") else name.partition(".")[0] for name in names}
+    return {name if whole or name.startswith(".") else name.partition(".")[0] for name in names}
 
 
 def words(tree: ast.Module) -> Iterator[str]:
     """Identifiers and strings of the code, without docstrings."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
-        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node)
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
@@ -63,13 +68,13 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_packages_import_only_what_comes_before_them(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
-    later = {
-        *ORDER[ORDER.index(package) + 1 :],
-        "tests",
-        "conftest",
-        *(test.stem for test in (ROOT / "tests").glob("*.py")),
-    }
-    assert not imported(path) & later
+    assert not imported(path) & {*ORDER[ORDER.index(package) + 1 :], *OF_TESTS}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=relative)
+def test_no_test_imports_from_a_test(path: Path) -> None:
+    """What several need is in tests/make, tests/twins or tests/laws."""
+    assert not {name for name in imported(path, whole=True) if name.rpartition(".")[2].startswith("test_")}
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if not is_peer(path)], ids=relative)
@@ -82,7 +87,7 @@ def test_only_tests_and_peers_know_transformers(path: Path) -> None:
 )
 def test_family_names_stay_in_the_family_files(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if path == ROOT / "modeling" / "families.py":  # its one registry: the import and the tuple of modules
+    if path == ROOT / "modeling" / "families" / "registry.py":  # its one registry: the import and the tuple of modules
         tree.body = [node for node in tree.body if not isinstance(node, ast.ImportFrom | ast.AnnAssign)]
     told = {word for word in words(tree) if any(name in word.lower() for name in FAMILY_NAMES)}
     assert not told - ROPE_KINDS

@@ -115,6 +115,9 @@ def parse_methods(text: str, once: bool = False) -> list[Method]:
 
     Raises:
         PolicyError: see Method.parse.
+
+    >>> [method.label for method in parse_methods("restkv:gqa=max,snapkv@official")]
+    ['full', 'restkv:gqa=max', 'snapkv@official']
     """
     inside = 0
     parts = [""]

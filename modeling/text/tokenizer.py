@@ -105,6 +105,10 @@ class Tokenizer:
         """Token ids of a text. With `bos`, what the tokenizer puts before a prompt comes first, unless it is there.
 
         Spellings of special tokens in the text become those tokens.
+
+        >>> recall = Tokenizer.from_folder("restkv/assets/recall-mini")  # from the repository's root
+        >>> recall.decode(recall.encode("Tom has a red kite."))
+        'Tom has a red kite.'
         """
         ids: list[int] = self._encoded(text).ids
         if not bos or ids[: len(self._prefix)] == self._prefix:

@@ -26,7 +26,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """The process behind the command: `main`, and its exit code."""
     interrupts.leave(main())
-
-
-if __name__ == "__main__":
-    run()

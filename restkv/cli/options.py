@@ -29,7 +29,11 @@ DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as i
 
 
 def parse_budget(text: str) -> int | float | tuple[int, ...]:
-    """Entries, entries per layer with commas, or (with a point) a fraction of the prompt."""
+    """Entries, entries per layer with commas, or (with a point) a fraction of the prompt.
+
+    >>> parse_budget("64"), parse_budget("96,64,32"), parse_budget("0.05")
+    (64, (96, 64, 32), 0.05)
+    """
     try:
         if "," in text:
             return tuple(map(int, text.split(",")))
@@ -214,7 +218,11 @@ def parse_template_args(texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def parse_span(text: str) -> tuple[int, int]:
-    """START:END."""
+    """START:END.
+
+    >>> parse_span("0:20")
+    (0, 20)
+    """
     try:
         start, end = map(int, text.split(":"))
     except ValueError:
@@ -229,6 +237,9 @@ def parse_field(text: str, option: str = "--set") -> tuple[str, Any]:
         option: what the text belongs to, named in errors.
     Raises:
         PolicyError: not NAME=VALUE, or a value that nothing takes: lists in lists in lists, numbers without end.
+
+    >>> parse_field("kernel_size=7"), parse_field("alpha=none"), parse_field("pooling=max")
+    (('kernel_size', 7), ('alpha', None), ('pooling', 'max'))
     """
     name, equals, value = text.partition("=")
     if not (name and equals):

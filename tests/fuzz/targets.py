@@ -3,110 +3,33 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from families import CASES, save_case
+from cases import ASK, FAMILIES, Case, Target, families_of, linked, make_checkpoint, read
 from hypothesis import strategies as st
-from mutations import HOSTILE, edited, torn, written
-from safetensors.torch import load_file, safe_open
-from test_tokenizer import KINDS, TOKENS
+from mutations import edited, torn, written
+from saved import as_run, as_saved, runs, saved_ones, with_run, with_saved
 
-
-@dataclass(frozen=True)
-class Case:
-    """A command line and what stands in its folder.
-
-    Attributes:
-        files: name -> content. links: name -> a valid file that is as it was.
-    """
-
-    command: tuple[str, ...]
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    links: Mapping[str, Path] = field(default_factory=dict)
-    stdin: bytes = b""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A kind of thing.
-
-    Attributes:
-        prepare: makes the valid ones in a folder, once; returns what the other two are given.
-        cases: a strategy over changed ones.
-        unchanged: cases with nothing changed, which must be answered.
-    """
-
-    name: str
-    prepare: Callable[[Path], Any]
-    cases: Callable[[Any], st.SearchStrategy[Case]]
-    unchanged: Callable[[Any], list[Case]]
-
-
-FAMILIES = ["llama31", "mistral_v01", "gemma2", "gemma3", "qwen2_window", "qwen25_yarn", "qwen3"]
-ASK = ("-p", "a b", "-n", "2", "--budget", "8", "--set", "window=2", "--no-chat")
-
-
-def _once(folder: Path, make: Callable[[Path], None]) -> Path:
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        make(folder)
-    return folder
-
-
-def _tokenizer(folder: Path, kind: str = "byte_level") -> None:
-    KINDS[kind]().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENS))
-
-
-def _checkpoint(folder: Path, name: str, tokenizer: str = "byte_level", **config: Any) -> Path:
-    """A tiny random checkpoint with a tokenizer whose ids it has."""
-
-    def make(place: Path) -> None:
-        import families
-
-        before, families.VOCAB = families.VOCAB, 420
-        try:
-            save_case(name, place)
-        finally:
-            families.VOCAB = before
-        _tokenizer(place, tokenizer)
-        (place / "generation_config.json").unlink(missing_ok=True)
-
-    return _once(folder, make)
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
+from make.families import CASES
+from make.toy_tokenizers import KINDS, TOKENS
 
 # -- config.json
 
 
-def _families(ground: Path) -> list[Path]:
-    return [_checkpoint(ground / "checkpoints" / name, name) for name in FAMILIES]
-
-
-def _linked(folder: Path, *but: str, into: str = "m") -> dict[str, Path]:
-    return {f"{into}/{path.name}": path for path in folder.iterdir() if path.name not in but}
-
-
 def _with_config(folders: list[Path]) -> st.SearchStrategy[Case]:
-    keys = sorted({key for folder in folders for key in _read(folder / "config.json")} | {"rope_scaling", "rope_theta"})
+    keys = sorted({key for folder in folders for key in read(folder / "config.json")} | {"rope_scaling", "rope_theta"})
 
     @st.composite
     def cases(draw: st.DrawFn) -> Case:
         folder = draw(st.sampled_from(folders))
-        config = draw(edited(_read(folder / "config.json"), keys))
+        config = draw(edited(read(folder / "config.json"), keys))
         files = {"m/config.json": draw(torn(written(config)))}
         if draw(st.integers(0, 3)) == 0:
             generation = draw(edited({"eos_token_id": [1, 2], "bos_token_id": 1}))
             files["m/generation_config.json"] = draw(torn(written(generation)))
         command = draw(st.sampled_from([("generate", "m", *ASK), ("generate", "m", *ASK), ("inspect", "m")]))
-        return Case(command, files, _linked(folder, "config.json"))
+        return Case(command, files, linked(folder, "config.json"))
 
     return cases()
 
@@ -129,11 +52,11 @@ def _with_weights(folders: list[Path]) -> st.SearchStrategy[Case]:
         if draw(st.integers(0, 3)):
             files = {"m/model.safetensors": data}
         else:
-            index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(header, "a.safetensors")}
-            index["weight_map"].pop("__metadata__", None)
+            places = {name: "a.safetensors" for name in header if name != "__metadata__"}
+            index = {"metadata": {"total_size": 1}, "weight_map": places}
             files = {"m/model.safetensors.index.json": draw(torn(written(draw(edited(index)))))}
             files["m/a.safetensors"] = draw(st.sampled_from([whole, data]))
-        return Case(("generate", "m", *ASK), files, _linked(folder, "model.safetensors"))
+        return Case(("generate", "m", *ASK), files, linked(folder, "model.safetensors"))
 
     return cases()
 
@@ -142,7 +65,7 @@ def _with_weights(folders: list[Path]) -> st.SearchStrategy[Case]:
 
 
 def _tokenizers(ground: Path) -> list[Path]:
-    return [_checkpoint(ground / "tokenizers" / kind, "llama3", kind) for kind in KINDS]
+    return [make_checkpoint(ground / "tokenizers" / kind, "llama3", kind) for kind in KINDS]
 
 
 SIDES = {
@@ -166,7 +89,7 @@ def _with_tokenizer(folders: list[Path]) -> st.SearchStrategy[Case]:
         folder = draw(st.sampled_from(folders))
         files = {}
         if draw(st.booleans()):
-            tokenizer = draw(edited(_read(folder / "tokenizer.json"), ["type", "content", "special", "id"]))
+            tokenizer = draw(edited(read(folder / "tokenizer.json"), ["type", "content", "special", "id"]))
             files["m/tokenizer.json"] = draw(torn(written(tokenizer)))
         for name, side in SIDES.items():
             if draw(st.integers(0, 2)) == 0:
@@ -174,7 +97,7 @@ def _with_tokenizer(folders: list[Path]) -> st.SearchStrategy[Case]:
         text = draw(st.sampled_from(TEXTS))
         chat = draw(st.sampled_from([(), ("--no-chat",)]))
         command = ("generate", "m", "-p", text, "-n", "2", "--budget", "8", "--set", "window=2", *chat)
-        return Case(command, files, _linked(folder, *(name.removeprefix("m/") for name in files)))
+        return Case(command, files, linked(folder, *(name.removeprefix("m/") for name in files)))
 
     return cases()
 
@@ -228,7 +151,7 @@ PIECES = [
 
 
 def _templated(ground: Path) -> list[Path]:
-    return [_checkpoint(ground / "templated", "llama3")]
+    return [make_checkpoint(ground / "templated", "llama3")]
 
 
 def _with_template(folders: list[Path]) -> st.SearchStrategy[Case]:
@@ -248,11 +171,11 @@ def _with_template(folders: list[Path]) -> st.SearchStrategy[Case]:
                 config = draw(edited(config, ["name", "template", "default"]))
             files = {"m/tokenizer_config.json": written(config).encode("utf-8", "surrogatepass")}
         if draw(st.booleans()):
-            command = ("generate", "m", "-p", "a b", "-n", "2", "--budget", "16", "--set", "window=2")
+            command: tuple[str, ...] = ("generate", "m", "-p", "a b", "-n", "2", "--budget", "16", "--set", "window=2")
             stdin = b""
         else:
             command, stdin = ("chat", "m", "-n", "2", "--budget", "64", "--set", "window=2"), b"a\nb\n/stats\n"
-        return Case(command, files, _linked(folders[0], *(name.removeprefix("m/") for name in files)), stdin)
+        return Case(command, files, linked(folders[0], *(name.removeprefix("m/") for name in files)), stdin)
 
     return cases()
 
@@ -310,7 +233,7 @@ def _with_lines(folders: list[Path]) -> st.SearchStrategy[Case]:
     def cases(draw: st.DrawFn) -> Case:
         lines = draw(st.lists(st.one_of(st.sampled_from(LINES), st.binary(max_size=12)), min_size=1, max_size=6))
         command = ("chat", "m", "-n", "2", "--budget", "64", "--set", "window=2")
-        return Case(command, {}, _linked(folders[0]), b"\n".join(lines) + b"\n")
+        return Case(command, {}, linked(folders[0]), b"\n".join(lines) + b"\n")
 
     return cases()
 
@@ -354,185 +277,23 @@ def _with_words(folders: list[Path]) -> st.SearchStrategy[Case]:
             "methods": (),
             "bench": (),
         }[name]
-        return Case((name, *base, *words), {}, _linked(folders[0]), b"a\n")
+        return Case((name, *base, *words), {}, linked(folders[0]), b"a\n")
 
     return cases()
 
 
 def _plain(folders: list[Path]) -> list[Case]:
-    return [Case(("generate", "m", *ASK), {}, _linked(folder)) for folder in folders]
-
-
-# -- saved chats and contexts
-
-
-def _saved(ground: Path) -> dict[str, Any]:
-    import restkv
-    from restkv.chat import Chat
-
-    checkpoint = _checkpoint(ground / "checkpoints" / "llama31", "llama31")
-    made: dict[str, Any] = {"checkpoint": checkpoint}
-    for name, policy in {
-        "restkv": restkv.ReSTKV(budget=24, window=4),
-        "h2o": restkv.get_policy("h2o", budget=24),
-        "streaming": restkv.get_policy("streamingllm", budget=24),
-    }.items():
-        place = ground / f"{name}.chat"
-        if not place.exists():
-            chat = Chat(restkv.load(checkpoint), policy, template=False)
-            for _ in chat.send("Once upon a time", max_new_tokens=4):
-                pass
-            chat.save(place)
-        made[name] = place
-    return made
-
-
-def _signed(remarks: str, tensors: Any) -> bytes:
-    """A file as a hostile mind would write it, with digests that are right."""
-    from restkv.saving.archive import write_archive
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_archive(Path(folder) / "saved", remarks, tensors)
-        return (Path(folder) / "saved").read_bytes()
-
-
-def _with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
-    import torch
-
-    dtypes = [torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
-    names = [name for name in valid if name != "checkpoint"]
-
-    @st.composite
-    def cases(draw: st.DrawFn) -> Case:
-        path = valid[draw(st.sampled_from(names))]
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-        if draw(st.booleans()):
-            about = draw(edited(about))
-        for _ in range(draw(st.integers(0, 2))):
-            name = draw(st.sampled_from(sorted(tensors)))
-            kind = draw(st.sampled_from(["drop", "double", "dtype", "shape", "fill", "rename", "cut"]))
-            tensor = tensors[name]
-            if kind == "drop":
-                del tensors[name]
-            elif kind == "double":
-                tensors[name] = torch.cat([tensor, tensor]) if tensor.ndim else tensor
-            elif kind == "dtype":
-                tensors[name] = tensor.to(draw(st.sampled_from(dtypes)))
-            elif kind == "shape":
-                tensors[name] = tensor.reshape(-1)
-            elif kind == "cut":
-                tensors[name] = tensor[:-1].clone() if tensor.ndim and len(tensor) else tensor
-            elif kind == "rename":
-                tensors[draw(st.sampled_from(["x", "k.9", "pos.0", "state.0.x"]))] = tensors.pop(name)
-            else:
-                value = draw(st.sampled_from([0, -1, -5, 1, 2**31 - 1, float("nan"), float("inf")]))
-                if tensor.is_floating_point() or (value == value and abs(value) < 2**31):
-                    tensors[name] = torch.full_like(tensor, value)
-        data = _signed(written(about), {name: tensor.contiguous() for name, tensor in tensors.items()})
-        if draw(st.integers(0, 9)) == 0:
-            at = draw(st.integers(0, len(data)))
-            data = data[:at] + draw(st.sampled_from([b"", b"\x00", b"\xff" * 8])) + data[at + 1 :]
-        command = ("chat", "m", "--load", "saved", "-n", "2")
-        return Case(command, {"saved": data}, _linked(valid["checkpoint"]), b"go on\n/stats\n")
-
-    return cases()
-
-
-def _as_saved(valid: dict[str, Any]) -> list[Case]:
-    command = ("chat", "m", "--load", "saved", "-n", "2")
-    return [
-        Case(command, {"saved": path.read_bytes()}, _linked(valid["checkpoint"]), b"go on\n/stats\n")
-        for name, path in valid.items()
-        if name != "checkpoint"
-    ]
-
-
-# -- folders of results
-
-
-def _runs(ground: Path) -> dict[str, Any]:
-    from restkv.cli import main
-
-    checkpoint = _checkpoint(ground / "checkpoints" / "llama31", "llama31")
-    story = ground / "story.txt"
-    story.write_text("Once upon a time there was a little girl who loved to play outside in the park. " * 20)
-    commands = {
-        "fidelity": ("--text", str(story), "--budgets", "12", "--context", "24", "--tail", "4", "--windows", "2", "--oracle", "0",
-                     "--methods", "snapkv:window=4,random"),
-        "perplexity": ("--data", str(story), "--budgets", "12", "--context", "24", "--tokens", "4", "--windows", "2",
-                       "--methods", "snapkv:window=4,random"),
-    }  # fmt: skip
-    for name, words in commands.items():
-        if not (ground / f"run-{name}").exists():
-            assert main(["bench", name, str(checkpoint), *words, "--out", str(ground / f"run-{name}")]) == 0
-    return {"checkpoint": checkpoint, **{name: (ground / f"run-{name}", words) for name, words in commands.items()}}
-
-
-def _with_run(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
-    names = [name for name in valid if name != "checkpoint"]
-
-    @st.composite
-    def cases(draw: st.DrawFn) -> Case:
-        name = draw(st.sampled_from(names))
-        folder, words = valid[name]
-        manifest = _read(folder / "manifest.json")
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        if draw(st.booleans()):
-            manifest = draw(edited(manifest))
-        for _ in range(draw(st.integers(0, 2))):
-            at = draw(st.integers(0, len(lines) - 1))
-            kind = draw(st.sampled_from(["edit", "edit", "cut", "twice", "swap", "value"]))
-            if kind == "edit":
-                lines[at] = written(draw(edited(json.loads(lines[at]))))
-            elif kind == "cut":
-                lines[at] = lines[at][: draw(st.integers(0, len(lines[at])))]
-            elif kind == "twice":
-                lines.append(lines[at])
-            elif kind == "swap":
-                lines[at], lines[0] = lines[0], lines[at]
-            else:
-                lines[at] = written(draw(st.sampled_from(HOSTILE)))
-        files = {
-            "run/manifest.json": draw(torn(written(manifest))),
-            "run/samples.jsonl": draw(torn("\n".join(lines) + "\n")),
-            "run/timings.jsonl": draw(
-                st.sampled_from([b"", b"{", b'{"seconds": "x"}\n', b"[1]\n", b'{"seconds": 1e999}\n'])
-            ),
-        }
-        command = draw(
-            st.sampled_from(
-                [
-                    ("bench", "report", "run", "--markdown"),
-                    ("bench", "report", "run", "--json"),
-                    ("bench", name, "m", *words, "--out", "run"),
-                ]
-            )
-        )
-        return Case(command, files, _linked(valid["checkpoint"]))
-
-    return cases()
-
-
-def _as_run(valid: dict[str, Any]) -> list[Case]:
-    made = []
-    for name in [name for name in valid if name != "checkpoint"]:
-        folder, words = valid[name]
-        files = {f"run/{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        made.append(Case(("bench", "report", "run", "--markdown"), files, _linked(valid["checkpoint"])))
-        made.append(Case(("bench", name, "m", *words, "--out", "run"), files, _linked(valid["checkpoint"])))
-    return made
+    return [Case(("generate", "m", *ASK), {}, linked(folder)) for folder in folders]
 
 
 TARGETS = [
-    Target("config", _families, _with_config, _plain),
-    Target("weights", _families, _with_weights, _plain),
+    Target("config", families_of, _with_config, _plain),
+    Target("weights", families_of, _with_weights, _plain),
     Target("tokenizer", _tokenizers, _with_tokenizer, _plain),
     Target("template", _templated, _with_template, _plain),
     Target("chat", _templated, _with_lines, _plain),
     Target("command", _templated, _with_words, _plain),
-    Target("saved", _saved, _with_saved, _as_saved),
-    Target("run", _runs, _with_run, _as_run),
+    Target("saved", saved_ones, with_saved, as_saved),
+    Target("run", runs, with_run, as_run),
 ]
 assert set(FAMILIES) <= set(CASES)

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cases import Case, Target
 from confined import ANSWERED, FAILED, REFUSED, Limits, Outcome, confined
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
-from targets import TARGETS, Case, Target
+from targets import TARGETS
 
 CASES = {"quick": 300, "slow": 20_000}
 # A chat answers several turns and a bench several cells, on cores that others use too.

@@ -1,0 +1,1 @@
+"""Makers of what tests need: models, checkpoints, tokenizers, folders, result rows, a hub."""

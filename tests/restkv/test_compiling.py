@@ -1,0 +1,65 @@
+"""What a job compiles, and how often. What becomes of it where nothing compiles: test_not_compiled.py, test_kernel_folder.py."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from make.small import small_ids, small_model
+from restkv.cli import main
+from restkv.errors import PromptError
+from restkv.lm import LM
+from restkv.policies import H2O, ReSTKV, SnapKV
+from restkv.warmup import warm_up
+
+POLICY = ReSTKV(budget=20, window=4, interval=8)
+
+
+def test_warming_up_leaves_nothing_to_compile():
+    torch._dynamo.reset()
+    lm = LM(small_model(group=3, head_dim=16), None, "flex")
+    warmed = warm_up(lm, POLICY, prompt_tokens=17, max_new_tokens=9, rows=2)
+    assert warmed.graphs == 1 and min(warmed.prefill_s, warmed.first_s, warmed.next_s) > 0
+    said = lm.generate([small_ids(60), small_ids(3, seed=1)], POLICY, max_new_tokens=30)
+    assert said[0].stats.graphs == 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("options", "words"), [({"rows": 0}, "rows 0"), ({"prompt_tokens": 0}, "prompt_tokens 0")])
+def test_warming_up_refuses_what_makes_no_sense(options, words):
+    job = {"prompt_tokens": 4, "max_new_tokens": 4} | options
+    with pytest.raises(PromptError, match=words):
+        warm_up(LM(small_model(), None, "flex"), POLICY, **job)
+    with pytest.raises(PromptError, match="compiles nothing"):
+        warm_up(LM(small_model(), None, "sdpa"), POLICY, 4, 4)
+
+
+@pytest.mark.parametrize(("asked", "told"), [(["--compile"], True), ([], False), (["--no-compile"], False)])
+def test_the_command_line_says_before_the_answer_that_it_compiles(rambler, monkeypatch, capsys, asked, told):
+    def nothing(*_, **__):
+        raise PromptError("no answer")
+
+    monkeypatch.setattr(LM, "stream", nothing)
+    assert main(["generate", str(rambler), "-p", "a story", *asked]) == 2
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error == "restkv: error: no answer"
+    assert [note.startswith("restkv: note: after the first token the step is compiled") for note in notes] == [
+        True
+    ] * told
+
+
+@pytest.mark.slow
+def test_fifty_prompts_under_three_policies_compile_one_graph_each():
+    """Prompts shorter and longer than the budget; evicted as they grow, at every step, or once."""
+    torch._dynamo.reset()
+    lm = LM(small_model(group=3, head_dim=16), None, "flex")
+    draw = random.Random(0)
+    policies = [POLICY, H2O(budget=20, recent=4), SnapKV(budget=24, window=4, interval=None)]
+    for policy in policies:
+        assert lm.generate(small_ids(40), policy, max_new_tokens=12).stats.graphs == 1
+    for index in range(50):
+        ids = small_ids(draw.randint(1, 300), seed=index)
+        assert lm.generate(ids, policies[index % 3], max_new_tokens=12).stats.graphs == 0
+    torch._dynamo.reset()
