@@ -212,17 +212,17 @@ class Machine(RuleBasedStateMachine):
         model: int,
         method: int,
         rows: int,
-        lengths: tuple[int, int],
+        lengths: tuple[int, ...],
         chunk: int,
         chunked: bool,
         room: int,
         forks: int,
     ) -> None:
         engine, policy, told = ENGINES[model], POLICIES[METHODS[method % len(METHODS)]], self._told()
-        given = lengths[: 1 + rows % 2]
+        lengths = lengths[: 1 + rows % 2]
         how = "chunked" if chunked else "dense"
-        session = Session(engine, policy, given, room, prefill=how, chunk=chunk, extends=True, forks=forks)
-        prompts = [self._ids(length) for length in given]
+        session = Session(engine, policy, lengths, room, prefill=how, chunk=chunk, extends=True, forks=forks)
+        prompts = [self._ids(length) for length in lengths]
         session.prefill(prompts)
         live = Live(session, [Twin(engine, policy, length) for length in lengths], chunk)
         logits: list[Tensor | None] = []

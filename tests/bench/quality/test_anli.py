@@ -12,9 +12,15 @@ from bench.quality.choice import encode, told_items
 from bench.quality.tasks import Frame, make_sample
 from make.lines import jsonl
 from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 
 # -- ANLI
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(RECALL)
 
 
 @pytest.fixture
