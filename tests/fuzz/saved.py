@@ -127,15 +127,16 @@ def with_run(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
         name = draw(st.sampled_from(names))
         folder, words = valid[name]
         manifest = read(folder / "manifest.json")
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        whole = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = list(whole)
         if draw(st.booleans()):
             manifest = draw(edited(manifest))
         for _ in range(draw(st.integers(0, 2))):
             at = draw(st.integers(0, len(lines) - 1))
             kind = draw(st.sampled_from(["edit", "edit", "cut", "twice", "swap", "value"]))
-            if kind == "edit":
+            if kind == "edit" and lines[at] in whole:
                 lines[at] = written(draw(edited(json.loads(lines[at]))))
-            elif kind == "cut":
+            elif kind in ("edit", "cut"):
                 lines[at] = lines[at][: draw(st.integers(0, len(lines[at])))]
             elif kind == "twice":
                 lines.append(lines[at])

@@ -139,7 +139,8 @@ def says(monkeypatch):
 
     def sample(self, *_):
         self.said = getattr(self, "said", -1) + 1
-        return torch.full((len(self.active),), script[self.said % len(script)])
+        self.drawn_B = torch.full((len(self.active),), script[self.said % len(script)])
+        return self.drawn_B
 
     monkeypatch.setattr(Session, "sample", sample)
     return lm, words.special_tokens["bos_token"]
