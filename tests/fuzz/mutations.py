@@ -93,6 +93,11 @@ def _at(value: Any, path: Path) -> Any:
     return value
 
 
+def _hostile(draw: st.DrawFn) -> Any:
+    """A copy: what one case edits must not be what the next one begins with."""
+    return copy.deepcopy(draw(st.sampled_from(HOSTILE)))
+
+
 @st.composite
 def edited(draw: st.DrawFn, value: Any, keys: Sequence[str] = (), least: int = 1, most: int = 3) -> Any:
     """A copy of a JSON value after a few edits.
@@ -105,11 +110,11 @@ def edited(draw: st.DrawFn, value: Any, keys: Sequence[str] = (), least: int = 1
         known = places(value)
         path = draw(st.sampled_from(known[1:] or known))
         if not path:
-            return draw(st.sampled_from(HOSTILE))
+            return _hostile(draw)
         holder, key = _at(value, path[:-1]), path[-1]
         kind = draw(st.sampled_from(["replace", "replace", "nudge", "delete", "copy", "add", "repeat"]))
         if kind == "replace":
-            holder[key] = draw(st.sampled_from(HOSTILE))
+            holder[key] = _hostile(draw)
         elif kind == "nudge" and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
             holder[key] = draw(st.sampled_from([-1, 0.5, 2, 3, 16, 1000])) * holder[key]
         elif kind == "delete":
@@ -119,7 +124,7 @@ def edited(draw: st.DrawFn, value: Any, keys: Sequence[str] = (), least: int = 1
         elif kind == "repeat" and isinstance(holder[key], list):
             holder[key] = holder[key] * draw(st.integers(2, 4))
         elif kind == "add" and isinstance(holder, dict):
-            holder[draw(st.sampled_from([*keys, "x"]))] = draw(st.sampled_from(HOSTILE))
+            holder[draw(st.sampled_from([*keys, "x"]))] = _hostile(draw)
     return value
 
 
