@@ -36,12 +36,14 @@ class Target:
         prepare: makes the valid ones in a folder, once; returns what the other two are given.
         cases: a strategy over changed ones.
         unchanged: cases with nothing changed, which must be answered.
+        weight: how many cases, against the other targets.
     """
 
     name: str
     prepare: Callable[[Path], Any]
     cases: Callable[[Any], st.SearchStrategy[Case]]
     unchanged: Callable[[Any], list[Case]]
+    weight: float = 1.0
 
 
 FAMILIES = ["llama31", "mistral_v01", "gemma2", "gemma3", "qwen2_window", "qwen25_yarn", "qwen3"]

@@ -290,7 +290,7 @@ TARGETS = [
     Target("config", families_of, _with_config, _plain),
     Target("weights", families_of, _with_weights, _plain),
     Target("tokenizer", _tokenizers, _with_tokenizer, _plain),
-    Target("template", _templated, _with_template, _plain),
+    Target("template", _templated, _with_template, _plain, weight=0.2),  # many run into their limit of 2 s
     Target("chat", _templated, _with_lines, _plain),
     Target("command", _templated, _with_words, _plain),
     Target("saved", saved_ones, with_saved, as_saved),

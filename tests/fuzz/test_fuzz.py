@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -28,9 +29,9 @@ CASES = {"quick": 300, "slow": 20_000}
 LIMITS = Limits(seconds=60, memory=1 << 30)
 
 
-def share(cases: int) -> int:
-    """Of one target; rounded up, so that all together are at least so many."""
-    return -(-cases // len(TARGETS))
+def share(cases: int, target: Target) -> int:
+    """Of one target, by its weight; rounded up, so that all together are at least so many."""
+    return math.ceil(cases * target.weight / sum(one.weight for one in TARGETS))
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +117,13 @@ def check(target: Target, ground: Path, cases: int, counts: Counter[str]) -> Non
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_some_cases(target: Target, ground: Path, counts: Counter[str]) -> None:
-    check(target, ground, share(CASES["quick"]), counts)
+    check(target, ground, share(CASES["quick"], target), counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_many_cases(target: Target, ground: Path, counts: Counter[str]) -> None:
-    check(target, ground, share(CASES["slow"]), counts)
+    check(target, ground, share(CASES["slow"], target), counts)
     assert counts[ANSWERED] and counts[REFUSED], "cases all end alike: the valid one is not, or the edits do nothing"
 
 
