@@ -16,11 +16,14 @@ CHECKS = {
     "format": ["ruff format --check ."],
     "types": ["mypy", "mypy checks.py examples"],
     "tests": ["pytest -q -n 2"],  # the references of code and documents are among them
-    "slow": ["pytest -q -n 2 -m slow"],
+    "slow": ["pytest -q -n 2 -m slow --ignore tests/fuzz"],
 }
 # No check: writes the API reference, a page for each module that users import from.
 API = "lm chat context results policies policies.base observe budgets patterns errors"
-OTHERS = {"api": [f"pdoc -o build/api {' '.join(f'restkv.{name}' for name in API.split())}"]}
+OTHERS = {
+    "fuzz": ["pytest -q -n 2 -m slow tests/fuzz"],  # 20,000 new cases, which take half an hour
+    "api": [f"pdoc -o build/api {' '.join(f'restkv.{name}' for name in API.split())}"],
+}
 
 
 def main(names: list[str]) -> int:

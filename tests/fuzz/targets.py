@@ -247,8 +247,8 @@ FLAGS = {
     "inspect": "--context --budget --dtype --kept --out".split(),
     "methods": "--bytes --context --budget".split(),
     "chat": "--system --load --method --budget --prefill --no-template --seed -n --set".split(),
-    "bench": """report ruler needle fidelity perplexity anli --methods --budgets --out --windows --samples --compression
-        --lengths --tasks --markdown --data""".split(),
+    "bench": """--methods --budgets --out --compression --lengths --tasks --markdown --json --data --seed --prefill
+        --question""".split(),
 }
 VALUES = [
     *"""0 1 2 -1 8 64 0.5 1.5 nan inf -inf 1e400 99999999999999999999 a none auto m full restkv snapkv random restkv@paper x@y kv
@@ -264,6 +264,16 @@ VALUES = [
 ]
 
 
+READ = ("--windows", "1", "--context", "24", "--budgets", "12", "--methods", "random")
+BENCHES = [
+    ("report", "m"),
+    ("ruler", "m", "--samples", "1", "--lengths", "300", "--methods", "random", "--tasks", "niah_single"),
+    ("fidelity", "m", *READ, "--tail", "4", "--oracle", "0"),
+    ("perplexity", "m", *READ, "--tokens", "4"),
+    ("anli", "m"),
+]
+
+
 def _with_words(folders: list[Path]) -> st.SearchStrategy[Case]:
     @st.composite
     def cases(draw: st.DrawFn) -> Case:
@@ -275,7 +285,7 @@ def _with_words(folders: list[Path]) -> st.SearchStrategy[Case]:
             "chat": ("m", "-n", "2", "--budget", "64"),
             "inspect": ("m",),
             "methods": (),
-            "bench": (),
+            "bench": draw(st.sampled_from(BENCHES)),
         }[name]
         return Case((name, *base, *words), {}, linked(folders[0]), b"a\n")
 

@@ -1,7 +1,7 @@
 """Whatever somebody brings, the command answers, or says in one line what is wrong with it.
 
 Every case begins with something valid, changes it, and runs a command on it in a process of its own (confined.py). 300 cases
-run by default, 20,000 with `-m slow`; RESTKV_FUZZ_COUNTS=FILE has the outcomes counted.
+run by default, the same every time, and 20,000 new ones with `-m slow`; RESTKV_FUZZ_COUNTS=FILE has the outcomes counted.
 """
 
 from __future__ import annotations
@@ -92,13 +92,15 @@ def run(case: Case, folder: Path) -> Outcome:
     return confined(work, case.stdin, LIMITS, talk=case.command[0] == "chat")
 
 
-def check(target: Target, ground: Path, cases: int, counts: Counter[str]) -> None:
+def check(target: Target, ground: Path, cases: int, counts: Counter[str], anew: bool) -> None:
     valid = target.prepare(ground)
 
     @settings(
         max_examples=cases,
+        derandomize=not anew,
+        database=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink],
     )
     @given(data=st.data())
     def one(data: st.DataObject) -> None:
@@ -117,14 +119,15 @@ def check(target: Target, ground: Path, cases: int, counts: Counter[str]) -> Non
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_some_cases(target: Target, ground: Path, counts: Counter[str]) -> None:
-    check(target, ground, share(CASES["quick"], target), counts)
+    check(target, ground, share(CASES["quick"], target), counts, anew=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_many_cases(target: Target, ground: Path, counts: Counter[str]) -> None:
-    check(target, ground, share(CASES["slow"], target), counts)
-    assert counts[ANSWERED] and counts[REFUSED], "cases all end alike: the valid one is not, or the edits do nothing"
+    check(target, ground, share(CASES["slow"], target), counts, anew=True)
+    ends = (ANSWERED,) if target.name == "chat" else (ANSWERED, REFUSED)  # a chat goes on after a refusal
+    assert all(counts[end] for end in ends), "cases all end alike: the valid one is not, or the edits do nothing"
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
