@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import time
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from modeling.compiled import cannot_compile, not_compiled, switched_off
 from restkv.errors import CompileError, RestKVWarning
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+LINKING = 60  # seconds
 
 
 def announce_compiling(compiled: bool) -> None:
@@ -60,6 +63,7 @@ def keep_kernels() -> Path:
         warnings.warn(str(error), RestKVWarning, stacklevel=2)
         os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     os.environ[FOLDER] = str(folder)
+    _drop_unfinished(folder)
     return folder
 
 
@@ -82,6 +86,19 @@ def kernel_folder() -> Path:
     except (OSError, RuntimeError) as error:
         reason = f"{error.filename or 'the folder'}: {error.strerror}" if isinstance(error, OSError) else error
         raise CompileError(f"compiled kernels cannot be kept ({reason}); set {FOLDER} to a folder of yours") from None
+
+
+@cache  # once in a process
+def _drop_unfinished(folder: Path) -> None:
+    """Delete the empty libraries of processes killed while they compiled: torch would load them and fail, at every later run.
+
+    One that another process is writing now is no older than LINKING.
+    """
+    for library in folder.glob("*/*.so"):
+        with suppress(OSError):  # another process may have been first
+            state = library.stat()
+            if not state.st_size and time.time() - state.st_mtime > LINKING:
+                library.unlink()
 
 
 def _in_cache() -> Path:

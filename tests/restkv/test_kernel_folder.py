@@ -51,6 +51,17 @@ def test_kernels_go_to_the_users_cache_folder(nowhere):
     assert cache_dir() == str(nowhere / "restkv" / "inductor")
 
 
+def test_empty_libraries_of_killed_processes_are_dropped_and_no_others(nowhere):
+    folder = kernel_folder() / "ab"
+    folder.mkdir()
+    dead, written_now, whole = (folder / f"{name}.main.so" for name in ("dead", "now", "whole"))
+    for library, content, age in ((dead, b"", 3600), (written_now, b"", 0), (whole, b"code", 3600)):
+        library.write_bytes(content)
+        os.utime(library, (library.stat().st_mtime - age,) * 2)
+    keep_kernels()
+    assert sorted(folder.iterdir()) == [written_now, whole]
+
+
 @pytest.mark.parametrize("named", ["", "mine"])
 def test_a_folder_named_by_the_user_wins_and_an_empty_name_is_none(nowhere, monkeypatch, named):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named and str(nowhere / named))
