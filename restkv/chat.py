@@ -338,7 +338,7 @@ class Chat:
         if about.get("kind") == "context":
             raise PromptError(f"{path}: holds a context, not a chat; ask it questions with CompressedContext.load")
         with refused(path):
-            require_chat(about, session.cache.next_pos.tolist(), lm.config.vocab_size)
+            require_chat(about, session.cache.next_pos.tolist(), lm.config.vocab_size)  # sync: once per file
             chat = cls(lm, session.policy, template=about["template"], **about["rendering"], **about["reading"])
             if about["template"] and not lm.tokenizer.has_chat_template:
                 raise PromptError("its turns are rendered by a chat template, and this model has none")

@@ -103,4 +103,4 @@ class CompressedContext:
                 f"{path}: holds a chat, not a context; go on with it in Chat.load, or `restkv chat --load`"
             )
         with refused(path):
-            return cls(lm, session, require_context(about, session.cache.next_pos.tolist()))
+            return cls(lm, session, require_context(about, session.cache.next_pos.tolist()))  # sync: once per file
