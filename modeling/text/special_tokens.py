@@ -195,12 +195,20 @@ class _Reader:
         self._take_specific(settings, specific)
 
         listed: dict[int, AddedToken] = {}
+        by_text: dict[str, Any] = {}  # also what another token of the same id replaces in `listed`
+
+        def add(index: int, token: Any, place: str) -> None:
+            if not isinstance(token, AddedToken):
+                raise self.refusal(place, token, "must be an object with its 'content'")
+            listed[index] = by_text[token.content] = token
+
         if "added_tokens_decoder" in settings:
             given = settings["added_tokens_decoder"]
             for key, value in self._items("added_tokens_decoder", given):
                 if not key.strip().isdecimal():
                     raise self.refusal("added_tokens_decoder", key, "must name tokens by their ids")
-                listed[int(key)] = self._token(f"added_tokens_decoder {key}", value)
+                place = f"added_tokens_decoder {key}"
+                add(int(key), self._token(place, value), place)
         else:
             self._take_map(settings, side.special_map or {})
             special = {str(settings[name]) for name in NAMES if settings.get(name)}
@@ -208,10 +216,10 @@ class _Reader:
             for text, index in (side.added or {}).items():
                 if not isinstance(index, int):
                     raise self.refusal("added_tokens.json", {text: index}, "must map tokens to ids")
-                listed[index] = AddedToken(text, normalized=text not in special, special=text in special)
+                token = AddedToken(text, normalized=text not in special, special=text in special)
+                add(index, token, "added_tokens.json")
             for index, token in of_tokenizer:
-                listed[index] = self._token("added_tokens", token)
-        by_text = {token.content: token for token in listed.values()}
+                add(index, self._token("added_tokens", token), "added_tokens")
         for name in NAMES:
             if settings.get(name) is not None:
                 token = self._token(name, settings[name])

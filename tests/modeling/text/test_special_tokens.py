@@ -189,3 +189,14 @@ def test_any_side_files_give_what_autotokenizer_gives(files):
 def test_any_side_files_give_what_autotokenizer_gives_at_length(files):
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         compare(written(files, Path(folder)))
+
+
+def test_an_id_that_two_files_give_hides_neither_of_their_tokens():
+    """added_tokens.json says how [NEW] is met, although tokenizer.json gives its id to <unk>."""
+    files = {
+        "tokenizer.json": FILES["byte_level"],
+        "added_tokens.json": {"[NEW]": 0},
+        "special_tokens_map.json": {"eos_token": {"content": "[NEW]", "rstrip": True, "normalized": False}},
+    }
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+        compare(written(Files(files), Path(folder)))

@@ -113,7 +113,7 @@ def alter_tensors(draw: Callable[..., Any], tensors: dict[str, torch.Tensor]) ->
         tensors[name] = value.flip(0)
     elif value.numel():
         numbers = (
-            [-1, 0, 1, 2**31 - 1, 100]
+            [number for number in (-1, 0, 1, 2**31 - 1, 100) if _fits(number, value.dtype)]
             if not value.is_floating_point()
             else [float("nan"), float("inf"), -1.0, 0.0, 1e30]
         )
@@ -121,6 +121,11 @@ def alter_tensors(draw: Callable[..., Any], tensors: dict[str, torch.Tensor]) ->
         value = value.clone()
         (value if how == "values" else value.view(-1)[draw(st.integers(0, value.numel() - 1)) :][:1]).fill_(number)
         tensors[name] = value
+
+
+def _fits(number: int, dtype: torch.dtype) -> bool:
+    """Whether a tensor of integers, or of bool, can be filled with a number."""
+    return dtype == torch.bool or torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 def altered(draw: Callable[..., Any], saved: Saved) -> Saved:
