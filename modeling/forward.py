@@ -108,7 +108,7 @@ def step(
     lag_B: Tensor,
     views: list[LayerView],
     queries: list[Tensor],
-    window: int,
+    ring_size: int,
     backend: str,
 ) -> Tensor:
     """Run T new tokens per row through all layers over the paged cache, writing their keys and values into it.
@@ -117,7 +117,8 @@ def step(
         ids_BT, pos_BT: int64 token ids and int32 positions; pos -1 marks padding (trailing) and finished rows.
         lag_B: int32, what to subtract from positions before RoPE (KVCache.lag).
         views: one per layer; their lists must have room for the new tokens (KVCache.reserve).
-        queries: one ring buffer [B*(W+1), H, D] per layer, or none (window 0).
+        queries: one ring buffer [B*(W+1), H, D] per layer, or none.
+        ring_size: W, queries that a ring holds per row; 0 without rings.
     Returns:
         hidden states [B, T, E] after the last layer (model.head makes logits of them).
     Raises:
@@ -134,7 +135,7 @@ def step(
     rings: list[Tensor | None] = [*queries] or [None] * len(views)
     for block, view, ring in zip(model.blocks, views, rings, strict=True):
         cos_BTD, sin_BTD = rotary[block.rope]
-        x_BTE = run(model, block, x_BTE, cos_BTD, sin_BTD, pos_BT, padded, view, ring, window, backend)
+        x_BTE = run(model, block, x_BTE, cos_BTD, sin_BTD, pos_BT, padded, view, ring, ring_size, backend)
     return x_BTE
 
 
@@ -148,7 +149,7 @@ def layer_step(
     padded: bool,
     view: LayerView,
     ring: Tensor | None,
-    window: int,
+    ring_size: int,
     backend: str,
 ) -> Tensor:
     """One layer of `step`: project, write to the pages, attend through them, finish."""
@@ -156,7 +157,7 @@ def layer_step(
     q_BTHD, k_BTKD = rotate(q_BTHD, cos_BTD, sin_BTD), rotate(raw_BTKD, cos_BTD, sin_BTD)
     _write(view, k_BTKD, v_BTKD, raw_BTKD, pos_BT, padded)
     if ring is not None:
-        _remember(ring, q_BTHD, pos_BT, window)
+        _remember(ring, q_BTHD, pos_BT, ring_size)
     config = model.config
     o_BTHD = paged_attention(
         q_BTHD,
@@ -208,15 +209,15 @@ def _write(view: LayerView, k_BTKD: Tensor, v_BTKD: Tensor, raw_BTKD: Tensor, po
     view.used.add_((pos_RT >= 0).sum(-1, dtype=torch.int32) if padded else T)
 
 
-def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, window: int) -> None:
+def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, ring_size: int) -> None:
     """Write the last W of the new queries to the ring; older ones would fight over the same slots.
 
     Those, and padding, go to the row's last slot as zeros.
     """
     B, T, H, D = q_BTHD.shape
     row_B1 = torch.arange(B, device=pos_BT.device)[:, None]
-    recent_BT = (pos_BT >= 0) & (pos_BT > pos_BT.amax(-1, keepdim=True) - window)
-    slot_BT = row_B1 * (window + 1) + torch.where(recent_BT, pos_BT % window, window)
+    recent_BT = (pos_BT >= 0) & (pos_BT > pos_BT.amax(-1, keepdim=True) - ring_size)
+    slot_BT = row_B1 * (ring_size + 1) + torch.where(recent_BT, pos_BT % ring_size, ring_size)
     q_BTHD = q_BTHD.masked_fill(~recent_BT[..., None, None], 0)
     ring.index_copy_(0, slot_BT.reshape(-1).long(), q_BTHD.reshape(B * T, H, D))
 
@@ -224,6 +225,6 @@ def _remember(ring: Tensor, q_BTHD: Tensor, pos_BT: Tensor, window: int) -> None
 def extend(model: Decoder, cache: KVCache, ids_BT: Tensor, pos_BT: Tensor, backend: str = "sdpa") -> Tensor:
     """`step` on a KVCache, eagerly: reserve, run, advance. Returns hidden states [B, T, E]."""
     cache.reserve(ids_BT.shape[1])
-    x_BTE = step(model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window, backend)
+    x_BTE = step(model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.ring_size, backend)
     cache.next_pos.copy_(torch.maximum(cache.next_pos, pos_BT.amax(-1) + 1))
     return x_BTE

@@ -278,7 +278,7 @@ class KVCache:
 
     Args:
         layers: one LayerCache per layer.
-        window: W, queries to remember per layer (0: none).
+        ring_size: W, queries to remember per layer (0: none).
         num_heads: H, query heads.
     Attributes:
         next_pos: [B] int32, position of each row's next token.
@@ -287,19 +287,19 @@ class KVCache:
         queries: the ring buffers of the last W queries, one per layer.
     """
 
-    def __init__(self, layers: list[LayerCache], window: int, num_heads: int) -> None:
+    def __init__(self, layers: list[LayerCache], ring_size: int, num_heads: int) -> None:
         first = layers[0]
         self.layers = layers
         self.rows = first.rows
-        self.window = window
+        self.ring_size = ring_size
         device, dtype, head_dim = first.used.device, first.pool.k.dtype, first.pool.k.shape[-1]
         self.next_pos = torch.zeros(self.rows, dtype=torch.int32, device=device)
         self.lag = torch.zeros_like(self.next_pos)
         # Ring buffers: the query of position p of row b is at b*(W+1) + p % W; slot W of each row swallows padding.
         self.queries = [
-            torch.zeros(self.rows * (window + 1), num_heads, head_dim, dtype=dtype, device=device)
+            torch.zeros(self.rows * (ring_size + 1), num_heads, head_dim, dtype=dtype, device=device)
             for _ in layers
-            if window
+            if ring_size
         ]
 
     @classmethod
@@ -315,12 +315,12 @@ class KVCache:
         device: torch.device,
         entries: int,
         page: int,
-        window: int = 0,
+        ring_size: int = 0,
         companions: Companions | None = None,
         spare: int = 0,
         ragged: bool = False,
         shared: bool = False,
-        most: int | None = None,
+        max_entries: int | None = None,
         filled: int | None = None,
         steps: int = 4,
     ) -> KVCache:
@@ -330,14 +330,14 @@ class KVCache:
         one pool and may differ too.
 
         Args:
-            most: entries that will do for all that is planned, where that is known. If there is room for them from the start, the
-                pools have exactly their size; else one of those that they grow through.
+            max_entries: entries that will do for all that is planned, where that is known. If there is room for them from the
+                start, the pools have exactly their size; else one of those that they grow through.
             filled: rows that there is room for; None: all. The others are padding.
             steps: which sizes those are (pool_size).
         """
         lists = (rows if filled is None else filled) * num_kv_heads * (len(windows) if shared else 1)
         pages = lists * (-(-entries // page) + spare)
-        limit = None if most is None else lists * (-(-most // page) + spare)
+        limit = None if max_entries is None else lists * (-(-max_entries // page) + spare)
         size = pool_size(pages, steps) if limit is None else min(pool_size(pages, steps), limit)
         pools = [
             PagePool(size, page, head_dim, dtype, device, companions, steps, limit)
@@ -350,7 +350,7 @@ class KVCache:
                 reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
             pool = pools[0 if shared else index]
             layers.append(LayerCache(pool, rows, num_kv_heads, ragged or shared, reach))
-        return cls(layers, window, num_heads)
+        return cls(layers, ring_size, num_heads)
 
     def reserve(self, extra: int | Sequence[int]) -> None:
         """Give every list room for `extra` more entries (one number, or one per row)."""
@@ -376,17 +376,17 @@ class KVCache:
 
     def recent(self, layer: int) -> tuple[Tensor, Tensor]:
         """The last W queries of a layer, oldest first: q [B, H, W, D] after RoPE and q_pos [B, W] int64, -1 where none was."""
-        position_BW = self.next_pos[:, None] + torch.arange(-self.window, 0, device=self.next_pos.device)
+        position_BW = self.next_pos[:, None] + torch.arange(-self.ring_size, 0, device=self.next_pos.device)
         row_B1 = torch.arange(self.rows, device=self.next_pos.device)[:, None]
-        q_BWHD = self.queries[layer][row_B1 * (self.window + 1) + position_BW % self.window]
+        q_BWHD = self.queries[layer][row_B1 * (self.ring_size + 1) + position_BW % self.ring_size]
         return q_BWHD.transpose(1, 2), position_BW.clamp(min=EMPTY).long()
 
     def remember(self, layer: int, row: int, q_HWD: Tensor, last_pos: int) -> None:
         """Store the queries of positions last_pos - n + 1 ... last_pos of one row, W at most."""
-        q_HWD = q_HWD[:, -self.window :]
+        q_HWD = q_HWD[:, -self.ring_size :]
         count = q_HWD.shape[1]
         positions = torch.arange(last_pos - count + 1, last_pos + 1, device=q_HWD.device)
-        self.queries[layer][row * (self.window + 1) + positions % self.window] = q_HWD.transpose(0, 1)
+        self.queries[layer][row * (self.ring_size + 1) + positions % self.ring_size] = q_HWD.transpose(0, 1)
 
     def fork(self, rows: Sequence[int] | None = None) -> KVCache:
         """A cache whose row i continues row rows[i] (all rows by default); pages are shared until written."""
@@ -395,7 +395,7 @@ class KVCache:
         twin.rows = len(rows)
         twin.layers = [layer.fork(rows) for layer in self.layers]
         twin.next_pos, twin.lag = self.next_pos[rows], self.lag[rows]
-        slots = [row * (self.window + 1) + i for row in rows for i in range(self.window + 1)]
+        slots = [row * (self.ring_size + 1) + i for row in rows for i in range(self.ring_size + 1)]
         twin.queries = [ring[slots] for ring in self.queries]
         return twin
 
@@ -405,7 +405,7 @@ class KVCache:
         part.rows = 1
         part.layers = [layer.row(index) for layer in self.layers]
         part.next_pos, part.lag = self.next_pos[index : index + 1], self.lag[index : index + 1]
-        slots = slice(index * (self.window + 1), (index + 1) * (self.window + 1))
+        slots = slice(index * (self.ring_size + 1), (index + 1) * (self.ring_size + 1))
         part.queries = [ring[slots] for ring in self.queries]
         return part
 

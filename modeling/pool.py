@@ -45,7 +45,7 @@ class PagePool:
         companions: per-slot data that moves with its entry, zero at first. Known to the forward pass: `keep` [S, G] bool and
             `raw` [S, D] (see LayerView).
         steps: which sizes it may grow to (pool_size).
-        most: usable pages that will do for all that is planned: a pool that grows stops there before it goes on.
+        max_pages: usable pages that will do for all that is planned: a pool that grows stops there before it goes on.
     Raises:
         MemoryError: so much memory is not free (or whatever torch raises about it).
     """
@@ -59,9 +59,9 @@ class PagePool:
         device: torch.device,
         companions: Companions | None = None,
         steps: int = 4,
-        most: int | None = None,
+        max_pages: int | None = None,
     ) -> None:
-        self.page, self._steps, self._most = page, steps, most
+        self.page, self._steps, self._max_pages = page, steps, max_pages
         slots = (num_pages + 1) * page
         sizes = [2 * head_dim * dtype.itemsize, 4]
         sizes += [torch.Size(shape).numel() * kind.itemsize for shape, kind in (companions or {}).values()]
@@ -105,8 +105,8 @@ class PagePool:
             usable = self.num_pages - 1
             least = usable + count - len(self._free)
             size = pool_size(least, self._steps)
-            if self._most is not None and least <= self._most:
-                size = min(size, self._most)
+            if self._max_pages is not None and least <= self._max_pages:
+                size = min(size, self._max_pages)
             self.grow(size - usable)
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:

@@ -51,8 +51,8 @@ class Allocation:
 
     def _require_share(self, option: str) -> None:
         share = getattr(self, option)
-        fine = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1
-        self._require(fine, option, "give the share of a uniform budget that every head is sure of, in [0, 1]")
+        valid = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1
+        self._require(valid, option, "give the share of a uniform budget that every head is sure of, in [0, 1]")
 
     def _require_bool(self, option: str) -> None:
         self._require(isinstance(getattr(self, option), bool), option, "give True or False")
@@ -79,9 +79,9 @@ class Pyramid(Allocation):
     middle_regime: bool = True
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.beta, int) and not isinstance(self.beta, bool)
+        is_whole = isinstance(self.beta, int) and not isinstance(self.beta, bool)
         self._require(
-            whole and self.beta >= 1, "beta", "give a whole number of at least 1 (20 as released; 1 is uniform)"
+            is_whole and self.beta >= 1, "beta", "give a whole number of at least 1 (20 as released; 1 is uniform)"
         )
         self._require_bool("exact")
         self._require_bool("middle_regime")
@@ -112,7 +112,7 @@ class Pyramid(Allocation):
 
 
 @dataclass(frozen=True)
-class AdaKV(Allocation):
+class HeadAdaptive(Allocation):
     """Heads of a layer share its budget by score (Ada-KV, Feng et al., 2024, arXiv 2407.11550; docs/sources.md §2.7).
 
     With base = budget minus protected entries, the layer's X * base best unprotected entries fall n_h to head h, which gets
@@ -125,7 +125,7 @@ class AdaKV(Allocation):
     Of equal scores the older position loses, then the later head.
 
     >>> score = torch.tensor([[[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 1.0, 1.0]]])
-    >>> AdaKV(floor=0.5).select(score, torch.arange(4).expand(1, 2, 4), score < 0, torch.tensor([2])).sum(-1).tolist()
+    >>> HeadAdaptive(floor=0.5).select(score, torch.arange(4).expand(1, 2, 4), score < 0, torch.tensor([2])).sum(-1).tolist()
     [[3, 1]]
     """
 
@@ -228,14 +228,14 @@ class Global(Allocation):
         return GlobalCascade(self, num_layers, budget)
 
     def sure(
-        self, score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget_B: Tensor, most: int | None = None
+        self, score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget_B: Tensor, max_count: int | None = None
     ) -> Tensor:
         """[B, X, C] bool: protected entries and each head's floor. most: a bound of budget_B the host knows."""
         exists_BXC = pos_BXC >= 0
         protected_BXC = protected_BXC & exists_BXC
         visible_BXC = exists_BXC & ~protected_BXC & (score_BXC > -torch.inf)  # NaN is not
         floor_BX = _whole((budget_B[:, None] - protected_BXC.sum(-1)).double() * self.floor)
-        return protected_BXC | top(score_BXC, pos_BXC, visible_BXC, floor_BX, most)
+        return protected_BXC | top(score_BXC, pos_BXC, visible_BXC, floor_BX, max_count)
 
 
 class GlobalCascade:
@@ -287,4 +287,4 @@ def _whole(x: Tensor) -> Tensor:
     return (x + 1e-6).floor().long()
 
 
-ALLOCATIONS: dict[str, type[Allocation]] = {cls.name: cls for cls in (Allocation, Pyramid, AdaKV, Global)}
+ALLOCATIONS: dict[str, type[Allocation]] = {cls.name: cls for cls in (Allocation, Pyramid, HeadAdaptive, Global)}

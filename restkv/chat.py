@@ -7,12 +7,12 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeling.modes import own_modes
 from modeling.room import enough_memory
 from restkv.errors import PolicyError, PromptError, RestKVWarning
-from restkv.generate import CHUNK, Session
+from restkv.lm import LM
 from restkv.meter import Meter
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies import Policy
@@ -20,12 +20,10 @@ from restkv.policies.base import require_policy
 from restkv.results import Decoding, Generation, Stats, TextStream
 from restkv.saving.checks import require_chat
 from restkv.saving.store import load_session, refused, save_session
-
-if TYPE_CHECKING:
-    from restkv.lm import LM
+from restkv.session import CHUNK, Session
+from restkv.sizing import LONGEST
 
 Message = dict[str, str]
-EVER = 1 << 30  # tokens: longer than any conversation
 
 
 class Chat:
@@ -253,7 +251,7 @@ class Chat:
         if policy.budget is None or not spared or span in policy.protect:
             return policy
         policy = replace(policy, protect=(*policy.protect, span))
-        least = min(policy.layer_budgets(EVER, self.lm.config.num_layers))
+        least = min(policy.layer_budgets(LONGEST, self.lm.config.num_layers))
         newest = policy.newest(least)
         if spared + newest > least:
             raise PolicyError(

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeling.modes import own_modes
 from modeling.room import enough_memory
+from restkv.answering import Answering, Prompt
 from restkv.errors import PromptError
-from restkv.generate import Session
 from restkv.meter import Meter
 from restkv.results import Decoding, Generation, Stats, TextStream
 from restkv.saving.checks import require_context
 from restkv.saving.store import load_session, refused, save_session
-
-if TYPE_CHECKING:
-    from restkv.lm import LM, Prompt
+from restkv.session import Session
 
 
 class CompressedContext:
@@ -31,7 +29,7 @@ class CompressedContext:
         tokens: how many tokens of text there were.
     """
 
-    def __init__(self, lm: LM, session: Session, tokens: int) -> None:
+    def __init__(self, lm: Answering, session: Session, tokens: int) -> None:
         self.lm, self.policy, self.tokens = lm, session.policy, tokens
         self._session = session
 
@@ -90,7 +88,7 @@ class CompressedContext:
 
     @classmethod
     @own_modes
-    def load(cls, path: str | Path, lm: LM) -> CompressedContext:
+    def load(cls, path: str | Path, lm: Answering) -> CompressedContext:
         """Read a saved context.
 
         Raises:

@@ -7,7 +7,7 @@ dim, W observed queries, R = B*K page lists, X heads with a kept set of their ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling.forward import Watch
 from modeling.layers import Decoder
-from modeling.pages import UNBOUNDED, KVCache, LayerCache
+from modeling.pages import KVCache, LayerCache
 from modeling.pool import Companions, read
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
@@ -24,6 +24,8 @@ from restkv.errors import PolicyError
 from restkv.mass import column_mass
 from restkv.observe import Observation, group_root_of, root_of, weighted_attention
 from restkv.policies.base import Policy
+
+UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one
 
 
 class Roots:
@@ -67,7 +69,7 @@ class Evictor:
     Raises:
         PolicyError: the protected entries of a row do not fit into its budget.
     Attributes:
-        budgets: [N][B] entries per head (UNBOUNDED for a policy without budget).
+        budgets: [N][B] entries per head (UNLIMITED for a policy without budget).
         states: the policy's memory of each row.
         counted_B: [B] int32; queries before these positions have been counted into the entries' mass.
     """
@@ -76,7 +78,7 @@ class Evictor:
         self.model, self.policy, self.roots = model, policy, roots
         layers = model.config.num_layers
         per_row = [
-            [UNBOUNDED] * layers if policy.budget is None else policy.layer_budgets(length, layers)
+            [UNLIMITED] * layers if policy.budget is None else policy.layer_budgets(length, layers)
             for length in lengths
         ]
         for length, budgets in zip(lengths, per_row, strict=True):
@@ -127,12 +129,8 @@ class Evictor:
         v_KLD: Tensor,
         raw_KLD: Tensor | None,
         mass_XL: Tensor | None,
-        shared: dict[Hashable, Tensor] | None = None,
     ) -> None:
-        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries.
-
-        shared: see Observation; the same for all policies that keep something of this layer.
-        """
+        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries."""
         heads, length, _ = k_KLD.shape
         device = k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
@@ -151,8 +149,7 @@ class Evictor:
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
-            obs = replace(obs, shared=shared)
-        if cache.window:
+        if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)
         if obs is not None and self.policy.allocation.across_layers:
             self._compete(obs, mass_XL)
@@ -272,7 +269,7 @@ class Evictor:
         """The observation of one layer's pages."""
         layer = cache.layers[index]
         slot_RC, pos_RC = layer.slots()
-        budgets = [budget if over else UNBOUNDED for budget, over in zip(self.budgets[index], over_B, strict=True)]
+        budgets = [budget if over else UNLIMITED for budget, over in zip(self.budgets[index], over_B, strict=True)]
         pool, shape = layer.pool, (layer.rows, layer.heads, slot_RC.shape[1])
         per_slot = {
             name: read(pool.companions[name], slot_RC).view(*shape, -1).transpose(2, 3)
@@ -352,9 +349,9 @@ class Evictor:
             v=v,
             pos=pos,
             root=self.roots.get(layer, self.policy.needs),
-            scale=config.attn_scale,
+            softmax_scale=config.attn_scale,
             softcap=config.attn_softcap,
-            window=self.model.blocks[layer].window,
+            sliding_window=self.model.blocks[layer].window,
             layer=layer,
             num_layers=config.num_layers,
             keep=keep,

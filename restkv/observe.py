@@ -9,7 +9,7 @@ that nothing of size [H, W, C] or [H, C, D] has to exist beyond one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ def chunk_elements(device: torch.device) -> int:
 class Observation:
     """One layer at the moment of eviction.
 
-    Only q, q_pos, k, v, pos, root and scale are needed to build one by hand. Half-precision tensors are computed with
+    Only q, q_pos, k, v, pos, root and softmax_scale are needed to build one by hand. Half-precision tensors are computed with
     in float32, float64 ones in float64. What lies in rows with q_pos = -1 or in columns with pos = -1 has no influence
     as long as it is finite. Columns may be in any order.
     """
@@ -40,9 +40,9 @@ class Observation:
     v: Tensor  # [B, K, C, D]
     pos: Tensor  # [B, K, C] int, original position of each entry; -1 = padding
     root: Tensor | None  # [H, D, F] of W_O (root_of); [K, G, D, F] for a policy that needs "group_root" (Policy.needs)
-    scale: float  # what q.k is multiplied with
+    softmax_scale: float  # what q.k is multiplied with
     softcap: float | None = None  # attention logits x become softcap * tanh(x / softcap)
-    window: int | None = None  # sliding-window layer: a query at p sees positions in (p - window, p]
+    sliding_window: int | None = None  # sliding-window layer: a query at p sees positions in (p - window, p]
     layer: int = 0
     num_layers: int = 1
     keep: Tensor | None = None  # [B, H, C] bool, granularity "query": the entries each query head still has; None = all
@@ -50,9 +50,6 @@ class Observation:
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
     budgets: tuple[int, ...] | None = None  # budget_B as the host knows it, so that ranking stops there
-    shared: dict[Hashable, Tensor] | None = (
-        None  # scores of these entries under other policies, for those that score alike
-    )
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )
@@ -92,9 +89,9 @@ class Observation:
     @property
     def hidden(self) -> Tensor:
         """[B, K, C] bool: entries of a sliding-window layer that no query after the newest one can see."""
-        if self.window is None:
+        if self.sliding_window is None:
             return torch.zeros_like(self.pos, dtype=torch.bool)
-        return self.pos <= self.q_pos[:, -1, None, None] + 1 - self.window
+        return self.pos <= self.q_pos[:, -1, None, None] + 1 - self.sliding_window
 
     def chunks(self, per_column: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the columns and their indices, so long that `per_column` elements for each column stay affordable."""
@@ -112,9 +109,11 @@ class Observation:
         heads, queries = max(1, min(K, affordable // W)), max(1, min(W, affordable))
         for head in range(0, K, heads):
             for query in range(0, W, queries):
-                some, which = slice(head, min(head + heads, K)), slice(query, min(query + queries, W))
-                grouped = slice(some.start * self.group, some.stop * self.group)
-                yield Rows(grouped, which, self.logits(heads=some, queries=which), self._seen_by_all > 0)
+                head_slice, query_slice = slice(head, min(head + heads, K)), slice(query, min(query + queries, W))
+                grouped = slice(head_slice.start * self.group, head_slice.stop * self.group)
+                yield Rows(
+                    grouped, query_slice, self.logits(heads=head_slice, queries=query_slice), self._seen_by_all > 0
+                )
 
     def logits(self, columns: slice | None = None, queries: slice | None = None, heads: slice | None = None) -> Tensor:
         """Attention logits [B, H, W, C] of some columns, queries and KV heads (with their groups); -inf for what a query may
@@ -123,7 +122,7 @@ class Observation:
         G = self.group
         # Not as default arguments: dynamo of torch 2.11 knows no slice there.
         columns, queries, heads = columns or slice(None), queries or slice(None), heads or slice(None)
-        q_BKGWD = self.q.unflatten(1, (-1, G))[:, heads, :, queries].to(self.dtype) * self.scale
+        q_BKGWD = self.q.unflatten(1, (-1, G))[:, heads, :, queries].to(self.dtype) * self.softmax_scale
         B, K, _, W, D = q_BKGWD.shape
         q_BKQD = q_BKGWD.reshape(B, K, G * W, D)
         logits_BKGWC = (q_BKQD @ self.k[:, heads, columns].to(self.dtype).mT).view(B, K, G, W, -1)
@@ -134,8 +133,8 @@ class Observation:
         pos_BK11C = self.pos[:, heads, None, None, columns]
         q_pos_B11W1 = self.q_pos[:, None, None, queries, None]
         visible = (pos_BK11C >= 0) & (pos_BK11C <= q_pos_B11W1)
-        if self.window is not None:
-            visible = visible & (pos_BK11C > q_pos_B11W1 - self.window)
+        if self.sliding_window is not None:
+            visible = visible & (pos_BK11C > q_pos_B11W1 - self.sliding_window)
         if self.keep is not None:
             visible = visible & self.keep.unflatten(1, (-1, G))[:, heads, :, None, columns]
         later_BKGWC.masked_fill_(~visible, -torch.inf)
@@ -146,7 +145,7 @@ class Observation:
         """Columns before this one hide nothing from any query, as far as a CPU can tell: those of a prompt before its window."""
         if self.pos.device.type != "cpu" or torch.compiler.is_compiling():
             return 0  # asking would wait for the device
-        if self.window is not None or self.keep is not None:
+        if self.sliding_window is not None or self.keep is not None:
             return 0
         hidden_C = (
             ((self.pos < 0) | (self.pos > self.q_pos.amin(-1)[:, None, None])).flatten(0, 1).any(0).numpy()

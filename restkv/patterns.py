@@ -60,8 +60,8 @@ class Pattern:
         changed = [(name, value) for name, value in given if value != _default(type(self), name)]
         return ":".join([self.name, *(f"{name}={value}" for name, value in changed)])
 
-    def _require(self, fine: bool, option: str, mend: str) -> None:
-        if not fine:
+    def _require(self, valid: bool, option: str, mend: str) -> None:
+        if not valid:
             raise PromptError(f"prefill {self.name}: {option}={getattr(self, option)}; {mend}")
 
     def _map(self, listed_HMM: Tensor, window: int | None) -> BlockMap:
@@ -168,8 +168,8 @@ class FlexPrefill(Pattern):
         self._require(0 < self.gamma <= 1, "gamma", "give a share above 0 and up to 1")
         self._require(self.tau >= 0, "tau", "give at least 0")
         self._require(self.min_budget >= 1, "min_budget", "give at least 1")
-        fine = self.max_budget is None or self.max_budget >= self.min_budget
-        self._require(fine, "max_budget", f"give at least min_budget, {self.min_budget}")
+        valid = self.max_budget is None or self.max_budget >= self.min_budget
+        self._require(valid, "max_budget", f"give at least min_budget, {self.min_budget}")
 
     def dense(self, length: int) -> bool:
         return length <= max(2, -(-self.min_budget // self.block)) * self.block
@@ -190,9 +190,11 @@ class FlexPrefill(Pattern):
         aware_H = _js_distance(guess_HM, column_HM) < self.tau
 
         least = -(-self.min_budget // self.block)
-        most = k_HMD.shape[1] if self.max_budget is None else -(-self.max_budget // self.block)
+        max_blocks = k_HMD.shape[1] if self.max_budget is None else -(-self.max_budget // self.block)
         counts = [
-            ((self._covering(x_HL) + 1) // self.block + 1).clamp(least, max(least, most)).masked_fill(aware_H, least)
+            ((self._covering(x_HL) + 1) // self.block + 1)
+            .clamp(least, max(least, max_blocks))
+            .masked_fill(aware_H, least)
             for x_HL in (vertical_HL, slash_HL)
         ]
         column_HM[:, 0] = distance_HM[:, 0] = torch.inf

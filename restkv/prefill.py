@@ -48,7 +48,9 @@ def prefill(
         length * width * model.dtype.itemsize, model.device
     )  # the least of it: hidden states, one layer's keys and values
     x_LE, rotary = embed(model, ids)
-    last = max(evictor.policy.observed_prompt, cache.window, 1)  # without a query nobody knows what is still in sight
+    last = max(
+        evictor.policy.observed_prompt, cache.ring_size, 1
+    )  # without a query nobody knows what is still in sight
     for index, block in enumerate(model.blocks):
         watch, mass_XL = evictor.watch_prompt(index, length)
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(

@@ -42,12 +42,12 @@ def select(score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget: in
     budget_BX = torch.as_tensor(budget, device=pos_BXC.device)
     if budget_BX.ndim == 1:
         budget_BX = budget_BX[:, None]
-    most = budget if isinstance(budget, int) else None
+    max_count = budget if isinstance(budget, int) else None
     others_BXC = exists_BXC & ~protected_BXC
-    return protected_BXC | top(score_BXC, pos_BXC, others_BXC, budget_BX - protected_BXC.sum(-1), most)
+    return protected_BXC | top(score_BXC, pos_BXC, others_BXC, budget_BX - protected_BXC.sum(-1), max_count)
 
 
-def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, most: int | None = None) -> Tensor:
+def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, max_count: int | None = None) -> Tensor:
     """The `count_X` best entries of every line (all of them where there are fewer, none where the count is negative).
 
     NaN counts as -inf; of equal scores the older position loses, of equal positions the later column. Two cuts find
@@ -58,18 +58,18 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
         score_XC, pos_XC: one line of entries each; any number of leading dimensions.
         among_XC: bool, the entries to choose from; their positions are at least 0.
         count_X: int, entries to take of each line.
-        most: no count is larger, if the host knows such a number: saves time.
+        max_count: no count is larger, if the host knows such a number: saves time.
 
     Returns:
         bool, the shape of `among_XC`.
     """
     columns = pos_XC.shape[-1]
-    most = columns if most is None else min(max(most, 1), columns)
+    max_count = columns if max_count is None else min(max(max_count, 1), columns)
     count_X1 = torch.minimum(count_X, among_XC.sum(-1)).clamp(0)[..., None]
     if not columns:
         return among_XC
     score_XC = score_XC.masked_fill(~among_XC | score_XC.isnan(), -torch.inf)
-    lowest_X1 = _nth_largest(score_XC, count_X1, most)
+    lowest_X1 = _nth_largest(score_XC, count_X1, max_count)
     above_XC = score_XC > lowest_X1  # not -inf, so `among`
     tied_XC = among_XC & (score_XC == lowest_X1)
     left_X1 = count_X1 - above_XC.sum(-1, keepdim=True)
@@ -78,7 +78,7 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, mos
         return (above_XC | tied_XC) & (count_X1 > 0)
     later_first_C = torch.arange(columns - 1, -1, -1, device=pos_XC.device)
     age_XC = (pos_XC.long() * columns + later_first_C).masked_fill(~tied_XC, -1)  # no two alike
-    oldest_X1 = _nth_largest(age_XC, left_X1, most)
+    oldest_X1 = _nth_largest(age_XC, left_X1, max_count)
     return (above_XC | (tied_XC & (age_XC >= oldest_X1))) & (count_X1 > 0)
 
 
@@ -145,10 +145,10 @@ def _reaching(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
     return reaching_nC  # NaN is the largest, as in topk
 
 
-def _nth_largest(value_XC: Tensor, n_X1: Tensor, most: int) -> Tensor:
+def _nth_largest(value_XC: Tensor, n_X1: Tensor, max_count: int) -> Tensor:
     """The n-th largest of each line, n in 1..most (the largest for a smaller n); no value is NaN."""
     if not _numpy_sees(value_XC):
-        return value_XC.topk(most, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
+        return value_XC.topk(max_count, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
     lines_NC = value_XC.detach().flatten(0, -2).numpy()  # no sync: a CPU
     place_N = lines_NC.shape[-1] - n_X1.flatten().clamp(1).numpy()
     if (place_N == place_N[:1]).all():

@@ -14,6 +14,7 @@ from restkv.errors import TooLargeError
 from restkv.policies.base import Policy
 
 AHEAD = 512  # tokens for which a cache that grows with them has room from the start
+LONGEST = 1 << 30  # tokens: no text is longer
 FIXED = 8192  # entries per head up to which a bounded cache has all its room from the start, whatever the prompt
 LEAST_PAGES = 4  # of a list in a compiled cache that grows: smaller ones would be more shapes
 
@@ -48,14 +49,14 @@ class Room:
 
     Attributes:
         entries: from the start.
-        most: that will ever be needed; None: nobody knows.
+        max_entries: that will ever be needed; None: nobody knows.
         page: slots of a page.
         forks: pages for forks besides.
         every_row: rows that are only padding have room too, so that its shape is that of the full number of rows.
     """
 
     entries: int
-    most: int | None
+    max_entries: int | None
     page: int
     forks: int
     every_row: bool
@@ -68,9 +69,9 @@ def room_for(job: Job, policy: Policy, config: ModelConfig) -> Room:
     fixed = policy.budget is not None and not isinstance(policy.budget, float)
     later, soon = job.period + job.chunk, min(job.period, AHEAD) + min(job.chunk, AHEAD)
     answer = 0 if job.interval else min(job.max_new_tokens, AHEAD)
-    most = max(budgets) + later if fixed and job.interval else None
-    if most is not None and most <= FIXED:
-        entries, page, every_row = most, page_size(most - later), True
+    max_entries = max(budgets) + later if fixed and job.interval else None
+    if max_entries is not None and max_entries <= FIXED:
+        entries, page, every_row = max_entries, page_size(max_entries - later), True
     else:
         constant = fixed and max(budgets) <= FIXED
         held = max(budgets) if constant else max(map(min, job.lengths, budgets))
@@ -81,7 +82,7 @@ def room_for(job: Job, policy: Policy, config: ModelConfig) -> Room:
         every_row = False
     # A fork that evicts moves all it holds to pages of its own; one that only appends copies the page it goes on in.
     own = entries if job.interval else min(entries, answer + soon + page)
-    return Room(entries, most, page, job.forks * -(-own // page), every_row)
+    return Room(entries, max_entries, page, job.forks * -(-own // page), every_row)
 
 
 def page_size(entries: int) -> int:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from modeling.modes import own_modes
 from restkv.errors import PromptError
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.meter import Meter
 from restkv.policies import Policy
+from restkv.session import Session
 
 
 @dataclass(frozen=True)

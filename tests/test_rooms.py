@@ -31,7 +31,6 @@ ROOMS = (
 )
 # Known exceptions, to become fewer.
 CIRCLES = {
-    ("restkv.context", "restkv.lm"),  # a context answers through the model, which compresses into one
     ("modeling.text.stream", "modeling.text.tokenizer"),  # a type of the other's
 }
 UPWARD = {("modeling.text.special_tokens", "modeling.families.registry")}  # some tokenizer files differ by family

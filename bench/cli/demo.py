@@ -22,10 +22,10 @@ from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption,
 if TYPE_CHECKING:
     from bench.quality.tasks import Frame, Sample
     from bench.runs.methods import Method
-    from restkv.generate import Session
     from restkv.lm import LM
     from restkv.patterns import Pattern
     from restkv.results import Generation, Stats
+    from restkv.session import Session
 
 NARROWEST = 14  # characters of a column in which an answer can still be read
 
@@ -96,8 +96,8 @@ def _prefill(
     """One pass over the prompt fills every cache; each method keeps as many bytes as any other."""
     from bench.runs.methods import equal_bytes
     from bench.runs.together import prefill_together
-    from restkv.generate import Session
     from restkv.results import Stats
+    from restkv.session import Session
 
     prompt = [token for part in frame.ids(sample.context, sample.question, sample.answer_prefix) for token in part]
     policies = [equal_bytes(lm, method, entries, lambda: prompt, pattern) for method in methods]

@@ -42,9 +42,9 @@ from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, kept_mean, pattern_of, prefill_together
 from restkv.errors import PromptError, RestKVWarning
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
+from restkv.session import Session
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from bench.report.figures import COLOURS, new_figure
 from bench.runs.together import prefill_together
 from modeling.shown import shown
 from restkv.errors import PromptError
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.patterns import Pattern
 from restkv.policies import Policy
+from restkv.session import Session
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from bench.quality.kept import kept_masks
 from bench.quality.outputs import LayerTrace, observation, relative_error
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.observe import Observation, attention_BHWC
+from restkv.session import Session
 
 WINDOW = 32  # newest entries that stay and queries that judge, unless half the budget is less
 

@@ -53,9 +53,9 @@ def observation(lm: LM, index: int, trace: LayerTrace, stop: int, queries: int |
         v=trace.v_KLD[None, :, :stop].double(),
         pos=position_C.expand(1, len(trace.k_KLD), -1),
         root=None,
-        scale=config.attn_scale,
+        softmax_scale=config.attn_scale,
         softcap=config.attn_softcap,
-        window=lm.model.blocks[index].window,
+        sliding_window=lm.model.blocks[index].window,
         layer=index,
         num_layers=config.num_layers,
     )

@@ -31,9 +31,9 @@ from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held
 from restkv.errors import PromptError
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
+from restkv.session import Session
 
 PROTOCOLS = ("streaming", "prefill", "chunked")
 BATCH = 8  # windows read side by side, as rows of one session

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bench.runs.together import Held, under_each
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.prefill import dense_hidden
+from restkv.session import Session
 
 PIECE = 64  # tokens read at once by all rows of a session: their attention and logits must fit into memory
 Ids = Sequence[int]

@@ -24,11 +24,11 @@ from bench.runs.together import kept_mean, prefill_together
 from restkv.cli.options import parse_field
 from restkv.errors import PolicyError
 from restkv.evict import Evictor
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.patterns import Pattern
 from restkv.policies import Policy, get_policy, policy_class
 from restkv.saving.store import fingerprint, policy_to_dict
+from restkv.session import Session
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from modeling.pages import KVCache
 from modeling.sparse import BlockMap
 from restkv.errors import PromptError
 from restkv.evict import Evictor, companions_of
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.meter import Meter
+from restkv.observe import Observation
 from restkv.patterns import Pattern, chooser, parse_prefill
 from restkv.policies import FullCache, Policy
 from restkv.prefill import embed
 from restkv.results import Decoding, Generation, Row, Stats
+from restkv.session import Session
 from restkv.sizing import page_size
 
 Found = TypeVar("Found")
@@ -230,12 +231,68 @@ def pattern_of(prefill: str) -> Pattern | None:
     return parse_prefill(prefill)
 
 
+class _BudgetRead(Exception):
+    """A score depends on the budget."""
+
+
+class _UnreadTensor(Tensor):
+    """Stands for a budget that nobody may look at."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise _BudgetRead
+
+
+class _UnreadTuple(tuple[int, ...]):
+    def __iter__(self) -> Any:
+        raise _BudgetRead
+
+
+@dataclass
+class _Scores:
+    """Scores of one layer, for policies that differ only in what follows the score.
+
+    Attributes:
+        free: (class and options, budgets or None for a score that does not depend on them) -> score.
+        bound: classes and options whose scores depend on the budget.
+    """
+
+    free: dict[tuple[object, object], Tensor] = field(default_factory=dict)
+    bound: set[object] = field(default_factory=set)
+
+    def of(self, policy: Policy, obs: Observation) -> Tensor:
+        later = {"budget", "budget_by", "interval", "high_water"}
+        kind = (type(policy), *(getattr(policy, option.name) for option in fields(policy) if option.name not in later))
+        if kind not in self.bound:
+            try:
+                return self._once(policy, (kind, None), replace(obs, budget_B=_UnreadTensor(), budgets=_UnreadTuple()))
+            except _BudgetRead:
+                self.bound.add(kind)
+        return self._once(policy, (kind, obs.budgets), obs)
+
+    def _once(self, policy: Policy, key: tuple[object, object], obs: Observation) -> Tensor:
+        if key not in self.free:
+            self.free[key] = policy.score(obs)
+        return self.free[key]
+
+
+def _sharing(policy: Policy, scores: _Scores) -> Policy:
+    """The same policy, which asks `scores` first."""
+    kind = type(policy.name, (type(policy),), {"score": lambda _, obs: scores.of(policy, obs)})
+    return kind(**{option.name: getattr(policy, option.name) for option in fields(policy)})
+
+
 @torch.no_grad()
 def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
     """Run one prompt through the model and let every row of every session keep its share of it."""
     rows = [row for group in groups for row in group.rows]
     policies = [evictor.policy for _, evictor in rows]
-    last = max(max(policy.observed_prompt, cache.window, 1) for policy, (cache, _) in zip(policies, rows, strict=True))
+    scores = _Scores()
+    for _, evictor in rows:
+        evictor.policy = _sharing(evictor.policy, scores)
+    last = max(
+        max(policy.observed_prompt, cache.ring_size, 1) for policy, (cache, _) in zip(policies, rows, strict=True)
+    )
     slots = any(policy.slot_positions for policy in policies)
     x_LE, rotary = embed(lm.model, ids)
     for index, block in enumerate(lm.model.blocks):
@@ -264,14 +321,15 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
             choose=chooser(pattern, lm.config, block.window, len(ids)),
             attend=lm.engine.attend,
         )
-        scores: dict[Hashable, Tensor] = {}
+        scores.free.clear()
         for policy, (cache, evictor) in zip(policies, rows, strict=True):
             mass_XL = masses[policy.granularity][1] if "mass" in policy.needs else None
             raw = raw_KLD if policy.slot_positions else None
-            evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL, scores)
+            evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL)
     logits_1V = lm.model.head(x_LE[-1:])
-    for cache, evictor in rows:
+    for (cache, evictor), policy in zip(rows, policies, strict=True):
         evictor.prompt_done(cache, len(ids))
+        evictor.policy = policy
     for group in groups:
         group.session.cache.refresh()
         group.session.logits_BV = logits_1V.expand(len(group.policies), -1)

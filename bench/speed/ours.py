@@ -14,9 +14,10 @@ from bench.speed.workers import Worker, serve
 from modeling.checkpoint.loading import load_model
 from modeling.families.registry import config_from_dict
 from modeling.layers import Decoder
+from restkv.engine import Engine
 from restkv.evict import Evictor
-from restkv.generate import Engine, Session
 from restkv.saving.store import policy_from_dict
+from restkv.session import Session
 
 Result = TypeVar("Result")
 
@@ -94,7 +95,7 @@ class Ours(Worker):
         model = self._engine.model
         session = self._session = Session(self._engine, self._policy, [context] * batch, self._tokens)
         config = model.config
-        observed = min(context, max(self._policy.observed_prompt, session.cache.window, 1))
+        observed = min(context, max(self._policy.observed_prompt, session.cache.ring_size, 1))
         for row in range(batch):
             cache, evictor = session.cache.row(row), session.evictor.row(row)
             for layer in range(config.num_layers):
@@ -129,7 +130,7 @@ class Ours(Worker):
         return {
             "kept": sum(kept) / len(kept),
             "cache_bytes": cache_bytes,
-            "period": self._session.period,
+            "period": self._session.schedule.period,
             "evicting_s": None if self._evictor is None else self._evictor.laps.seconds,
         }
 

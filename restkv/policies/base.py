@@ -6,7 +6,7 @@ Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -32,8 +32,6 @@ class Policy(ABC):
     name: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ("kv", "query")  # the values `granularity` may take
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max")  # the values `gqa` may take
-    # Whether scores are the same under any budget, so that a bench which tries several computes them once.
-    budget_free: ClassVar[bool] = False
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset name -> option values
 
     # Entries kept per KV head (per query head with granularity="query"), window and sinks included, as in the papers.
@@ -75,10 +73,10 @@ class Policy(ABC):
         self._one_of("granularity", self.granularities)
         self._one_of("gqa", self.reductions)
         spans = self.protect if isinstance(self.protect, (tuple, list)) else ()
-        fine = spans is self.protect and all(
+        valid = spans is self.protect and all(
             isinstance(s, (tuple, list)) and len(s) == 2 and all(map(_is_int, s)) and 0 <= s[0] < s[1] for s in spans
         )
-        self._require(fine, "protect", "give (start, end) pairs of positions with 0 <= start < end")
+        self._require(valid, "protect", "give (start, end) pairs of positions with 0 <= start < end")
         object.__setattr__(self, "protect", tuple((start, end) for start, end in spans))
         self._check_budget()
 
@@ -90,9 +88,9 @@ class Policy(ABC):
             self._require(0 < self.budget <= 1, "budget", mend)
             return
         budgets: tuple[Any, ...] = self.budget if isinstance(self.budget, tuple) and self.budget else (self.budget,)
-        fine = all(_is_int(budget) and budget > 0 for budget in budgets)
+        valid = all(_is_int(budget) and budget > 0 for budget in budgets)
         self._require(
-            fine, "budget", "give at least 1 entry (one number, or a tuple of one per layer), or a fraction in (0, 1]"
+            valid, "budget", "give at least 1 entry (one number, or a tuple of one per layer), or a fraction in (0, 1]"
         )
         single = not isinstance(self.budget, tuple)
         shared = self.allocation.across_layers or type(self.allocation).layers is not Allocation.layers
@@ -181,19 +179,9 @@ class Policy(ABC):
     def ranking(self, obs: Observation) -> tuple[Tensor, Tensor, Tensor]:
         """What an allocation selects by: score, position and protection, each [B, K, C] or (granularity "query") [B, H, C]."""
         assert obs.protected is not None
-        score_BXC = self.score(obs) if obs.shared is None else self._shared_score(obs, obs.shared)
+        score_BXC = self.score(obs)
         pos_BXC = obs.held if self.granularity == "query" else obs.pos
         return score_BXC, pos_BXC, obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
-
-    def _shared_score(self, obs: Observation, shared: dict[Hashable, Tensor]) -> Tensor:
-        """Score, computed once for all policies that differ only in what follows it."""
-        later = {"budget", "budget_by", "interval", "high_water"}
-        options = tuple(getattr(self, option.name) for option in fields(self) if option.name not in later)
-        budgets = None if self.budget_free else torch.as_tensor(obs.budget_B).tolist()  # sync: in a bench, once a layer
-        key = (type(self), options, str(budgets))
-        if key not in shared:
-            shared[key] = self.score(obs)
-        return shared[key]
 
     def start(self) -> Any:
         """State of a new row; `keep` is given one for every row. None: the policy has no memory."""

@@ -25,7 +25,6 @@ class CAOTE(Policy):
     """
 
     name: ClassVar[str] = "caote"
-    budget_free: ClassVar[bool] = True
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max", "joint")
 
     window: int = 0

@@ -37,7 +37,6 @@ class ExpectedAttention(Policy):
     """
 
     name: ClassVar[str] = "expected-attention"
-    budget_free: ClassVar[bool] = True
 
     window: int = 0
     sinks: int = 4
@@ -48,11 +47,11 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.future, int) and is_number(self.future)
-        fine = whole and 1 <= self.future <= MOST_FUTURE
-        self._require(fine, "future", f"give a whole number of at least 1, at most {MOST_FUTURE}")
-        fine = is_number(self.epsilon) and 0 <= self.epsilon < TOO_MANY
-        self._require(fine, "epsilon", "give a number of at least 0")
+        is_whole = isinstance(self.future, int) and is_number(self.future)
+        valid = is_whole and 1 <= self.future <= MOST_FUTURE
+        self._require(valid, "future", f"give a whole number of at least 1, at most {MOST_FUTURE}")
+        valid = is_number(self.epsilon) and 0 <= self.epsilon < TOO_MANY
+        self._require(valid, "epsilon", "give a number of at least 0")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -81,8 +80,8 @@ class ExpectedAttention(Policy):
         for columns, _ in obs.chunks(B * H * D):
             k_BKCD = obs.k[:, :, columns].to(obs.dtype)
             turned_BKCGD = (k_BKCD @ sigma_BKDQ).unflatten(-1, (G, D))
-            variance_BKCG = (turned_BKCGD * k_BKCD[:, :, :, None]).sum(-1) * obs.scale**2
-            e_BKCG = k_BKCD @ mu_BKDG * obs.scale + variance_BKCG / 2
+            variance_BKCG = (turned_BKCGD * k_BKCD[:, :, :, None]).sum(-1) * obs.softmax_scale**2
+            e_BKCG = k_BKCD @ mu_BKDG * obs.softmax_scale + variance_BKCG / 2
             parts.append(e_BKCG.mT.flatten(1, 2))
         counted_BHC = obs.held >= self.sinks
         e_BHC = torch.cat(parts, -1).masked_fill(~counted_BHC, torch.finfo(obs.dtype).min)

@@ -32,7 +32,6 @@ class H2O(Slotted):
     """
 
     name: ClassVar[str] = "h2o"
-    budget_free: ClassVar[bool] = True
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"budget": 4 + 512, "recent": 512},
@@ -51,8 +50,8 @@ class H2O(Slotted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recent is not None:
-            whole = isinstance(self.recent, int) and not isinstance(self.recent, bool)
-            self._require(whole and self.recent >= 0, "recent", "give a whole number, or None for half the budget")
+            is_whole = isinstance(self.recent, int) and not isinstance(self.recent, bool)
+            self._require(is_whole and self.recent >= 0, "recent", "give a whole number, or None for half the budget")
             least = min(self.budget) if isinstance(self.budget, tuple) else self.budget
             fits = not isinstance(least, int) or self.recent <= least
             self._require(fits, "recent", f"they are part of the budget of {least}; lower them or raise it")
@@ -77,6 +76,6 @@ class H2O(Slotted):
         if not self.per_query:
             return obs.mass
         queries_BKC = obs.q_pos[:, -1, None, None] + 1 - obs.pos
-        if obs.window is not None:
-            queries_BKC = queries_BKC.clamp_max(obs.window)
+        if obs.sliding_window is not None:
+            queries_BKC = queries_BKC.clamp_max(obs.sliding_window)
         return obs.mass / queries_BKC.clamp_min(1).repeat_interleave(obs.mass.shape[1] // obs.pos.shape[1], 1)

@@ -25,7 +25,6 @@ class KeyDiff(Policy):
     """
 
     name: ClassVar[str] = "keydiff"
-    budget_free: ClassVar[bool] = True
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 

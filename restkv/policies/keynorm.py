@@ -23,7 +23,6 @@ class KeyNorm(Policy):
     """
 
     name: ClassVar[str] = "keynorm"
-    budget_free: ClassVar[bool] = True
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 

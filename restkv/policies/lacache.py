@@ -19,7 +19,7 @@ from restkv.policies.slots import Slotted
 
 
 @dataclass
-class Progress:
+class LadderState:
     """Where one row's ladders stand: [2] int, the first slot not yet compacted and what the first overflow added to the size.
 
     Slots are counted without protected entries.
@@ -71,12 +71,12 @@ class LaCache(Slotted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.span, int) and not isinstance(self.span, bool)
+        is_whole = isinstance(self.span, int) and not isinstance(self.span, bool)
         self._require(
-            self.span is None or (whole and self.span >= 1), "span", "give a number of layers of at least 1, or None"
+            self.span is None or (is_whole and self.span >= 1), "span", "give a number of layers of at least 1, or None"
         )
-        whole = isinstance(self.overlap, int) and not isinstance(self.overlap, bool)
-        fits = whole and self.overlap >= 0 and (self.span is None or self.overlap < self.span)
+        is_whole = isinstance(self.overlap, int) and not isinstance(self.overlap, bool)
+        fits = is_whole and self.overlap >= 0 and (self.span is None or self.overlap < self.span)
         self._require(fits, "overlap", "give a number of layers of at least 0 and below the span")
         uniform = self.budget_by == Allocation() and not isinstance(self.budget, tuple)
         self._require(
@@ -118,15 +118,15 @@ class LaCache(Slotted):
         self._require(size >= least, "budget", mend)
         return [size] * num_layers
 
-    def start(self) -> Progress:
+    def start(self) -> LadderState:
         """A row whose cache has not overflowed yet."""
-        return Progress()
+        return LadderState()
 
-    def state_fits(self, state: Progress) -> bool:
+    def state_fits(self, state: LadderState) -> bool:
         """Both of its numbers count slots."""
         return bool(((state.at >= 0) & (state.at < TOO_MANY)).all())
 
-    def keep(self, obs: Observation, states: Sequence[Progress] = ()) -> Tensor:
+    def keep(self, obs: Observation, states: Sequence[LadderState] = ()) -> Tensor:
         """The entries that stay, bool [B, K, C]; the last layer's call moves `states` on. Without states: a first overflow."""
         budget = self.budget if obs.budget_B is None else obs.budget_B
         assert isinstance(budget, (int, Tensor)), "the size of the cache must be a number of entries (obs.budget_B)"

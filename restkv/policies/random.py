@@ -24,7 +24,6 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
-    budget_free: ClassVar[bool] = True
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 
     window: int = 0
@@ -32,8 +31,8 @@ class Random(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fine = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        self._require(fine and 0 <= self.seed < 1 << 32, "seed", "give a whole number from 0 to 2^32 - 1")
+        valid = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        self._require(valid and 0 <= self.seed < 1 << 32, "seed", "give a whole number from 0 to 2^32 - 1")
 
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C], or [B, H, C] with a set per query head."""

@@ -82,14 +82,14 @@ class ReSTKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
-        fine = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha <= 1)
-        self._require(fine, "alpha", "give a number above 0, at most 1, or None for the plain mean")
-        fine = is_number(self.scale) and LEAST_SCALE <= self.scale < TOO_MANY
-        self._require(fine, "scale", f"give a number of at least {LEAST_SCALE}")
-        fine = is_number(self.tau) and 0 <= self.tau <= MOST_TAU
-        self._require(fine, "tau", f"give a number of at least 0, at most {MOST_TAU}")
-        fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
-        self._require(fine, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
+        valid = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha <= 1)
+        self._require(valid, "alpha", "give a number above 0, at most 1, or None for the plain mean")
+        valid = is_number(self.scale) and LEAST_SCALE <= self.scale < TOO_MANY
+        self._require(valid, "scale", f"give a number of at least {LEAST_SCALE}")
+        valid = is_number(self.tau) and 0 <= self.tau <= MOST_TAU
+        self._require(valid, "tau", f"give a number of at least 0, at most {MOST_TAU}")
+        valid = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
+        self._require(valid, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("aggregate", ("attention", "indicator"))
         self._one_of("drift", ("released", "symmetric"))
         self._one_of("pooling", ("adaptive", "avg", "max", "none"))
@@ -215,10 +215,10 @@ class ReSTKV(Policy):
         known = (budget,) if isinstance(budget, int) else obs.budgets
         if not isinstance(budget, int | Tensor):
             raise PolicyError(f'restkv: budget {budget!r}: pooling="adaptive" needs a number of entries (obs.budget_B)')
-        most = obs.pos.shape[-1] if known is None else max(1, max(known) - self.window)
+        max_count = obs.pos.shape[-1] if known is None else max(1, max(known) - self.window)
         if isinstance(budget, int) or (known is not None and len(set(known)) == 1):
-            return None, most
-        return (budget - self.window).clamp_min(1), most
+            return None, max_count
+        return (budget - self.window).clamp_min(1), max_count
 
     def _adapt(self, drift_BX: Tensor) -> tuple[Tensor, Tensor]:
         """Kernel and shift of the adaptive window from the drift (docs/sources.md §1.2 item 7), each [B, X] int."""
@@ -237,12 +237,12 @@ class _Drift:
     many positions: a drift in positions would carry scores hundreds of tokens too far.
 
     Args:
-        kept_B, most: entries that count for each query of a row, and the most of them; None: `most` in every row.
+        kept_B, max_count: entries that count for each query of a row, and the most of them; None: `max_count` in every row.
         kind: "released": each query ranks all columns, its own window's included; "symmetric": past entries only.
     """
 
-    def __init__(self, obs: Observation, order_BHC: Tensor, kept_B: Tensor | None, most: int, kind: str) -> None:
-        self._obs, self._kept_B, self._most = obs, kept_B, min(most, obs.pos.shape[-1])
+    def __init__(self, obs: Observation, order_BHC: Tensor, kept_B: Tensor | None, max_count: int, kind: str) -> None:
+        self._obs, self._kept_B, self._max_count = obs, kept_B, min(max_count, obs.pos.shape[-1])
         self._past_BHC = obs.past if kind == "symmetric" else None
         place_C = torch.arange(order_BHC.shape[-1], dtype=torch.int32, device=order_BHC.device)
         self._place_BHC = torch.empty_like(order_BHC, dtype=torch.int32)
@@ -258,16 +258,16 @@ class _Drift:
         where = slice(None), rows.heads, rows.queries
         place_BHC, columns = self._place_BHC[:, rows.heads], logits_BHWC.shape[-1]
         # Integers: exact in any order.
-        if self._kept_B is None and columns < 4 * self._most:
-            counts_BHWC = are_largest(logits_BHWC, self._most) & (logits_BHWC > -torch.inf)
+        if self._kept_B is None and columns < 4 * self._max_count:
+            counts_BHWC = are_largest(logits_BHWC, self._max_count) & (logits_BHWC > -torch.inf)
             self._total_BHW[where] = (counts_BHWC * place_BHC[:, :, None]).sum(-1)
             self._count_BHW[where] = counts_BHWC.sum(-1)
             return
         ranked = self._kept_B is not None  # else all that are found count, in whatever order
-        column_BHWT = logits_BHWC.topk(self._most).indices if ranked else largest(logits_BHWC, self._most)
+        column_BHWT = logits_BHWC.topk(self._max_count).indices if ranked else largest(logits_BHWC, self._max_count)
         counts_BHWT = logits_BHWC.gather(-1, column_BHWT) > -torch.inf
         if self._kept_B is not None:
-            rank_T = torch.arange(self._most, device=logits_BHWC.device)
+            rank_T = torch.arange(self._max_count, device=logits_BHWC.device)
             counts_BHWT = counts_BHWT & (rank_T < self._kept_B[:, None, None, None])
         place_BHWT = place_BHC.gather(-1, column_BHWT.flatten(2)).view_as(column_BHWT)
         self._total_BHW[where] = (place_BHWT * counts_BHWT).sum(-1)

@@ -29,7 +29,6 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
-    budget_free: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"window": 32, "kernel_size": 7, "pooling": "max", "granularity": "query", "interval": None},
         "paper": {"window": 32, "kernel_size": 5, "pooling": "avg", "granularity": "query", "interval": None},
@@ -41,8 +40,8 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.window >= 1, "window", "at least one query has to be observed; give 1 or more")
-        fine = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
-        self._require(fine, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
+        valid = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
+        self._require(valid, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("pooling", ("avg", "max", "none"))
 
     def importance(self, obs: Observation) -> Tensor:

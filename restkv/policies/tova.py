@@ -26,7 +26,6 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
-    budget_free: ClassVar[bool] = True
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"budget": 512}}

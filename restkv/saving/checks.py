@@ -25,8 +25,8 @@ from restkv.policies import Policy
 from restkv.policies.base import TOO_MANY
 from restkv.saving.archive import Archive, Place
 from restkv.saving.strict_json import shown
+from restkv.sizing import LONGEST
 
-EVER = 1 << 30  # tokens: longer than any text
 MOST_CHUNK = 1 << 16  # tokens of a chunk, where the text so far is no longer
 MOST_FORKS = 1 << 10
 ROLES = ("system", "user", "assistant")
@@ -139,7 +139,7 @@ def read_positions(archive: Archive) -> list[int]:
     place = archive.places.get("next_pos")
     if place is None or place.dtype != torch.int32 or len(place.shape) != 1 or not place.size:
         raise SavedError("it does not say how many tokens were read")
-    return [whole(position, 1, EVER, "next_pos") for position in archive.read("next_pos").tolist()]
+    return [whole(position, 1, LONGEST, "next_pos") for position in archive.read("next_pos").tolist()]
 
 
 def remembered(archive: Archive, rows: int) -> int:

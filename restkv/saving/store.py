@@ -21,9 +21,9 @@ from torch import Tensor
 
 from modeling.layers import Decoder
 from restkv.budgets import ALLOCATIONS, Allocation
+from restkv.engine import Engine
 from restkv.errors import PolicyError, PromptError, RestKVError, TooLargeError
 from restkv.files import writable
-from restkv.generate import Engine, Saved, Session
 from restkv.policies import Policy, policy_class
 from restkv.saving.archive import opened, write_archive
 from restkv.saving.checks import (
@@ -38,6 +38,7 @@ from restkv.saving.checks import (
     state_fields,
 )
 from restkv.saving.strict_json import shown
+from restkv.session import Saved, Session
 
 MOST_NAME = 100  # letters of a policy's name
 MOST_SAID = 300  # letters of what is wrong with a file

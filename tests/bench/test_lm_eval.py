@@ -236,7 +236,7 @@ def test_continuations_are_scored_on_the_evicted_cache(method, budget):
 
 
 def test_continuations_of_a_context_share_its_prefill(monkeypatch):
-    from restkv.generate import Session
+    from restkv.session import Session
 
     prompts = []
     prefill = Session.prefill

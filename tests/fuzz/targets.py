@@ -240,15 +240,16 @@ def _with_lines(folders: list[Path]) -> st.SearchStrategy[Case]:
 
 # -- command lines
 
-FLAGS = {
-    "generate": """-p --prompt-file --budget --method --preset --set --window --sinks --protect --interval --granularity --gqa
-        --alpha --budget-by --prefill --chunk -n --temperature --top-k --top-p --min-p --seed --stop --dtype --device --backend
-        --json -o --no-chat --chat --check-weights""".split(),
-    "inspect": "--context --budget --dtype --kept --out".split(),
-    "methods": "--bytes --context --budget".split(),
-    "chat": "--system --load --method --budget --prefill --no-template --seed -n --set".split(),
-    "bench": """--methods --budgets --out --compression --lengths --tasks --markdown --json --data --seed --prefill
-        --question""".split(),
+OPTIONS = {  # of each command, with a value that it takes ("" for a flag)
+    "generate": """--method=snapkv --preset=paper --window=2 --sinks=1 --protect=0:2 --interval=4 --granularity=query --gqa=max
+        --alpha=0.5 --budget-by=global --prefill=chunked --prefill=a-shape:sinks=16:local=16 --chunk=8 -n=3 --temperature=0.5
+        --top-k=5 --top-p=0.9 --min-p=0.1 --seed=3 --stop=x --dtype=bfloat16 --device=cpu --backend=sdpa --set=kernel_size=3
+        --json= --no-chat= --check-weights= --budget=0.5 --prompt-file=m/config.json""".split(),
+    "inspect": "--context=300 --budget=64 --dtype=bfloat16 --kept= --out=kept.png".split(),
+    "methods": "--bytes=m --context=300 --budget=64".split(),
+    "chat": "--system=s --method=snapkv --budget=70 --prefill=chunked --no-template= --seed=3 -n=3 --set=window=2".split(),
+    "bench": """--methods=random --budgets=12 --out=run --seed=3 --prefill=chunked --question=agnostic --markdown= --json=
+        --windows=2""".split(),
 }
 VALUES = [
     *"""0 1 2 -1 8 64 0.5 1.5 nan inf -inf 1e400 99999999999999999999 a none auto m full restkv snapkv random restkv@paper x@y kv
@@ -277,16 +278,23 @@ BENCHES = [
 def _with_words(folders: list[Path]) -> st.SearchStrategy[Case]:
     @st.composite
     def cases(draw: st.DrawFn) -> Case:
-        name = draw(st.sampled_from(["generate", "generate", *FLAGS]))
-        words = draw(st.lists(st.one_of(st.sampled_from(FLAGS[name]), st.sampled_from(VALUES)), max_size=6))
-        # Long runs are no fault: whatever bounds the work is given first, and may be given again.
-        base = {
-            "generate": ("m", "-p", "a b", "-n", "2", "--budget", "8", "--set", "window=2"),
-            "chat": ("m", "-n", "2", "--budget", "64"),
-            "inspect": ("m",),
-            "methods": (),
-            "bench": draw(st.sampled_from(BENCHES)),
+        name = draw(st.sampled_from(["generate", "generate", *OPTIONS]))
+        words: list[str] = []
+        for option in draw(st.lists(st.sampled_from(OPTIONS[name]), max_size=3)):
+            flag, _, value = option.partition("=")
+            value = draw(st.sampled_from([value, value, value, draw(st.sampled_from(VALUES))]))
+            words += [flag, value] if value else [flag]
+        if draw(st.integers(0, 4)) == 4:
+            words.insert(draw(st.integers(0, len(words))), draw(st.sampled_from(VALUES)))
+        # Long runs are no fault: what bounds the work is given, unless the case gives it, and an option twice is refused.
+        first, bounds = {
+            "generate": (("m", "-p", "a b"), {"-n": "2", "--budget": "8", "--set": "window=2"}),
+            "chat": (("m",), {"-n": "2", "--budget": "64"}),
+            "inspect": (("m",), {}),
+            "methods": ((), {}),
+            "bench": (draw(st.sampled_from(BENCHES)), {}),
         }[name]
+        base = [*first, *(word for flag, value in bounds.items() if flag not in words for word in (flag, value))]
         return Case((name, *base, *words), {}, linked(folders[0]), b"a\n")
 
     return cases()

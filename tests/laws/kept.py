@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from restkv.generate import Session
+from restkv.session import Session
 from twins.stepwise import Kept
 
 

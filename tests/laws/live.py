@@ -11,10 +11,11 @@ from torch import Tensor
 
 from laws.law import Snapshot, snapshot
 from modeling.rope import rotate
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.policies import (
     Policy,
 )
+from restkv.session import Session
 from twins.stepwise import Head, Kept, Ladder, Row
 
 CLOSE = 1e-8

@@ -22,12 +22,13 @@ from make.small import small_ids, small_model
 from modeling.layers import Decoder
 from restkv import generate
 from restkv.budgets import Global, Pyramid
+from restkv.engine import Engine
 from restkv.errors import PolicyError
-from restkv.generate import Engine, Session
 from restkv.observe import Observation, attention_BHWC
 from restkv.policies import POLICIES, FullCache, LaCache, Policy, get_policy
 from restkv.policies.slots import Slotted
 from restkv.sampling import Sampling
+from restkv.session import Session
 from twins.stepwise import exact
 
 LAYERS = 3

@@ -26,11 +26,12 @@ from torch import Tensor
 from laws.law import snapshot, watched
 from make.small import small_ids, small_model
 from modeling.layers import Block, Decoder
-from modeling.pages import UNBOUNDED
 from restkv import generate
+from restkv.engine import Engine
 from restkv.errors import PolicyError
-from restkv.generate import Engine, Session
+from restkv.evict import UNLIMITED
 from restkv.policies import FullCache, Policy, get_policy
+from restkv.session import Session
 from twins.masking import Dense
 from twins.stepwise import exact
 
@@ -250,7 +251,7 @@ def test_a_dense_model_that_masks_gives_the_same_logits_and_choices(job: Job) ->
     model, N = job.model(), len(job.model().blocks)
     session = job.session(model)
     budgets = [
-        [UNBOUNDED] * N if job.policy.budget is None else job.policy.layer_budgets(length, N) for length in job.lengths
+        [UNLIMITED] * N if job.policy.budget is None else job.policy.layer_budgets(length, N) for length in job.lengths
     ]
     twins, H = [Dense(model) for _ in job.lengths], model.config.num_heads
 

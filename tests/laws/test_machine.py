@@ -35,7 +35,7 @@ from laws.live import CLOSE, Live, Twin
 from make.small import small_ids, small_model
 from restkv import generate, sizing
 from restkv.context import CompressedContext
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.lm import LM
 from restkv.policies import (
     CAOTE,
@@ -56,6 +56,7 @@ from restkv.policies import (
 )
 from restkv.sampling import Sampling
 from restkv.saving.store import load_session, save_session
+from restkv.session import Session
 from twins.stepwise import Kept, exact
 
 STEPS = int(os.environ.get("RESTKV_MACHINE_STEPS", "2000"))

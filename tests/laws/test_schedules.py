@@ -15,8 +15,9 @@ from laws.kept import engine_kept
 from make.policies import FOUR
 from make.small import small_ids, small_model
 from modeling.layers import Decoder
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.policies import H2O, TOVA, FullCache, KeyDiff, LaCache, Policy, ReSTKV, SnapKV, StreamingLLM
+from restkv.session import Session
 from twins.stepwise import Row, exact, with_rope
 
 STEPS = 36  # decode steps: more than COMPACT_EVERY, so that marking and reclaiming both happen

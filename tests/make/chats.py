@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from restkv.chat import Chat
-from restkv.generate import Session
 from restkv.results import Generation, Stats
+from restkv.session import Session
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"

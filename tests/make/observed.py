@@ -98,6 +98,6 @@ shapes: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "ragged": st.booleans(),
         "shuffled": st.booleans(),
         "softcap": st.sampled_from([None, 1.5]),
-        "window": st.sampled_from([None, 1, 5, 30]),
+        "sliding_window": st.sampled_from([None, 1, 5, 30]),
     }
 )

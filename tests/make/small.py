@@ -10,7 +10,7 @@ import torch
 from modeling.config import ModelConfig, RopeConfig
 from modeling.layers import Decoder
 from restkv import generate
-from restkv.generate import Engine
+from restkv.engine import Engine
 from restkv.lm import LM
 
 VOCAB = 23

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from modeling.layers import Decoder
 from modeling.sparse import BlockMap, reachable
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.patterns import AShape, FlexPrefill, Pattern, VerticalSlash
 from restkv.policies import Policy
+from restkv.session import Session
 
 SHAPES = st.fixed_dictionaries(
     {

@@ -22,9 +22,10 @@ from modeling.attention import CAPPED_LOGITS, MASKED_PAIRS, causal_attention, ma
 from modeling.masks import visible
 from modeling.pages import UNBOUNDED, LayerCache
 from modeling.pool import PagePool
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.meter import PeakMemory
 from restkv.policies import FullCache
+from restkv.session import Session
 
 CPU = torch.device("cpu")
 MAX_PAGES = 4  # per list

@@ -19,9 +19,10 @@ from modeling.checkpoint.loading import load_model
 from modeling.forward import dense_layer, extend, step
 from modeling.layers import WIDENED_ROWS, Decoder
 from modeling.pages import KVCache
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.lm import LM
 from restkv.policies import FullCache
+from restkv.session import Session
 
 PROMPT = 40  # tokens prefilled before decoding starts: fewer than any trained length, more than some windows
 DYNAMIC = "llama_dynamic"  # its keys depend on how many tokens were known when they were made
@@ -95,7 +96,7 @@ def cache_for(model: Decoder, rows: int, entries: int, window: int = 0) -> KVCac
         device=model.device,
         entries=entries,
         page=32,
-        window=window,
+        ring_size=window,
     )
 
 

@@ -17,10 +17,11 @@ from make.small import small_ids, small_lm, small_model
 from modeling.nonfinite import numeric_error, sound
 from restkv.chat import Chat
 from restkv.cli import main
+from restkv.engine import Engine
 from restkv.errors import NumericError
-from restkv.generate import Engine, Session
 from restkv.lm import LM
 from restkv.policies import FullCache, ReSTKV
+from restkv.session import Session
 
 IDS = [1 + token % 6 for token in small_ids(60)]  # so that other tokens, such as 7, are there to break a model
 ONCE = ReSTKV(20, window=4, interval=8)

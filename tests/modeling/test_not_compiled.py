@@ -25,10 +25,11 @@ from modeling.forward import step
 from modeling.sparse import BlockMap, sparse_attention
 from restkv.cli import main
 from restkv.context import CompressedContext
+from restkv.engine import Engine
 from restkv.errors import CompileError, RestKVWarning
-from restkv.generate import Engine, Session
 from restkv.lm import LM
 from restkv.policies import FullCache, ReSTKV
+from restkv.session import Session
 
 POLICY = ReSTKV(budget=20, window=4, interval=8)
 SPARSE = "a-shape:block=32:sinks=4:local=32"
@@ -261,7 +262,7 @@ def test_flex_called_eagerly_is_refused():
     cache.reserve(1)
     before, pos_11 = contents(session), torch.tensor([[70]], dtype=torch.int32)
     with torch.no_grad(), pytest.raises(CompileError):
-        step(weights, torch.tensor([[1]]), pos_11, cache.lag, cache.views(), cache.queries, cache.window, "flex")
+        step(weights, torch.tensor([[1]]), pos_11, cache.lag, cache.views(), cache.queries, cache.ring_size, "flex")
     with pytest.raises(CompileError):
         q_BTHD = torch.randn(1, 1, weights.config.num_heads, weights.config.head_dim)
         paged_attention(q_BTHD, cache.views()[0], pos_11, scale=0.25, softcap=None, backend="flex")

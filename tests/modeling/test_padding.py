@@ -17,8 +17,9 @@ from make.small import VOCAB, small_ids, small_lm, small_model
 from modeling.forward import step
 from modeling.pages import KVCache
 from modeling.pool import SINK_PAGE
-from restkv.generate import Engine, Session
+from restkv.engine import Engine
 from restkv.policies import ReSTKV
+from restkv.session import Session
 
 EOS = 7
 NAMES = "restkv", "restkv joint global", "snapkv layers", "caote", "keydiff", "h2o query", "h2o slot", "lacache", "full"
@@ -37,7 +38,7 @@ def blank(cache: KVCache) -> bool:
         fine &= not any(slab.view(pool.num_pages, -1)[free].any() for slab in slabs)
         fine &= bool((pool.pos.view(pool.num_pages, -1)[free] == -1).all())
     for ring in cache.queries:
-        fine &= not ring.view(cache.rows, cache.window + 1, -1)[:, cache.window].any()
+        fine &= not ring.view(cache.rows, cache.ring_size + 1, -1)[:, cache.ring_size].any()
     return fine
 
 
@@ -62,7 +63,7 @@ def test_padding_writes_zeros_and_changes_no_row(real, value, window, softcap):
 
     def run(rows: list[int]) -> tuple[KVCache, list[list[torch.Tensor]]]:
         cache = KVCache.create(
-            windows=(3, None), rows=len(rows), entries=12, page=4, window=window, companions=COMPANIONS, **shape
+            windows=(3, None), rows=len(rows), entries=12, page=4, ring_size=window, companions=COMPANIONS, **shape
         )
         out = []
         for turn in range(2):  # the second reads what the first has written
@@ -71,7 +72,7 @@ def test_padding_writes_zeros_and_changes_no_row(real, value, window, softcap):
             pos_BT = torch.where(torch.arange(5) < counts_B1, turn * counts_B1 + torch.arange(5), -1).int()
             cache.reserve([real[row] for row in rows])
             x_BTE = step(
-                model, torch.tensor(ids), pos_BT, cache.lag, cache.views(), cache.queries, cache.window, "sdpa"
+                model, torch.tensor(ids), pos_BT, cache.lag, cache.views(), cache.queries, cache.ring_size, "sdpa"
             )
             out.append([x_BTE[index, : real[row]] for index, row in enumerate(rows)])
         return cache, out

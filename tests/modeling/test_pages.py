@@ -392,7 +392,7 @@ def test_every_layer_carries_its_own_window_when_any_has_one():
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_the_ring_returns_the_last_queries_oldest_first(window):
     """Row 0 has a prompt longer than the window, row 1 a shorter one; a fork keeps what it had."""
-    cache = cache_of(rows=2, window=window)
+    cache = cache_of(rows=2, ring_size=window)
 
     def queries(first, last):
         """[H, n, D] whose numbers are the positions first ... last, halved in head 1."""

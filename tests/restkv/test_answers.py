@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import restkv
 from make.small import small_ids, small_lm
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import FullCache, ReSTKV, SnapKV
 from restkv.results import Decoding
+from restkv.session import Session
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 

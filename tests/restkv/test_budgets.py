@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from restkv.budgets import ALLOCATIONS, AdaKV, Allocation, Global, Pyramid
+from restkv.budgets import ALLOCATIONS, Allocation, Global, HeadAdaptive, Pyramid
 from restkv.errors import PolicyError
 from restkv.observe import Observation
 from restkv.policies import KeyNorm, SnapKV
@@ -160,7 +160,7 @@ def test_adakv_equals_its_loops(data, rows, heads, normalize, exact):
     score, pos, protected = tensors = data.draw(layers_of(rows, heads, *((MILD, False) if normalize else ())))
     floor = data.draw(st.sampled_from(FLOORS))
     budget = torch.tensor(data.draw(st.lists(st.integers(0, 16), min_size=rows, max_size=rows)))
-    keep = AdaKV(floor=floor, normalize=normalize, exact=exact).select(score, pos, protected, budget)
+    keep = HeadAdaptive(floor=floor, normalize=normalize, exact=exact).select(score, pos, protected, budget)
     for row in range(rows):
         score, pos, protected = per_row(tensors, row)
         want = reference.adakv(score, pos, protected, int(budget[row]), floor, normalize, exact)
@@ -176,7 +176,8 @@ def test_adakv_gives_the_heads_what_their_scores_deserve():
     pos = torch.arange(7).expand(1, 2, 7)
     protected = pos >= 6
     counts = {
-        floor: AdaKV(floor=floor).select(score, pos, protected, torch.tensor([4])).sum(-1) for floor in (0, 0.5, 1)
+        floor: HeadAdaptive(floor=floor).select(score, pos, protected, torch.tensor([4])).sum(-1)
+        for floor in (0, 0.5, 1)
     }
     # base 3: the six best unprotected entries are 9 8 7 6 5 and 4
     assert {floor: count.tolist() for floor, count in counts.items()} == {0: [[6, 2]], 0.5: [[5, 3]], 1: [[4, 4]]}
@@ -186,26 +187,28 @@ def test_adakv_normalised_scores_favour_the_concentrated_head():
     score = torch.tensor([[[4.0, 4, 4, 4], [3, 0, 0, 0]]])
     pos, free = torch.arange(4).expand(1, 2, 4), torch.zeros(1, 2, 4, dtype=torch.bool)
     budget = torch.tensor([1])
-    assert AdaKV(floor=0).select(score, pos, free, budget).sum(-1).tolist() == [[2, 0]]
+    assert HeadAdaptive(floor=0).select(score, pos, free, budget).sum(-1).tolist() == [[2, 0]]
     # Head 0 has a quarter of its sum in its best entry, head 1 all of it: 4 * 1/4 < 3 * 1.
-    assert AdaKV(floor=0, normalize=True).select(score, pos, free, budget).sum(-1).tolist() == [[1, 1]]
+    assert HeadAdaptive(floor=0, normalize=True).select(score, pos, free, budget).sum(-1).tolist() == [[1, 1]]
 
 
 def test_adakv_a_head_of_zeros_weighs_nothing_but_is_no_error():
     score = torch.tensor([[[0.0, 0], [1, 0]]])
     pos, free = torch.arange(2).expand(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool)
-    keep = AdaKV(floor=0, normalize=True).select(score, pos, free, torch.tensor([1]))
+    keep = HeadAdaptive(floor=0, normalize=True).select(score, pos, free, torch.tensor([1]))
     assert keep.tolist() == [[[False, True], [True, False]]]
 
 
 def test_adakv_what_one_head_cannot_use_goes_to_the_best_of_the_others():
     score = torch.tensor([[[1.0, 1, 1, 1, 1, 1], [9, -math.inf, -math.inf, -math.inf, -math.inf, -math.inf]]])
     pos, free = torch.arange(6).expand(1, 2, 6), torch.zeros(1, 2, 6, dtype=torch.bool)
-    keep = AdaKV(floor=1).select(score, pos, free, torch.tensor([3]))
+    keep = HeadAdaptive(floor=1).select(score, pos, free, torch.tensor([3]))
     assert keep.sum(-1).tolist() == [[5, 1]], "a hidden entry outlived a visible one"
 
 
-@pytest.mark.parametrize("allocation", [AdaKV(), AdaKV(normalize=True, exact=False), Global()], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "allocation", [HeadAdaptive(), HeadAdaptive(normalize=True, exact=False), Global()], ids=lambda a: a.name
+)
 def test_equal_scores_leave_the_newest_then_the_first_heads(allocation):
     pos, free = torch.arange(5).expand(1, 3, 5), torch.zeros(1, 3, 5, dtype=torch.bool)
     keep = allocation.select(torch.ones(1, 3, 5), pos, free, torch.tensor([2]))
@@ -286,7 +289,7 @@ def test_a_floor_that_is_a_whole_number_loses_nothing_to_floating_point():
     assert 6 * (1 - 0.3) + 18 * (0.3 / 3) < 6
     pos = torch.arange(12).expand(1, 3, 12)
     score = pos + torch.tensor([200.0, 100, 0])[:, None]
-    assert AdaKV(floor=0.3).select(score, pos, pos < 0, torch.tensor([6])).sum(-1).tolist() == [[11, 6, 1]]
+    assert HeadAdaptive(floor=0.3).select(score, pos, pos < 0, torch.tensor([6])).sum(-1).tolist() == [[11, 6, 1]]
 
 
 def test_shares_of_budgets_too_large_for_float32():
@@ -336,7 +339,7 @@ def test_scores_in_any_float_and_positions_in_any_int(name):
 
 def test_an_allocation_can_be_a_name_or_an_object_of_any_policy():
     assert list(ALLOCATIONS) == ["uniform", "pyramid", "adakv", "global"]
-    assert SnapKV(budget=64, budget_by="adakv").allocation == AdaKV()
+    assert SnapKV(budget=64, budget_by="adakv").allocation == HeadAdaptive()
     assert SnapKV(budget=64, budget_by=Pyramid(exact=True)).layer_budgets(400, 3) == [95, 64, 33]
     assert {cls.name: (cls.ragged, cls.across_layers) for cls in ALLOCATIONS.values()} == {
         "uniform": (False, False),
@@ -344,7 +347,7 @@ def test_an_allocation_can_be_a_name_or_an_object_of_any_policy():
         "adakv": (True, False),
         "global": (True, True),
     }
-    assert [cls().layers(64, 32, 2, 40) for cls in (Allocation, AdaKV, Global)] == [[64, 64]] * 3
+    assert [cls().layers(64, 32, 2, 40) for cls in (Allocation, HeadAdaptive, Global)] == [[64, 64]] * 3
 
 
 def given_anyhow(**options: Any) -> dict[str, Any]:
@@ -359,9 +362,9 @@ def given_anyhow(**options: Any) -> dict[str, Any]:
         (partial(Pyramid, **given_anyhow(beta=2.5)), "budget_by pyramid: beta 2.5: give a whole number"),
         (lambda: Pyramid(beta=True), "budget_by pyramid: beta True: give a whole number"),
         (partial(Pyramid, **given_anyhow(exact="yes")), "budget_by pyramid: exact 'yes': give True or False"),
-        (lambda: AdaKV(floor=1.5), "budget_by adakv: floor 1.5: give the share .* in \\[0, 1\\]"),
-        (lambda: AdaKV(floor=math.nan), "budget_by adakv: floor nan: give the share"),
-        (partial(AdaKV, **given_anyhow(normalize=1)), "budget_by adakv: normalize 1: give True or False"),
+        (lambda: HeadAdaptive(floor=1.5), "budget_by adakv: floor 1.5: give the share .* in \\[0, 1\\]"),
+        (lambda: HeadAdaptive(floor=math.nan), "budget_by adakv: floor nan: give the share"),
+        (partial(HeadAdaptive, **given_anyhow(normalize=1)), "budget_by adakv: normalize 1: give True or False"),
         (lambda: Global(floor=-0.1), "budget_by global: floor -0.1: give the share"),
         (partial(Global, **given_anyhow(floor="8")), "budget_by global: floor '8': give the share"),
     ],

@@ -23,10 +23,10 @@ from modeling.layers import Decoder
 from restkv.budgets import Allocation
 from restkv.context import CompressedContext
 from restkv.errors import OutputError, PolicyError, PromptError
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import H2O, POLICIES, FullCache, LaCache, ReSTKV
 from restkv.saving import store
+from restkv.session import Session
 
 CONTEXT, FIRST, SECOND = small_ids(70, 1), small_ids(5, 2), small_ids(20, 3)
 ANSWER = 24  # new tokens: several evictions at interval 8

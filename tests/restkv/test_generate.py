@@ -13,9 +13,9 @@ import torch
 
 import restkv
 from make.small import VOCAB, small_ids, small_lm, small_model
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, Policy, ReSTKV, SnapKV, StreamingLLM
+from restkv.session import Session
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
@@ -233,7 +233,7 @@ def test_log_probabilities_of_appended_tokens_are_those_of_reading_them_one_by_o
             slow = []
             for start in range(0, len(ids), 3):
                 calm = alone.fork(9)  # reads the chunk token by token, without evicting within it
-                calm._interval = None
+                calm.schedule.interval = None
                 for token in ids[start : start + 3]:
                     slow.append(calm.logits_BV[0].double().log_softmax(-1)[token])
                     calm.feed(torch.tensor([token]))

@@ -18,10 +18,11 @@ from modeling import room
 from modeling.pool import PagePool, pool_size
 from restkv import sizing
 from restkv.chat import Chat
+from restkv.engine import Engine
 from restkv.errors import TooLargeError
-from restkv.generate import Engine, Session
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, Policy, ReSTKV, SnapKV
+from restkv.session import Session
 
 EVER = 200_000
 PLANS: dict[str, tuple[Policy, dict]] = {
@@ -187,7 +188,7 @@ def test_whatever_the_allocator_says(failure, monkeypatch, tmp_path, rambler):
         raise failure
 
     for place, name, call in (
-        ("restkv.generate.prefill", "the prompt", lambda: lm.generate("one two")),
+        ("restkv.session.prefill", "the prompt", lambda: lm.generate("one two")),
         ("restkv.lm.dense_hidden", "logits at 1 places", lambda: lm.logits([5])),
         (
             "modeling.layers.Decoder.to_empty",

@@ -11,9 +11,9 @@ import torch
 import restkv
 from make.small import small_ids, small_lm
 from modeling.pool import PagePool
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, ReSTKV, SnapKV, StreamingLLM
+from restkv.session import Session
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 

@@ -24,10 +24,12 @@ from modeling.checkpoint.loading import load_model
 from modeling.forward import CHUNK
 from modeling.layers import Decoder
 from restkv.budgets import Pyramid
-from restkv.generate import COMPACT_EVERY, Engine, Session
+from restkv.engine import Engine
 from restkv.lm import LM
 from restkv.meter import PeakMemory
 from restkv.policies import H2O, TOVA, FullCache, KeyDiff, LaCache, Policy, ReSTKV, SnapKV, StreamingLLM
+from restkv.schedule import COMPACT_EVERY
+from restkv.session import Session
 from restkv.sizing import page_size
 
 MIB = 1 << 20

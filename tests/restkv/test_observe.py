@@ -49,10 +49,10 @@ def test_below_float64_all_is_float32(dtype):
 
 def test_hidden_is_what_the_next_query_cannot_see():
     """The next query, at 24, sees 19..24 through a window of 6: 18 and older will never be seen again."""
-    obs, _ = observation(columns=24, window=6)
+    obs, _ = observation(columns=24, sliding_window=6)
     assert obs.q_pos[0, -1] == 23
     assert obs.pos[obs.hidden].unique().tolist() == list(range(19))
-    assert not replace(obs, window=None).hidden.any()
+    assert not replace(obs, sliding_window=None).hidden.any()
 
 
 def test_roots_measure_projected_lengths():

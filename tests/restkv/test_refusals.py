@@ -14,9 +14,9 @@ import restkv
 from make.small import small_ids, small_lm
 from modeling.errors import RestKVWarning
 from restkv.errors import PolicyError, PromptError
-from restkv.generate import Session
 from restkv.lm import LM, _backend
 from restkv.policies import FullCache, ReSTKV, SnapKV
+from restkv.session import Session
 
 
 @pytest.fixture(scope="module")

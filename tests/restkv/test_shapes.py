@@ -21,9 +21,10 @@ from make.places import environment
 from make.policies import FOUR, POLICY, SOME
 from make.small import eagerly, small_ids, small_model
 from restkv import generate
-from restkv.generate import COMPILED_SHAPES, Engine, Session
+from restkv.engine import COMPILED_SHAPES, Engine
 from restkv.lm import LM
 from restkv.policies import H2O, AdaKV, FullCache, LaCache, Policy, PyramidKV, ReSTKV, SnapKV, StreamingLLM
+from restkv.session import Session
 
 POSITIONS, ROWS = 4096, 8
 SERVED: dict[str, Policy] = {
@@ -112,14 +113,14 @@ class Server:
     def answer(self, session: Session) -> None:
         """A token, and as many more as may come before the next eviction, at a stroke."""
         session.feed(torch.zeros(len(session.active), dtype=torch.long))
-        more = min(self.some(POSITIONS), session.period - 1 if session.period else POSITIONS)
+        more = min(self.some(POSITIONS), session.schedule.period - 1 if session.schedule.period else POSITIONS)
         session.cache.reserve(
             [more if on else 0 for on in session.active] + [0] * (session.cache.rows - len(session.active))
         )
         for layer in session.cache.layers:
             layer.used[: len(session.active) * layer.heads].add_(more)
-        session._room = 0
-        if not session.period:
+        session.schedule.room = 0
+        if not session.schedule.period:
             session.feed(torch.zeros(len(session.active), dtype=torch.long))
 
     def job(self) -> None:

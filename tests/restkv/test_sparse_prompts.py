@@ -17,10 +17,10 @@ from make.small import small_ids, small_model
 from make.sparse import LENGTH, SMALL, run
 from modeling.layers import Decoder
 from restkv.evict import Evictor
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.patterns import FlexPrefill, Pattern
 from restkv.policies import FullCache, get_policy, known_policies
+from restkv.session import Session
 from twins.reference_sparse import choose_slowly, mask_of, masked_output, masked_weights
 
 # -- prompts, and what is kept of them
@@ -60,7 +60,7 @@ def test_every_policy_keeps_of_a_sparse_prompt_what_an_explicit_mask_leaves_it(p
         torch.testing.assert_close(session.logits_BV[0], logits_V.float(), rtol=0, atol=1e-4)
         expected = Session(session.engine, policy, [LENGTH], 4)
         cache, evictor = expected.cache.row(0), expected.evictor.row(0)
-        last = min(max(policy.observed_prompt, cache.window), LENGTH)
+        last = min(max(policy.observed_prompt, cache.ring_size), LENGTH)
         for index, (q, k, v, raw, mass_HL) in enumerate(layers):
             mass = None
             if "mass" in policy.needs:

@@ -16,8 +16,8 @@ from make.toy_tokenizers import KINDS, TOKENS
 from modeling.text.tokenizer import Tokenizer
 from restkv import Chat, FullCache
 from restkv.cli.options import RECALL
-from restkv.generate import Session
 from restkv.results import Decoding, Row
+from restkv.session import Session
 
 START = 3  # id of <|im_start|>
 

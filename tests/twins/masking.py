@@ -71,9 +71,9 @@ class Dense:
             v=self.v[i].transpose(0, 1)[None],
             pos=torch.arange(self.length).where(any_KL, -1)[None],
             root=group_root_of(w_o, config.num_kv_heads) if joint else root_of(w_o),
-            scale=config.attn_scale,
+            softmax_scale=config.attn_scale,
             softcap=config.attn_softcap,
-            window=block.window,
+            sliding_window=block.window,
             keep=keep_HL[None] if per_query else None,
             budget_B=budget,
         )

@@ -35,10 +35,10 @@ class Head:
     def softmax(self, obs, q, q_pos, keys):
         exps = []
         for p, key in zip(self.pos, keys, strict=True):
-            x = float(q @ key) * obs.scale
+            x = float(q @ key) * obs.softmax_scale
             if obs.softcap is not None:
                 x = obs.softcap * math.tanh(x / obs.softcap)
-            hidden = p > q_pos or (obs.window is not None and p <= q_pos - obs.window)
+            hidden = p > q_pos or (obs.sliding_window is not None and p <= q_pos - obs.sliding_window)
             exps.append(0.0 if hidden else math.exp(x))
         total = sum(exps)
         return [e / total for e in exps] if total else exps
@@ -174,7 +174,7 @@ def scores(policy, obs, w_o_EHD=None):
                 line = lines.mean(0) if policy.gqa == "mean" else lines.max(0)
             head = heads[members[0]]
             for i, c in enumerate(head.columns):
-                gone = obs.window is not None and head.pos[i] <= head.newest + 1 - obs.window
+                gone = obs.sliding_window is not None and head.pos[i] <= head.newest + 1 - obs.sliding_window
                 out[b, x, c] = NOTHING if gone else line[i] if i in head.past else math.nan
     return out
 

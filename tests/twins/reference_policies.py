@@ -163,7 +163,7 @@ def scores(policy, obs, w_o_EHD=None, frequencies=None, factor=1.0):
             head = heads[members[0]]
             for c in range(C):
                 p = int(obs.pos[b, members[0] // G, c])
-                gone = obs.window is not None and p <= head.newest + 1 - obs.window
+                gone = obs.sliding_window is not None and p <= head.newest + 1 - obs.sliding_window
                 if c in head.columns and not gone:
                     out[b, x, c] = line[c]
     return out
@@ -268,9 +268,9 @@ def expected(policy, obs, b, h, frequencies, factor):
     logits = {}
     for c in entries:
         key = numbers(obs.k[b, k_head, c])
-        logits[c] = obs.scale * mu @ key
+        logits[c] = obs.softmax_scale * mu @ key
         if policy.covariance:
-            logits[c] += obs.scale**2 * key @ sigma @ key / 2
+            logits[c] += obs.softmax_scale**2 * key @ sigma @ key / 2
     out = np.zeros(obs.pos.shape[-1])
     for c in entries:
         out[c] = 1 / sum(math.exp(logits[j] - logits[c]) for j in entries)

@@ -1,7 +1,7 @@
 """The slow twin of the engine: one row, lists of entries per KV head, evicted by the papers' own step-by-step rules.
 
 A `Row` runs a Decoder's own projections over dense tensors, with its own attention; nothing of modeling/pages.py,
-restkv/evict.py or restkv/generate.py is used. Keys are kept before RoPE too, so that positions may be slots.
+restkv/evict.py or restkv/session.py is used. Keys are kept before RoPE too, so that positions may be slots.
 
 Letters: T new tokens, C entries of one head, H query heads, K KV heads, G = H / K, D head dim, E width, V vocabulary.
 """
@@ -338,9 +338,9 @@ class Observed(Rule):
             v=padded([head.v for head in heads], 0),
             pos=pos,
             root=root_for(policy, block.output_weight(), config.num_kv_heads),
-            scale=config.attn_scale,
+            softmax_scale=config.attn_scale,
             softcap=config.attn_softcap,
-            window=block.window,
+            sliding_window=block.window,
             layer=index,
             num_layers=config.num_layers,
             keep=keep,

@@ -28,10 +28,10 @@ from make.small import small_ids, small_model
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.observe import Observation
 from restkv.policies import FullCache, Policy
+from restkv.session import Session
 
 CONTEXT, TAIL = 40, 6
 MODELS: dict[str, dict[str, Any]] = {
@@ -72,10 +72,10 @@ def slow_outputs(lm: LM, obs: Observation, keep_HC: Tensor) -> Tensor:
     for w in range(W):
         at = int(obs.q_pos[0, w])
         for h in range(H):
-            start = 0 if obs.window is None else max(0, at - obs.window + 1)
+            start = 0 if obs.sliding_window is None else max(0, at - obs.sliding_window + 1)
             columns = [c for c in range(start, at + 1) if keep_HC[h, c]]
             k, v = obs.k[0, h // G, columns], obs.v[0, h // G, columns]
-            logits = k @ obs.q[0, h, w] * obs.scale
+            logits = k @ obs.q[0, h, w] * obs.softmax_scale
             if obs.softcap is not None:
                 logits = obs.softcap * torch.tanh(logits / obs.softcap)
             out[w] += w_EHD[:, h] @ (logits.softmax(0) @ v)
@@ -193,7 +193,7 @@ def test_elimination_removes_what_a_trial_of_every_removal_would(lm: LM, layer: 
     for head in range(lm.config.num_kv_heads):
         expected = slow_elimination(lm, obs, head, 11)
         hidden = (
-            0 if obs.window is None else 16 - 3 - obs.window + 1
+            0 if obs.sliding_window is None else 16 - 3 - obs.sliding_window + 1
         )  # no query sees these: they go first, oldest first
         assert order[head, :hidden].tolist() == list(range(hidden))
         assert order[head, hidden:].tolist() == expected[hidden:]
@@ -207,7 +207,7 @@ def test_a_sink_that_takes_all_attention_is_kept_to_the_end(one: LM) -> None:
     k = obs.k.clone()
     k[0, :, 5] = 400 * obs.q[0].unflatten(0, (2, -1)).mean((1, 2))
     obs = replace(obs, k=k)
-    share = torch.softmax((obs.q[0].unflatten(0, (2, -1)) @ k[0, :, None].mT) * obs.scale, -1)[..., 5]
+    share = torch.softmax((obs.q[0].unflatten(0, (2, -1)) @ k[0, :, None].mT) * obs.softmax_scale, -1)[..., 5]
     assert float(share.max()) > 1 - 1e-12
     order = elimination_order(one, obs, 20)
     assert (order.sort(-1).values == torch.arange(20)).all()

@@ -17,8 +17,8 @@ from make.small import small_ids, small_model
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PromptError
-from restkv.generate import Session
 from restkv.lm import LM
+from restkv.session import Session
 
 PROMPT = (
     "Once upon a time, there was a little girl named Lily. Lily has a red ball. Tom has a blue kite. The sun was warm."

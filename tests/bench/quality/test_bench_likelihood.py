@@ -27,9 +27,9 @@ from modeling.layers import Decoder
 from modeling.text.tokenizer import Tokenizer
 from restkv.cli.options import RECALL
 from restkv.errors import PromptError, RestKVWarning
-from restkv.generate import Session
 from restkv.lm import LM
 from restkv.policies import Policy
+from restkv.session import Session
 from twins.stepwise import Row, exact
 
 MODEL: dict[str, Any] = {"seed": 3, "windows": (None, 23, None)}

@@ -29,7 +29,7 @@ from bench.runs.together import Held, answer_together, kept_mean, prefill_all, p
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
-from restkv.generate import Session
+from restkv.session import Session
 
 EVERY = (
     "restkv,restkv:budget_by=global,restkv:gqa=joint:aggregate=indicator,restkv:granularity=query,snapkv,pyramidkv,adakv,"

@@ -25,10 +25,10 @@ from modeling.sparse import BlockMap
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PromptError
-from restkv.generate import Session
 from restkv.lm import LM, load
 from restkv.patterns import AShape, parse_prefill
 from restkv.policies import FullCache, get_policy
+from restkv.session import Session
 
 # -- benches and commands
 

@@ -28,7 +28,7 @@ from bench.runs.together import under_each
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PolicyError
-from restkv.generate import Session
+from restkv.session import Session
 
 # -- the benchmark: is the token after a prompt and a word of it the one that the full cache expects?
 

@@ -229,7 +229,7 @@ def test_what_an_eviction_looks_at():
 
 @variants
 def test_padding_and_what_a_window_hides_score_below_everything(policy):
-    obs, w_o = observation(rows=3, ragged=True, window=9, queries=3, dtype=torch.float32, seed=1)
+    obs, w_o = observation(rows=3, ragged=True, sliding_window=9, queries=3, dtype=torch.float32, seed=1)
     score = policy.score(prepared(policy, obs, w_o))
     gone = (obs.pos < 0) | obs.hidden
     if policy.granularity == "query":

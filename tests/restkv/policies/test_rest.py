@@ -327,7 +327,7 @@ def test_scoring_and_selection_compile_without_a_break():
     obs, _ = observation(queries=8, columns=64, head_dim=8, dtype=torch.float32, ragged=True, rows=2, seed=3)
 
     def keep(q, q_pos, k, v, pos, root, budget):
-        seen = observe.Observation(q, q_pos, k, v, pos, root, obs.scale, budget_B=budget)
+        seen = observe.Observation(q, q_pos, k, v, pos, root, obs.softmax_scale, budget_B=budget)
         return select(policy.score(seen), pos, pos >= q_pos.amax(-1)[:, None, None] - 7, budget)
 
     assert obs.root is not None

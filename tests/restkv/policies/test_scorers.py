@@ -109,7 +109,7 @@ def test_observed_attention_is_the_mean_weight_over_the_queries_that_saw_an_entr
     obs, _ = observation(**shape)
     score = policy.score(replace(obs, mass=collected(policy, obs)))
     heads = [reference.reference.Head(obs, 0, h) for h in range(obs.q.shape[1])]
-    reach = shape["window"] or 12
+    reach = shape["sliding_window"] or 12
     for x, line in enumerate(score[0].tolist()):
         members = [x] if granularity == "query" else range(x * shape["group"], (x + 1) * shape["group"])
         for p, got in enumerate(line):

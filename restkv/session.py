@@ -7,49 +7,34 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.compiled import compiled
-from modeling.errors import CompileError, RestKVWarning
-from modeling.forward import step
-from modeling.layers import Decoder
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
-from modeling.pages import KVCache, LayerView
+from modeling.pages import KVCache
 from modeling.room import lacking
-from modeling.sparse import sparse_attention
-from restkv.errors import NumericError, PromptError, TooManyShapes
-from restkv.evict import Evictor, Roots, companions_of
-from restkv.kernels import check_compiler
+from restkv.engine import Engine
+from restkv.errors import NumericError, PromptError
+from restkv.evict import Evictor
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies.base import Policy, require_policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
-from restkv.sizing import AHEAD, Job, power, room_for, too_large
+from restkv.schedule import Schedule
+from restkv.sizing import LONGEST, Job, power, room_for, too_large
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
 CHUNK = 512  # tokens per chunk of a chunked prefill
-COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
 BROKEN = -1  # drawn from logits that are no numbers
-# Graphs that torch.compile may make of the step. A server of one model and policy makes 2 (r s + s + log2 R) at most, for prompts
-# and answers of up to P positions and R rows at once: r = 1 + log2 R, s = 2 + log2(P / 256). That is 116 for 131,072 positions
-# and 8 rows. Other shapes go on with sdpa.
-COMPILED_SHAPES = 128
 SAVED_ROOM = 64 << 20  # bytes of pages that a session read from a file may have ready beyond four times what it holds
-
-
-# What several operations read is stored, not computed by each of them: inductor would make a norm anew for every row of the
-# weights that it meets (a product of one row is a multiplication and a sum, and so fuses with whatever precedes it).
-OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 1}
 
 
 class Saved(NamedTuple):
@@ -62,142 +47,6 @@ class Saved(NamedTuple):
 
     entries: int
     queries: int
-
-
-@dataclass
-class Engine:
-    """A model and the way its steps run; shared by all sessions of a process.
-
-    Args:
-        backend: "flex" (compiled) or "sdpa" (eager).
-        named: flex was asked for by name. Otherwise it gives way to sdpa, for good and with one warning, where nothing compiles.
-    Raises (as `decode`, `hidden` and `attend` do):
-        CompileError: flex was asked for by name and cannot be compiled; nothing has been computed.
-    """
-
-    model: Decoder
-    backend: str
-    named: bool = True
-    roots: Roots = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.roots = Roots(self.model)
-        self._remarked = False
-        self._decode, self._hidden = (compiled(function, options=OPTIONS) for function in (_decode, step))
-        if self.backend == "flex":
-            try:
-                check_compiler(self.device)
-                config = torch._dynamo.config
-                config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-            except CompileError as error:
-                self._give_way(error)
-
-    def decode(self, *inputs: Any) -> Tensor:
-        """_decode with this backend."""
-        return self._run(self._decode, _decode, *inputs)
-
-    def hidden(self, *inputs: Any) -> Tensor:
-        """modeling.forward.step with this backend."""
-        return self._run(self._hidden, step, *inputs)
-
-    def attend(self, *inputs: Any, **how: Any) -> Tensor:
-        """modeling.sparse.sparse_attention with this backend."""
-        return self._run(sparse_attention, sparse_attention, *inputs, **how)
-
-    def _run(
-        self, compiling: Callable[..., Tensor], eager: Callable[..., Tensor], *inputs: Any, **options: Any
-    ) -> Tensor:
-        if self.backend == "flex":
-            try:
-                return compiling(*inputs, **options, backend="flex")
-            except TooManyShapes:
-                self._remark_shapes()
-                return eager(*inputs, **options, backend="sdpa")
-            except CompileError as error:
-                self._give_way(error)
-        return eager(*inputs, **options, backend=self.backend)
-
-    def _give_way(self, error: CompileError) -> None:
-        if self.named:
-            raise error
-        self.backend = "sdpa"
-        warnings.warn(f"{error}; going on with sdpa", RestKVWarning, stacklevel=2)
-
-    def _remark_shapes(self) -> None:
-        """Once: whatever has one of the compiled shapes runs compiled all the same."""
-        if not self._remarked:
-            self._remarked = True
-            warnings.warn(
-                f"caches of {torch._dynamo.config.recompile_limit} shapes have been compiled, as many as torch.compile allows "
-                "here; those of other shapes go on with sdpa, which compiles nothing. Fewer policies and chunk sizes in a "
-                "process make fewer shapes",
-                RestKVWarning,
-                stacklevel=3,
-            )
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def new_cache(
-        self,
-        policy: Policy,
-        rows: int,
-        entries: int,
-        queries: int,
-        ragged: bool,
-        shared: bool,
-        forks: int,
-        page: int,
-        most: int | None = None,
-        filled: int | None = None,
-    ) -> KVCache:
-        """A cache with room for `entries` entries per layer, row and KV head.
-
-        Args:
-            queries: last queries to remember.
-            ragged: heads may keep different numbers of entries.
-            shared: layers too.
-            forks: pages per list to have ready for forks.
-            page: slots per page.
-            most, filled: see KVCache.create.
-        """
-        config = self.model.config
-        return KVCache.create(
-            windows=config.windows,
-            rows=rows,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=self.model.dtype,
-            device=self.device,
-            entries=entries,
-            page=page,
-            window=queries,
-            companions=companions_of(policy, self.model),
-            spare=int(ragged or shared) + forks,
-            ragged=ragged,
-            shared=shared,
-            most=most,
-            filled=filled,
-            steps=1 if self.backend == "flex" else 4,
-        )
-
-
-def _decode(
-    model: Decoder,
-    ids_BT: Tensor,
-    pos_BT: Tensor,
-    lag_B: Tensor,
-    views: list[LayerView],
-    queries: list[Tensor],
-    window: int,
-    backend: str,
-) -> Tensor:
-    """Logits [B, V] float32 after the last real one of the T new tokens."""
-    x_BTE = step(model, ids_BT, pos_BT, lag_B, views, queries, window, backend)
-    last_B = (pos_BT >= 0).sum(-1).clamp(min=1) - 1
-    return model.head(x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B])
 
 
 def _says_what_to_lower(method: Callable[Concatenate[Session, P], Result]) -> Callable[Concatenate[Session, P], Result]:
@@ -275,18 +124,14 @@ class Session:
         self._width = power(chunk) if few else chunk
         rows = power(len(lengths)) if few else len(lengths)
         self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
-        self._interval = policy.interval if policy.budget is not None else None
-        # Very frequent evictions only mark; the pages are reclaimed every so many tokens (0: nothing is evicted while decoding).
-        self.period = -(-COMPACT_EVERY // self._interval) * self._interval if self._interval else 0
-        if self._interval and self._interval >= COMPACT_EVERY // 4:
-            self.period = self._interval
+        self.schedule = Schedule.of(policy, max_new_tokens)
         layers = engine.model.config.num_layers
         self._sized = Job(
             lengths=lengths,
             budgets=[-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)][: len(lengths)],
             max_new_tokens=max_new_tokens,
-            interval=self._interval,
-            period=self.period,
+            interval=self.schedule.interval,
+            period=self.schedule.period,
             chunk=self._width if extends or self._chunked else 0,
             forks=forks,
             compiled=few,
@@ -298,9 +143,6 @@ class Session:
         self.active = [True] * len(lengths)
         self.evictions = 0
         self.max_live = 0  # most entries a head held when an eviction was due
-        self._since_eviction = self._since_compaction = 0
-        self._planned = max_new_tokens  # tokens still expected
-        self._room = 0  # tokens for which the lists have pages of their own
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
         self._sound_B = torch.ones_like(self._active_B)  # the logits after every prompt and chunk were numbers
 
@@ -309,8 +151,9 @@ class Session:
         policy, config = self.policy, self.engine.model.config
         room = room_for(self._sized, policy, config)
         queries = 0
-        if self._interval or (self._chunked and policy.budget is not None):
-            fresh = (self._interval or 0) + self._sized.chunk
+        interval = self.schedule.interval
+        if interval or (self._chunked and policy.budget is not None):
+            fresh = (interval or 0) + self._sized.chunk
             queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
         entries, forks = room.entries, room.forks
         if saved is not None:
@@ -319,7 +162,7 @@ class Session:
             per_entry = len(self._sized.lengths) * config.kv_bytes_per_token(self.engine.model.dtype)
             if per_entry * (entries + forks * room.page) > max(SAVED_ROOM, 4 * per_entry * saved.entries):
                 entries, forks = saved.entries + room.page, 0
-        uneven = policy.budget is not None and len(set(policy.layer_budgets(1 << 30, config.num_layers))) > 1
+        uneven = policy.budget is not None and len(set(policy.layer_budgets(LONGEST, config.num_layers))) > 1
         return self.engine.new_cache(
             policy,
             len(self.evictor.states),
@@ -329,7 +172,7 @@ class Session:
             shared=policy.allocation.across_layers or uneven,
             forks=forks,
             page=room.page,
-            most=room.most,
+            max_entries=room.max_entries,
             filled=None if room.every_row else len(self._sized.lengths),
         )
 
@@ -383,7 +226,7 @@ class Session:
             pieces = [ids[start : start + self._chunk] for ids in rows]
             self._take(self._run(self.cache, pieces, self.logits_BV))
             self._after(max(map(len, pieces)), compact=True)
-            self._room = 0
+            self.schedule.room = 0
 
     @own_modes
     @_says_what_to_lower
@@ -410,7 +253,7 @@ class Session:
                     logits[row] = after_TV[-1]
             self._take(torch.stack(logits))
             self._after(max(map(len, pieces)), compact=True)
-            self._room = 0
+            self.schedule.room = 0
         for row, said_T in enumerate(said):
             if said_T.isnan().any():  # sync: once per call
                 raise self.numeric_error(row)
@@ -447,7 +290,7 @@ class Session:
         offset_T = torch.arange(width, dtype=torch.int32, device=engine.device)
         pos_BT = torch.where(offset_T < counts_B[:, None], cache.next_pos[:, None] + offset_T, -1)
         cache.reserve(counts)
-        result = run(engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.window)
+        result = run(engine.model, ids_BT, pos_BT, cache.lag, cache.views(), cache.queries, cache.ring_size)
         cache.next_pos.add_(counts_B)
         return result[:rows]
 
@@ -463,8 +306,10 @@ class Session:
         return [] if self.drawn_B is None else self.drawn_B.tolist()  # sync: for whoever wants to know
 
     @own_modes
-    def draw(self, most: int, sampling: Sampling, generators: Sequence[torch.Generator], ends_E: Tensor) -> Tensor:
-        """`sample` and `feed` by turns, up to `most` tokens without one being read: [N, B], the last of them not yet fed
+    def draw(
+        self, max_tokens: int, sampling: Sampling, generators: Sequence[torch.Generator], ends_E: Tensor
+    ) -> Tensor:
+        """`sample` and `feed` by turns, up to `max_tokens` tokens without one being read: [N, B], the last of them not yet fed
         (drawn_B).
 
         It stops short of an eviction, which must know the rows that go on. Those that draw one of `ends_E` stop on the
@@ -473,7 +318,7 @@ class Session:
         """
         ids_B = self.sample(sampling, generators)
         drawn = [self._told(ids_B)]
-        while len(drawn) < most and (self._interval is None or self._since_eviction + 1 < self._interval):
+        while self.schedule.may_draw(len(drawn), max_tokens):
             self._active_B = self._active_B & ~(ids_B[:, None] == ends_E).any(-1)
             self.feed(ids_B)
             ids_B = self.sample(sampling, generators)
@@ -492,43 +337,41 @@ class Session:
             PolicyError: the text has grown into more protected entries than fit into the budget.
             CompileError: the step cannot be compiled; the session is as it was, but for the token drawn.
         """
-        cache, engine = self.cache, self.engine
+        cache, engine, schedule = self.cache, self.engine, self.schedule
         self.drawn_B = None
-        if self._room == 0:
-            room = self.period - self._since_compaction if self._interval else cache.layers[0].pool.page
-            if self._planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
-                room = min(room, self._planned)
-            room = min(room, AHEAD)  # of a long interval as much as is soon needed
-            cache.reserve(room)
-            self._room = room
+        if schedule.room == 0:
+            ahead = schedule.ahead(cache.layers[0].pool.page)
+            cache.reserve(ahead)
+            schedule.room = ahead
         rows, active_B = len(ids_B), self._active_B
         if unused := cache.rows - rows:
             ids_B, active_B = F.pad(ids_B, (0, unused)), F.pad(active_B, (0, unused))
         pos_B1 = torch.where(active_B, cache.next_pos, -1)[:, None]
         logits_BV = engine.decode(
-            engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.window
+            engine.model, ids_B[:, None], pos_B1, cache.lag, cache.views(), cache.queries, cache.ring_size
         )
         self.logits_BV = logits_BV[:rows] if unused else logits_BV
-        self._room, self._planned = self._room - 1, self._planned - 1
+        schedule.room, schedule.planned = schedule.room - 1, schedule.planned - 1
         cache.next_pos.add_(active_B)
-        self._after(1, compact=self._since_compaction + 1 >= self.period)
+        self._after(1, compact=schedule.compacts_next)
 
     def _after(self, tokens: int, compact: bool) -> None:
         """Count tokens; evict when an interval is over."""
-        self._since_eviction += tokens
-        self._since_compaction += tokens
-        if self._interval and self._since_eviction >= self._interval:
-            self._since_eviction = 0
+        if self.schedule.take(tokens):
             self.max_live = max(self.max_live, *(int(layer.live_counts().max()) for layer in self.cache.layers))
             self.evictions += self.evictor.round(
                 self.cache, compact, [*self.active, *[False] * (self.cache.rows - len(self.active))]
             )
             if compact:
-                self._since_compaction = self._room = 0
+                self.schedule.compacted()
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready: what `restore` needs besides the cache's contents."""
-        counters = {"since_eviction": self._since_eviction, "evictions": self.evictions, "max_live": self.max_live}
+        counters = {
+            "since_eviction": self.schedule.since_eviction,
+            "evictions": self.evictions,
+            "max_live": self.max_live,
+        }
         return {"job": self._job, "counters": counters, "last_ids": self.last_ids}
 
     @classmethod
@@ -538,7 +381,7 @@ class Session:
         job = dict(described["job"])
         session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), saved=saved, **job)
         # Pages are reserved from one compaction to the next, which has to fall on an eviction.
-        session._since_eviction = session._since_compaction = described["counters"]["since_eviction"]
+        session.schedule.since_eviction = session.schedule.since_compaction = described["counters"]["since_eviction"]
         session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
         if described["last_ids"]:
             session.drawn_B = torch.tensor(described["last_ids"], device=engine.device)
@@ -548,16 +391,16 @@ class Session:
         """Let all rows go on, for about so many tokens."""
         self.active = [True] * len(self.active)
         self._active_B.fill_(True)
-        self._planned = max_new_tokens
+        self.schedule.planned = max_new_tokens
 
     @own_modes
     @_says_what_to_lower
     def fork(self, max_new_tokens: int = 0) -> Session:
         """A session that goes on from here on its own; pages are shared until one of the two writes."""
         twin = copy.copy(self)
-        twin._planned = max_new_tokens
         twin.cache, twin.evictor = self.cache.fork(), self.evictor.fork()
-        self._room = twin._room = 0  # the page both would write to next is shared now
+        self.schedule.room = 0  # the page both would write to next is shared now
+        twin.schedule = replace(self.schedule, planned=max_new_tokens)
         twin.active, twin._active_B = list(self.active), self._active_B.clone()
         return twin
 

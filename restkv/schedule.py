@@ -1,0 +1,70 @@
+"""When a session evicts, when it compacts, and for how many tokens its page lists have room: all counted in tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from restkv.policies.base import Policy
+from restkv.sizing import AHEAD
+
+COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
+
+
+@dataclass
+class Schedule:
+    """The clock of one session's rows, which share it.
+
+    Args:
+        interval: tokens between two evictions; None: none while decoding.
+        planned: tokens still expected.
+        since_eviction, since_compaction: tokens taken in since.
+        room: tokens for which every list has pages of its own; what they share with a fork does not count.
+    """
+
+    interval: int | None
+    planned: int
+    since_eviction: int = 0
+    since_compaction: int = 0
+    room: int = 0
+
+    @classmethod
+    def of(cls, policy: Policy, planned: int) -> Schedule:
+        return cls(policy.interval if policy.budget is not None else None, planned)
+
+    @property
+    def period(self) -> int:
+        """Tokens between two compactions, a multiple of the interval; 0 where nothing is evicted while decoding.
+
+        Very frequent evictions only mark entries dead.
+        """
+        if not self.interval or self.interval >= COMPACT_EVERY // 4:
+            return self.interval or 0
+        return -(-COMPACT_EVERY // self.interval) * self.interval
+
+    @property
+    def compacts_next(self) -> bool:
+        """Whether an eviction after the next token would compact."""
+        return self.since_compaction + 1 >= self.period
+
+    def ahead(self, page: int) -> int:
+        """For how many tokens to reserve room now: up to the next compaction, or to the end of a page of `page` slots."""
+        room = self.period - self.since_compaction if self.interval else page
+        if self.planned > 0:  # a page for tokens that will not come could outgrow the pool, and recompile
+            room = min(room, self.planned)
+        return min(room, AHEAD)  # of a long interval as much as is soon needed
+
+    def may_draw(self, drawn: int, most: int) -> bool:
+        """Whether a burst of `drawn` tokens, the last not yet fed, may grow towards `most` without running into an eviction."""
+        return drawn < most and (self.interval is None or self.since_eviction + 1 < self.interval)
+
+    def take(self, tokens: int) -> bool:
+        """Count tokens; True where an eviction is due, which then counts as done."""
+        self.since_eviction += tokens
+        self.since_compaction += tokens
+        due = bool(self.interval) and self.since_eviction >= (self.interval or 0)
+        if due:
+            self.since_eviction = 0
+        return due
+
+    def compacted(self) -> None:
+        self.since_compaction = self.room = 0
