@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from mutations import HOSTILE, edited, torn, written
 from safetensors.torch import load_file, safe_open
 
+from make.hostile import fits
+
 # -- saved chats and contexts
 
 
@@ -77,7 +79,7 @@ def with_saved(valid: dict[str, Any]) -> st.SearchStrategy[Case]:
                 tensors[draw(st.sampled_from(["x", "k.9", "pos.0", "state.0.x"]))] = tensors.pop(name)
             else:
                 value = draw(st.sampled_from([0, -1, -5, 1, 2**31 - 1, float("nan"), float("inf")]))
-                if tensor.is_floating_point() or (value == value and abs(value) < 2**31):
+                if fits(value, tensor.dtype):
                     tensors[name] = torch.full_like(tensor, value)
         data = _signed(written(about), {name: tensor.contiguous() for name, tensor in tensors.items()})
         if draw(st.integers(0, 9)) == 0:

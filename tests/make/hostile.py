@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
 DEEP: Any = json.loads("[" * 400 + "]" * 400)
@@ -50,3 +52,12 @@ def alter_remarks(draw: Callable[..., Any], remarks: Any) -> Any:
     else:
         holder[last] = draw(HOSTILE)
     return top[None]
+
+
+def fits(number: float, dtype: torch.dtype) -> bool:
+    """Whether a tensor can be filled with a number."""
+    if dtype == torch.bool:
+        return True
+    if dtype.is_floating_point:
+        return not math.isfinite(number) or abs(number) <= torch.finfo(dtype).max
+    return math.isfinite(number) and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import restkv
-from make.hostile import alter_remarks
+from make.hostile import alter_remarks, fits
 from make.small import VOCAB, small_ids, small_model
 from restkv.chat import Chat
 from restkv.cli.options import RECALL
@@ -112,20 +113,12 @@ def alter_tensors(draw: Callable[..., Any], tensors: dict[str, torch.Tensor]) ->
     elif how == "order":
         tensors[name] = value.flip(0)
     elif value.numel():
-        numbers = (
-            [number for number in (-1, 0, 1, 2**31 - 1, 100) if _fits(number, value.dtype)]
-            if not value.is_floating_point()
-            else [float("nan"), float("inf"), -1.0, 0.0, 1e30]
-        )
+        numbers = [-1.0, 0.0, 1e30, math.nan, math.inf] if value.is_floating_point() else [-1, 0, 1, 2**31 - 1, 100]
+        numbers = [number for number in numbers if fits(number, value.dtype)]
         number = draw(st.sampled_from(numbers))
         value = value.clone()
         (value if how == "values" else value.view(-1)[draw(st.integers(0, value.numel() - 1)) :][:1]).fill_(number)
         tensors[name] = value
-
-
-def _fits(number: int, dtype: torch.dtype) -> bool:
-    """Whether a tensor of integers, or of bool, can be filled with a number."""
-    return dtype == torch.bool or torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 def altered(draw: Callable[..., Any], saved: Saved) -> Saved:
