@@ -20,7 +20,7 @@ from torch import Tensor
 from laws.law import Snapshot, Watch, entries_of, positions, protected, snapshot, watched
 from make.small import small_ids, small_model
 from modeling.layers import Decoder
-from restkv import generate
+from restkv import schedule
 from restkv.budgets import Global, Pyramid
 from restkv.engine import Engine
 from restkv.errors import PolicyError
@@ -371,7 +371,7 @@ def test_masked_is_compacted(monkeypatch, variant, granularity, interval):
     policy = make(variant, granularity, budget=12, interval=interval)
     runs = []
     for every in (1, 1000):
-        monkeypatch.setattr(generate, "COMPACT_EVERY", every)
+        monkeypatch.setattr(schedule, "COMPACT_EVERY", every)
         runs.append(run(ENGINE, policy, PROMPTS, new=15))
     compacted, masked = runs
     assert same(compacted, masked, exactly=False)

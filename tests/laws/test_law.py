@@ -26,7 +26,7 @@ from torch import Tensor
 from laws.law import snapshot, watched
 from make.small import small_ids, small_model
 from modeling.layers import Block, Decoder
-from restkv import generate
+from restkv import schedule
 from restkv.engine import Engine
 from restkv.errors import PolicyError
 from restkv.evict import UNLIMITED
@@ -57,7 +57,7 @@ class Job:
     lengths: tuple[int, ...]  # prompts
     new: int  # tokens fed after them
     chunk: int | None
-    every: int  # generate.COMPACT_EVERY
+    every: int  # schedule.COMPACT_EVERY
     seed: int
 
     def model(self, double: bool = True) -> Decoder:
@@ -83,7 +83,7 @@ class Job:
     def empty(self, model: Decoder, lengths: Sequence[int]) -> Session:
         how: dict[str, Any] = {} if self.chunk is None else {"prefill": "chunked", "chunk": self.chunk}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generate, "COMPACT_EVERY", self.every)
+            patch.setattr(schedule, "COMPACT_EVERY", self.every)
             return Session(Engine(model, "sdpa"), self.policy, lengths, self.new, **how)
 
 

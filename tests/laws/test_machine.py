@@ -33,7 +33,7 @@ from torch import Tensor
 from laws.law import watched
 from laws.live import CLOSE, Live, Twin
 from make.small import small_ids, small_model
-from restkv import generate, sizing
+from restkv import schedule, sizing
 from restkv.context import CompressedContext
 from restkv.engine import Engine
 from restkv.lm import LM
@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
         self._folder = TemporaryDirectory()
         self._contexts = ExitStack()
         self._contexts.enter_context(torch.no_grad())
-        self._contexts.enter_context(patch.object(generate, "COMPACT_EVERY", COMPACT_EVERY))
+        self._contexts.enter_context(patch.object(schedule, "COMPACT_EVERY", COMPACT_EVERY))
         self._contexts.enter_context(patch.object(sizing, "page_size", lambda entries: PAGE))
         self._watch = self._contexts.enter_context(watched())
         self._watch.ladders = False

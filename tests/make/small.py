@@ -9,7 +9,7 @@ import torch
 
 from modeling.config import ModelConfig, RopeConfig
 from modeling.layers import Decoder
-from restkv import generate
+from restkv import engine as steps
 from restkv.engine import Engine
 from restkv.lm import LM
 
@@ -73,6 +73,6 @@ def small_lm(backend: str = "sdpa", eos: tuple[int, ...] = (), **traits: Any) ->
 
 def eagerly(engine: Engine) -> Engine:
     """A compiled engine's sessions, with their padding, whose steps are the eager twins."""
-    for name, run in (("decode", generate._decode), ("hidden", generate.step)):
+    for name, run in (("decode", steps._decode), ("hidden", steps.step)):
         setattr(engine, name, lambda *arguments, run=run: run(*arguments, backend="sdpa"))
     return engine

@@ -20,7 +20,7 @@ from torch import Tensor
 from make.places import environment
 from make.policies import FOUR, POLICY, SOME
 from make.small import eagerly, small_ids, small_model
-from restkv import generate
+from restkv import session as sessions
 from restkv.engine import COMPILED_SHAPES, Engine
 from restkv.lm import LM
 from restkv.policies import H2O, AdaKV, FullCache, LaCache, Policy, PyramidKV, ReSTKV, SnapKV, StreamingLLM
@@ -63,9 +63,9 @@ class Server:
         self.lm = LM(small_model(), None, "flex")
         monkeypatch.setattr(self.lm.engine, "decode", self.noting("decode"))
         monkeypatch.setattr(self.lm.engine, "hidden", self.noting("hidden"))
-        monkeypatch.setattr(generate, "prefill", self.prefill)
-        monkeypatch.setattr(generate.Evictor, "round", self.round)
-        monkeypatch.setattr(generate.Evictor, "_align", lambda *_: None)
+        monkeypatch.setattr(sessions, "prefill", self.prefill)
+        monkeypatch.setattr(sessions.Evictor, "round", self.round)
+        monkeypatch.setattr(sessions.Evictor, "_align", lambda *_: None)
 
     def noting(self, name: str) -> Callable[..., Tensor]:
         def run(*arguments: Any) -> Tensor:
@@ -214,10 +214,10 @@ TOO_MANY = """
 import warnings
 import torch
 from make.small import small_ids, small_lm
-from restkv import generate
+from restkv import engine
 from restkv.policies import FullCache, ReSTKV
 
-torch._dynamo.config.recompile_limit = generate.COMPILED_SHAPES = 1
+torch._dynamo.config.recompile_limit = engine.COMPILED_SHAPES = 1
 lm, ids = small_lm("flex", head_dim=16), small_ids(30)
 policies = [ReSTKV(20, window=4, interval=8), ReSTKV(300, window=4, interval=8), FullCache()]
 eager = small_lm(head_dim=16)

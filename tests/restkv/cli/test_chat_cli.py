@@ -200,9 +200,9 @@ def test_lines_that_are_no_text(talk):
 
 def test_two_interrupts_stop_at_once_and_the_chat_goes_on(talk, monkeypatch):
     """One within a step waits for the step's end; a second one is raised there, and the layers are read anew."""
-    from restkv import generate
+    from restkv import engine
 
-    step, calls = generate._decode, 0
+    step, calls = engine._decode, 0
 
     def interrupted(*arguments, **options):
         nonlocal calls
@@ -211,7 +211,7 @@ def test_two_interrupts_stop_at_once_and_the_chat_goes_on(talk, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return step(*arguments, **options)
 
-    monkeypatch.setattr(generate, "_decode", interrupted)
+    monkeypatch.setattr(engine, "_decode", interrupted)
     code, out, err = talk(f"{TURNS[0]}\n{TURNS[1]}\n{TURNS[2]}\n/stats\n", "--method", "full", "-n", 8)
     assert code == 0
     short, shorter, whole = out.splitlines()
