@@ -69,15 +69,15 @@ def dense_layer(
     q_LHD = None if choose is None else x_LE.new_empty(length, config.num_heads, config.head_dim)
     q_WHD = x_LE.new_empty(min(last, length), config.num_heads, config.head_dim)
     first_kept = length - len(q_WHD)
-    how: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": block.window}
+    attention: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": block.window}
 
     def finish(q_THD: Tensor, rows: slice, chosen: BlockMap | None) -> None:
         if watch is not None:
             watch(q_THD, k_KLD[:, : rows.stop], rows.start, chosen)
         if chosen is None:
-            o_THD = causal_attention(q_THD, k_KLD, v_KLD, rows.start, **how)
+            o_THD = causal_attention(q_THD, k_KLD, v_KLD, rows.start, **attention)
         else:
-            o_THD = attend(q_THD, k_KLD, v_KLD, rows.start, chosen, **how)
+            o_THD = attend(q_THD, k_KLD, v_KLD, rows.start, chosen, **attention)
         x_LE[rows] = block.finish(x_LE[None, rows], o_THD[None])[0]
 
     pieces = [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

@@ -113,8 +113,8 @@ class Evictor:
         mass_XL = torch.zeros(config.num_heads if per_query else config.num_kv_heads, length, device=self.model.device)
 
         def watch(q_THD: Tensor, k_KCD: Tensor, start: int, chosen: BlockMap | None) -> None:
-            how: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": window}
-            mass_HC = column_mass(q_THD, k_KCD, start, chosen=chosen, **how)
+            attention: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": window}
+            mass_HC = column_mass(q_THD, k_KCD, start, chosen=chosen, **attention)
             part_XC = mass_HC if per_query else mass_HC.unflatten(0, (config.num_kv_heads, -1)).mean(1)
             mass_XL[:, : part_XC.shape[1]] += part_XC
 

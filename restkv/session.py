@@ -184,7 +184,7 @@ class Session:
         Raises:
             NumericError: the logits after one of them are no numbers.
         """
-        engine, logits, fine = self.engine, [], []
+        engine, logits, numeric = self.engine, [], []
         for row, ids in enumerate(prompts):
             self.ids[row] = list(ids)
             cache, evictor = self.cache.row(row), self.evictor.row(row)
@@ -203,9 +203,9 @@ class Session:
                 if progress is not None:
                     progress(start + len(piece), len(ids))
             logits.append(logits_1V)
-            fine.append(sound_1)
+            numeric.append(sound_1)
         self.cache.refresh()
-        self.logits_BV, self._sound_B = torch.cat(logits), torch.cat(fine)
+        self.logits_BV, self._sound_B = torch.cat(logits), torch.cat(numeric)
         for row, numbers in enumerate(self._sound_B.tolist()):  # sync: once after a prompt
             if not numbers:
                 raise self.numeric_error(row)
@@ -239,7 +239,7 @@ class Session:
             PolicyError: see extend.
             NumericError: a token was judged by logits that are no numbers.
         """
-        head, said = self.engine.model.head, [self.logits_BV.new_empty(0)] * len(rows)
+        head, logprobs = self.engine.model.head, [self.logits_BV.new_empty(0)] * len(rows)
         self._read(rows)
         for start in range(0, max(map(len, rows)), self._chunk):
             pieces = [ids[start : start + self._chunk] for ids in rows]
@@ -249,15 +249,15 @@ class Session:
                     after_TV = head(x_BTE[row, : len(piece)])
                     before_TV = torch.cat([logits[row][None], after_TV[:-1]])
                     target_T1 = torch.tensor(piece, device=self.engine.device)[:, None]
-                    said[row] = torch.cat([said[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
+                    logprobs[row] = torch.cat([logprobs[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
                     logits[row] = after_TV[-1]
             self._take(torch.stack(logits))
             self._after(max(map(len, pieces)), compact=True)
             self.schedule.room = 0
-        for row, said_T in enumerate(said):
-            if said_T.isnan().any():  # sync: once per call
+        for row, logprobs_T in enumerate(logprobs):
+            if logprobs_T.isnan().any():  # sync: once per call
                 raise self.numeric_error(row)
-        return said
+        return logprobs
 
     def _read(self, rows: Sequence[Sequence[int]]) -> None:
         self.ids = [[*before, *more] for before, more in zip(self.ids, rows, strict=True)]
@@ -317,15 +317,15 @@ class Session:
         logits are no numbers draws BROKEN: whoever reads the tokens learns it with them.
         """
         ids_B = self.sample(sampling, generators)
-        drawn = [self._told(ids_B)]
+        drawn = [self._marked(ids_B)]
         while self.schedule.may_draw(len(drawn), max_tokens):
             self._active_B = self._active_B & ~(ids_B[:, None] == ends_E).any(-1)
             self.feed(ids_B)
             ids_B = self.sample(sampling, generators)
-            drawn.append(self._told(ids_B))
+            drawn.append(self._marked(ids_B))
         return torch.stack(drawn)
 
-    def _told(self, ids_B: Tensor) -> Tensor:
+    def _marked(self, ids_B: Tensor) -> Tensor:
         return torch.where(self._sound_B & sound(self.logits_BV), ids_B, BROKEN)
 
     @own_modes

@@ -29,10 +29,7 @@ ROOMS = (
     "bench.harness",
     "bench.cli",
 )
-# Known exceptions, to become fewer.
-CIRCLES = {
-    ("modeling.text.stream", "modeling.text.tokenizer"),  # a type of the other's
-}
+# The known exception.
 UPWARD = {("modeling.text.special_tokens", "modeling.families.registry")}  # some tokenizer files differ by family
 
 Graph = Mapping[str, set[str]]
@@ -56,14 +53,10 @@ def imported(text: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def circle_in(graph: Graph, known: set[tuple[str, str]] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    """Modules of one circle, if there is any; those of `known` pairs may import each other."""
-    allowed = {pair for first, second in known for pair in ((first, second), (second, first))}
+def circle_in(graph: Graph) -> list[str]:
+    """Modules of one circle, if there is any."""
     # A room's own __init__ is imported before its modules, whoever imports them.
-    plain = {
-        name: {one for one in some if (name, one) not in allowed and not name.startswith(f"{one}.")}
-        for name, some in graph.items()
-    }
+    plain = {name: {one for one in some if not name.startswith(f"{one}.")} for name, some in graph.items()}
     try:
         TopologicalSorter(plain).prepare()
     except CycleError as error:
@@ -83,14 +76,8 @@ SOURCES = {
 GRAPH = graph_of(SOURCES)
 
 
-def test_no_circle_but_the_known_ones() -> None:
-    assert circle_in(GRAPH, CIRCLES) == []
-
-
-@pytest.mark.parametrize("pair", sorted(CIRCLES), ids=" <-> ".join)
-def test_a_known_circle_is_one_still(pair: tuple[str, str]) -> None:
-    first, second = pair
-    assert second in GRAPH[first] and first in GRAPH[second], "open by now: strike it from CIRCLES"
+def test_no_circle() -> None:
+    assert circle_in(GRAPH) == []
 
 
 def test_the_check_sees_a_circle_wherever_it_is_closed() -> None:

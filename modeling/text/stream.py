@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import codecs
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from modeling.text.tokenizer import Tokenizer
+from collections.abc import Iterable
+from typing import Protocol
 
 UNSURE = "\ufffd"  # what bytes decode to that are no character, or not yet
 LONGEST = 4  # bytes of a character, and so tokens that can be parts of one
 UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Decoding(Protocol):
+    """What a stream asks a tokenizer (modeling/text/tokenizer.py)."""
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
+    def spelling(self, token: int, skip_special: bool = True) -> str | None: ...
+    def byte(self, token: int) -> int | None: ...
 
 
 class Stream:
@@ -21,7 +27,7 @@ class Stream:
     one of them does not fit, each to a U+FFFD: then the run waits until it ends or fits no more.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+    def __init__(self, tokenizer: Decoding, skip_special: bool = True):
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._reset()
