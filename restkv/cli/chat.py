@@ -13,7 +13,6 @@ from restkv.cli.options import (
     RECALL,
     BackendOption,
     BudgetOption,
-    CompileOption,
     DeviceOption,
     DtypeOption,
     LengthOption,
@@ -72,7 +71,6 @@ def chat(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
-    compile: CompileOption = None,
 ) -> None:
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
     for option, texts in {"--system": [system or ""], "--stop": stop or []}.items():
@@ -104,7 +102,6 @@ def chat(
         device=device,
         dtype=dtype,
         backend=backend,
-        compile="auto" if compile is None else compile,
         progress=status.progress("loading the weights", byte_text),
     )
     announce_compiling(lm.compiled)

@@ -17,7 +17,6 @@ from restkv.cli.options import (
     RECALL,
     BackendOption,
     BudgetOption,
-    CompileOption,
     DeviceOption,
     DtypeOption,
     LengthOption,
@@ -131,7 +130,6 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
-    compile: CompileOption = None,
     check_weights: Annotated[
         bool, typer.Option("--check-weights", rich_help_panel=MODEL, help="Refuse weights that hold NaN or infinity.")
     ] = False,
@@ -170,7 +168,6 @@ def generate(
         device=device,
         dtype=dtype,
         backend=backend,
-        compile="auto" if compile is None else compile,
         check_weights=check_weights,
         progress=status.progress("loading the weights", byte_text),
     )

@@ -123,14 +123,10 @@ DeviceOption = Annotated[
 ]
 BackendOption = Annotated[
     str,
-    typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention, compiled), sdpa, or auto: flex on CUDA, else sdpa."),
-]
-CompileOption = Annotated[
-    bool | None,
     typer.Option(
         rich_help_panel=MODEL,
-        help="Compile the decode step. On a CPU that repays from some hundred tokens on.",
-        show_default="on CUDA",
+        help="flex (FlexAttention, compiled; on a CPU that repays from some hundred tokens on), sdpa, or auto: flex on CUDA, "
+        "else sdpa.",
     ),
 ]
 TemplateNameOption = Annotated[

@@ -63,7 +63,7 @@ def warmup(
         model,
         device=device,
         dtype=dtype,
-        compile=True,
+        backend="flex",
         progress=status.progress("loading the weights", byte_text),
     )
     status.show("compiling, which takes a minute or two")
