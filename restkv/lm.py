@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeling.checkpoint.loading import load_model, resolve
+from modeling.config import DTYPES
 from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.modes import own_modes
@@ -82,10 +83,9 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if not isinstance(dtype, str) or dtype not in names:
-        raise PromptError(f"dtype {dtype!r} is not known; give auto, {', '.join(names)}")
-    return names[dtype]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise PromptError(f"dtype {dtype!r} is not known; give auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def _backend(backend: str, device: torch.device, head_dim: int) -> str:
