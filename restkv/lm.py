@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modeling.checkpoint.loading import load_model, resolve
+from modeling.config import DTYPES
 from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.modes import own_modes
@@ -40,7 +41,6 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
-    compile: str | bool = "auto",
     check_weights: bool = False,
     progress: Progress | None = None,
 ) -> LM:
@@ -53,7 +53,6 @@ def load(
         dtype: "auto" takes the checkpoint's; else "float32", "bfloat16", "float16" or a torch dtype.
         backend: "flex" (FlexAttention, compiled), "sdpa" (eager) or "auto": sdpa on CPU; on CUDA flex, or sdpa with one warning
             where torch cannot compile.
-        compile: True asks for flex, False for sdpa, "auto" follows the backend.
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
         progress: called with the bytes of weights that are there and those in all.
     Raises:
@@ -64,8 +63,8 @@ def load(
     folder = resolve(path_or_name)
     where = _device(device)
     model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress)
-    chosen = _backend(backend, compile, where, model.config.head_dim)
-    return LM(model, Tokenizer.from_folder(folder), chosen, named=not backend == compile == "auto")
+    chosen = _backend(backend, where, model.config.head_dim)
+    return LM(model, Tokenizer.from_folder(folder), chosen, named=backend != "auto")
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -82,27 +81,22 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if not isinstance(dtype, str) or dtype not in names:
-        raise PromptError(f"dtype {dtype!r} is not known; give auto, {', '.join(names)}")
-    return names[dtype]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise PromptError(f"dtype {dtype!r} is not known; give auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
-def _backend(backend: str, compile: str | bool, device: torch.device, head_dim: int) -> str:
+def _backend(backend: str, device: torch.device, head_dim: int) -> str:
     if backend not in ("auto", "flex", "sdpa"):
         raise PromptError(f"backend {backend!r} is not known; give auto, flex or sdpa")
-    if backend != "auto" and compile != "auto" and bool(compile) != (backend == "flex"):
-        raise PromptError(
-            f"backend {backend!r} with compile={compile}: flex is always compiled and sdpa never; drop one of the two"
-        )
     possible = device.type != "cuda" or head_dim >= LEAST_HEAD_DIM
-    if backend == compile == "auto":
+    if backend == "auto":
         return "flex" if device.type == "cuda" and possible else "sdpa"
-    if (backend == "flex" or compile is True) and not possible:
+    if backend == "flex" and not possible:
         raise PromptError(
             f"head_dim {head_dim}: FlexAttention on CUDA takes {LEAST_HEAD_DIM} and more; load with backend='sdpa'"
         )
-    return "flex" if backend == "flex" or (backend == "auto" and compile) else "sdpa"
+    return backend
 
 
 class LM(Answering):

@@ -14,10 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bench.cli.options import EAGER, METHODS_FORM, PrefillOption, load_model
+from bench.cli.options import EAGERLY, METHODS_FORM, PrefillOption
 from modeling.shown import shown
 from restkv.cli.console import table_console
-from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
+from restkv.cli.groups import spread
+from restkv.cli.options import RECALL, LoadOptions, ModelArgument
 
 if TYPE_CHECKING:
     from bench.quality.tasks import Frame, Sample
@@ -41,7 +42,9 @@ class Contender:
     results: list[Generation] = field(default_factory=list)
 
 
+@spread
 def demo(
+    *,
     model: ModelArgument = str(RECALL),
     context: Annotated[int, typer.Option(min=256, help="Tokens of text, question and answer together.")] = 4096,
     compression: Annotated[float, typer.Option(min=1, help="Context over entries kept per KV head.")] = 32.0,
@@ -52,9 +55,7 @@ def demo(
     task: Annotated[str, typer.Option(help="A task of `restkv bench ruler`.")] = "niah_multiquery",
     seed: Annotated[int, typer.Option(help="Of the text and its needles.")] = 0,
     prefill: PrefillOption = "dense",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
+    where: LoadOptions = EAGERLY,
 ) -> None:
     """Hide codes in a long text, compress its cache in several ways, and watch who still knows them."""
     from bench.quality.tasks import Frame, make_sample
@@ -62,12 +63,11 @@ def demo(
     from bench.runs.together import pattern_of
 
     pattern = pattern_of(prefill)
-    lm = load_model(model, dtype, device, backend)
+    lm = where.load(model)
     frame = Frame(lm.tokenizer, lm.tokenizer.has_chat_template)
     sample = make_sample(task, context, seed, 0, frame)
-    chosen = parse_methods(
-        methods, once=True
-    )  # what comes after the prompt is kept by all, or bytes would not be equal
+    # What comes after the prompt is kept by all, or bytes would not be equal.
+    chosen = parse_methods(methods, once=True)
     entries = max(1, round(context / compression))
     for method in chosen:
         check(lm, method, entries, context, f"{context} tokens at {compression:g}x")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.cli.options import (
-    EAGER,
+    EAGERLY,
     RIVALS,
     EvictOption,
     MethodsOption,
@@ -16,12 +16,12 @@ from bench.cli.options import (
     PrefillOption,
     SeedOption,
     evicts_once,
-    load_model,
     parse_budgets,
     run_plan,
     split_names,
 )
-from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument, read_text
+from restkv.cli.groups import spread
+from restkv.cli.options import RECALL, LoadOptions, ModelArgument, read_text
 from restkv.cli.terminal import put_line
 from restkv.errors import OutputError, PromptError
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from bench.quality.tasks import Sample
 
 
+@spread
 def fidelity(
+    *,
     model: ModelArgument = str(RECALL),
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to read.", show_default="a story that comes with restkv")
@@ -53,9 +55,7 @@ def fidelity(
     prefill: PrefillOption = "dense",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-fidelity"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
+    where: LoadOptions = EAGERLY,
 ) -> None:
     """Teacher-forced comparison with the full cache on any text, and the oracle gap."""
     from bench.quality.fidelity import FidelityPlan, Questions
@@ -69,7 +69,7 @@ def fidelity(
     else:
         text = text or RECALL / "story.txt"
         source = read_text(text)
-    lm = load_model(model, dtype, device, backend)
+    lm = where.load(model)
     plan = FidelityPlan(
         source,
         tuple(parse_methods(methods, evicts_once(evict))),
@@ -84,7 +84,9 @@ def fidelity(
     run_plan(lm, plan, out)
 
 
+@spread
 def kept(
+    *,
     model: ModelArgument = str(RECALL),
     prompt_file: Annotated[Path | None, typer.Option(help="The prompt; without one, a sample of --task.")] = None,
     mark: Annotated[list[str] | None, typer.Option(help="Point out this part of the prompt; may be repeated.")] = None,
@@ -97,9 +99,7 @@ def kept(
     budget: Annotated[int, typer.Option(help="Entries per KV head.")] = 64,
     prefill: PrefillOption = "dense",
     out: Annotated[Path | None, typer.Option(help="Also draw a picture, PNG.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
+    where: LoadOptions = EAGERLY,
 ) -> None:
     """Show which positions of a prompt each layer and head kept: a needle that survives, or dies."""
     from bench.quality.kept import find_marks, kept_figure, look, terminal
@@ -114,7 +114,7 @@ def kept(
         if not out.parent.is_dir():
             raise OutputError(f"{out}: there is no folder {out.parent}; make it, or choose another place")
     pattern = pattern_of(prefill)
-    lm = load_model(model, dtype, device, backend)
+    lm = where.load(model)
     marks = list(mark or ())
     if prompt_file is not None:
         prompt = read_text(prompt_file)

@@ -11,22 +11,21 @@ from typing import Annotated
 import typer
 
 from bench.cli.options import (
-    EAGER,
+    EAGERLY,
     METHODS_FORM,
     CompressionOption,
     MethodsOption,
-    NamedModelOption,
+    ModelChoice,
     OutOption,
     QuestionOption,
     SeedOption,
-    load_model,
     parse_budgets,
     parse_compression,
     parse_numbers,
-    pick_model,
     run_plan,
 )
-from restkv.cli.options import RECALL, BackendOption, DeviceOption, DtypeOption, ModelArgument
+from restkv.cli.groups import spread
+from restkv.cli.options import RECALL, LoadOptions, ModelArgument
 from restkv.errors import PromptError
 
 LIKELY = "restkv,snapkv,h2o,tova,streamingllm"
@@ -35,10 +34,11 @@ AnliOption = Annotated[Path, typer.Option("--data", help="The folder anli_v1.0 o
 ShotsOption = Annotated[int, typer.Option(help="Worked examples before each premise, from the round's train.jsonl.")]
 
 
+@spread
 def anli(
+    *,
     data: AnliOption,
-    model: ModelArgument = str(RECALL),
-    named_model: NamedModelOption = None,
+    chosen: ModelChoice,
     methods: MethodsOption = LIKELY,
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (at least 8 entries), or entries per KV head.")
@@ -51,9 +51,7 @@ def anli(
     question: QuestionOption = "both",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-anli"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
+    where: LoadOptions = EAGERLY,
 ) -> None:
     """ANLI on evicted premises: True, Neither or False, by likelihood; accuracy per round with 95 % intervals."""
     from bench.quality.anli import AnliPlan
@@ -71,12 +69,13 @@ def anli(
         seed=seed,
         fraction=fraction,
     )
-    run_plan(load_model(pick_model(model, named_model), dtype, device, backend), plan, out)
+    run_plan(where.load(chosen.path), plan, out)
 
 
+@spread
 def perplexity(
-    model: ModelArgument = str(RECALL),
-    named_model: NamedModelOption = None,
+    *,
+    chosen: ModelChoice,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -93,9 +92,7 @@ def perplexity(
     chunk: Annotated[int, typer.Option(help="Tokens between two evictions (chunked).")] = 64,
     windows: Annotated[int, typer.Option(help="Of the text, at most; they share no token.")] = 16,
     out: OutOption = Path("bench-perplexity"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
+    where: LoadOptions = EAGERLY,
 ) -> None:
     """Perplexity of texts per token, word and byte, on evicted caches, with 95 % intervals."""
     from bench.quality.corpus import prose, read_documents
@@ -104,14 +101,18 @@ def perplexity(
 
     how = Protocol(protocol, tokens, context if protocol == "prefill" else 0, chunk if protocol == "chunked" else 0)
     documents = None if data is None else tuple(read_documents(data))
-    lm = load_model(pick_model(model, named_model), dtype, device, backend)
+    lm = where.load(chosen.path)
     if documents is None:
         documents = (prose(lm.tokenizer, windows * (how.context + how.tokens), seed=0),)
-    plan = PerplexityPlan(documents, tuple(parse_methods(methods)), parse_budgets(budgets), how, windows)
+    plan = PerplexityPlan(
+        documents, tuple(parse_methods(methods)), parse_budgets(budgets), protocol=how, windows=windows
+    )
     run_plan(lm, plan, out)
 
 
+@spread
 def smoothing(
+    *,
     model: ModelArgument = str(RECALL),
     text: Annotated[
         Path | None, typer.Option(help="For perplexity; as --data of `perplexity`.", show_default="generated prose")
@@ -137,9 +138,7 @@ def smoothing(
     question: QuestionOption = "both",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-smoothing"),
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = EAGER,
+    where: LoadOptions = EAGERLY,
 ) -> None:
     """Does smoothing pay? ReST-KV against itself without its parts, and against its rivals, at compressions up to 64x."""
     from bench.quality.corpus import read_documents
@@ -161,4 +160,4 @@ def smoothing(
         question=question,
         seed=seed,
     )
-    run_plan(load_model(model, dtype, device, backend), plan, out)
+    run_plan(where.load(model), plan, out)

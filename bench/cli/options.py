@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.runs.benchmark import EAGER as EAGER
-from restkv.cli.options import RECALL
+from bench.runs.benchmark import EAGER
+from restkv.cli.options import RECALL, LoadOptions, ModelArgument
 from restkv.errors import PromptError
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ CompressionOption = Annotated[str, typer.Option(help="Length over entries per KV
 PrefillOption = Annotated[
     str, typer.Option(metavar="dense|PATTERN", help="How prompts are read; see `restkv generate --help`.")
 ]
-NamedModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
-]
 QuestionOption = Annotated[
     str, typer.Option(help="aware: evict with the question in sight; agnostic: before it is known; both.")
 ]
@@ -44,27 +42,28 @@ EvictOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Of the samples.")]
 OutOption = Annotated[Path, typer.Option(help="Folder of the results; a run that was stopped there goes on.")]
+EAGERLY = LoadOptions(backend=EAGER)
 
 
-def pick_model(model: str, named: str | None) -> str:
-    """The model of a command that takes one as its argument or as --model.
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model of a command that takes one as its argument or as --model."""
 
-    Raises:
-        PromptError: both are given.
-    """
-    if named is not None and model != str(RECALL):
-        raise PromptError(f"two models are given, {model} and --model {named}; give one")
-    return named or model
+    model: ModelArgument = str(RECALL)
+    named: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
+    ] = None
 
+    @property
+    def path(self) -> str:
+        """Its folder or name.
 
-def load_model(model: str, dtype: str, device: str, backend: str) -> LM:
-    """See restkv.load."""
-    from restkv.cli.display import byte_text
-    from restkv.cli.terminal import status
-    from restkv.lm import load
-
-    progress = status.progress("loading the weights", byte_text)
-    return load(model, dtype=dtype, device=device, backend=backend, progress=progress)
+        Raises:
+            PromptError: two are given.
+        """
+        if self.named is not None and self.model != str(RECALL):
+            raise PromptError(f"two models are given, {self.model} and --model {self.named}; give one")
+        return self.named or self.model
 
 
 # -- texts to values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bench.cli.options import METHODS_FORM, parse_numbers, print_table, split_names
+from restkv.cli.groups import spread
 from restkv.cli.terminal import put_line
 from restkv.errors import PromptError
 from restkv.files import refusal, write_text
@@ -22,39 +23,56 @@ if TYPE_CHECKING:
 # Fixed sets of options by name, as `bench speed` takes them.
 SUITES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "speed" / "suites.json").read_text())
 
-ModelOption = Annotated[str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset.")]
-PresetOption = Annotated[str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")]
-DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
-ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
-BatchesOption = Annotated[str, typer.Option(help="Rows, separated by commas.")]
-MethodsOption = Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")]
-BudgetOption = Annotated[int, typer.Option(help="Entries per KV head.")]
-PeersOption = Annotated[
-    str, typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody.")
-]
-PeerPythonOption = Annotated[
-    str | None,
-    typer.Option(help="Interpreter that has the peers (bench/speed/peers/README.md).", show_default="this one"),
-]
-BackendOption = Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")]
 OutOption = Annotated[Path | None, typer.Option(help="Write the JSON here, and a figure beside it.")]
 
 
+@dataclass(frozen=True)
+class ContestOptions:
+    """Who is measured on what."""
+
+    model: Annotated[str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset.")] = None
+    preset: Annotated[
+        str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")
+    ] = None
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16"
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+    contexts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "2048,8192"
+    batches: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1"
+    methods: Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")] = "restkv,full"
+    budget: Annotated[int, typer.Option(help="Entries per KV head.")] = 512
+    peers: Annotated[
+        str,
+        typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody."),
+    ] = "transformers"
+    peer_python: Annotated[
+        str | None,
+        typer.Option(help="Interpreter that has the peers (bench/speed/peers/README.md).", show_default="this one"),
+    ] = None
+    backend: Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")] = "flex"
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None
+
+    def contest(self, **more: Any) -> Contest:
+        """The contest; `more` are fields of it that these options do not name."""
+        from bench.speed.contest import PRESETS, Contest
+
+        read = {
+            "preset": self.preset or (None if self.model else next(iter(PRESETS))),
+            "contexts": parse_numbers(self.contexts, "contexts"),
+            "batches": parse_numbers(self.batches, "batches"),
+            "methods": split_names(self.methods),
+            "peers": tuple(peer for peer in split_names(self.peers) if peer != "none"),
+            "threads": self.threads or os.cpu_count() or 1,
+        }
+        return Contest(**vars(self) | read | more)
+
+
+LONGER = ContestOptions(contexts="2048,8192,32768")
+
+
+@spread
 def speed(
-    model: ModelOption = None,
-    preset: PresetOption = None,
-    dtype: DtypeOption = "bfloat16",
-    device: DeviceOption = "cpu",
-    contexts: ContextsOption = "2048,8192",
-    batches: BatchesOption = "1",
-    methods: MethodsOption = "restkv,full",
-    budget: BudgetOption = 512,
-    peers: PeersOption = "transformers",
-    peer_python: PeerPythonOption = None,
-    backend: BackendOption = "flex",
-    threads: ThreadsOption = None,
+    *,
+    options: ContestOptions,
     rounds: Annotated[int, typer.Option(help="Turns each takes, after one that warms up.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
     prefills: Annotated[
@@ -83,93 +101,32 @@ def speed(
     """Time to the first token and time per token, beside what the machine allows."""
     from bench.speed.contest import measure_speed
 
-    options = {
-        "preset": preset,
-        "dtype": dtype,
-        "device": device,
-        "contexts": contexts,
-        "batches": batches,
-        "methods": methods,
-        "budget": budget,
-        "peers": peers,
-        "rounds": rounds,
-    }
     if suite is not None:
         if suite not in SUITES:
             raise PromptError(f"--suite {suite!r} is unknown; choose from {', '.join(SUITES)}")
-        options |= SUITES[suite]
-    contest = replace(
-        _contest(model, options, backend, threads, tokens, peer_python),
-        filled=filled,
-        prefills=split_names(prefills),
-        prompts=prompts,
+        fixed = dict(SUITES[suite])
+        rounds = fixed.pop("rounds", rounds)
+        options = replace(options, **fixed)
+    contest = options.contest(
+        rounds=rounds, tokens=tokens, prefills=split_names(prefills), prompts=prompts, filled=filled
     )
     _need_figure(contest, out)
     _finish(measure_speed(contest, put_line, start_up, partial(_write, out=out)), out)
 
 
+@spread
 def memory(
-    model: ModelOption = None,
-    preset: PresetOption = None,
-    dtype: DtypeOption = "bfloat16",
-    device: DeviceOption = "cpu",
-    contexts: ContextsOption = "2048,8192,32768",
-    batches: BatchesOption = "1",
-    methods: MethodsOption = "restkv,full",
-    budget: BudgetOption = 512,
-    peers: PeersOption = "transformers",
-    peer_python: PeerPythonOption = None,
-    backend: BackendOption = "flex",
-    threads: ThreadsOption = None,
+    *,
+    options: ContestOptions = LONGER,
     tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 16,
     out: OutOption = None,
 ) -> None:
     """Peak memory above the weights, phase by phase."""
     from bench.speed.contest import measure_memory
 
-    options = {
-        "preset": preset,
-        "dtype": dtype,
-        "device": device,
-        "contexts": contexts,
-        "batches": batches,
-        "methods": methods,
-        "budget": budget,
-        "peers": peers,
-        "rounds": 1,
-    }
-    contest = _contest(model, options, backend, threads, tokens, peer_python)
+    contest = options.contest(rounds=1, tokens=tokens)
     _need_figure(contest, out)
     _finish(measure_memory(contest, put_line, partial(_write, out=out)), out)
-
-
-def _contest(
-    model: str | None,
-    options: dict[str, Any],
-    backend: str,
-    threads: int | None,
-    tokens: int,
-    peer_python: str | None,
-) -> Contest:
-    from bench.speed.contest import PRESETS, Contest
-
-    preset = options["preset"] or (None if model else next(iter(PRESETS)))
-    return Contest(
-        preset=preset,
-        model=model,
-        dtype=options["dtype"],
-        device=options["device"],
-        contexts=parse_numbers(options["contexts"], "contexts"),
-        batches=parse_numbers(options["batches"], "batches"),
-        methods=split_names(options["methods"]),
-        budget=options["budget"],
-        peers=tuple(peer for peer in split_names(options["peers"]) if peer != "none"),
-        backend=backend,
-        threads=threads or os.cpu_count() or 1,
-        rounds=options["rounds"],
-        tokens=tokens,
-        peer_python=peer_python,
-    )
 
 
 def _need_figure(contest: Contest, out: Path | None) -> None:

@@ -6,78 +6,60 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from restkv.cli.groups import spread
 from restkv.cli.options import (
-    OUTPUT,
     RECALL,
-    BackendOption,
+    WHAT_STAYS,
     BudgetOption,
-    CompileOption,
-    DeviceOption,
-    DtypeOption,
-    LengthOption,
-    LoadedMethodOption,
-    MinPOption,
+    LoadOptions,
     ModelArgument,
     PrefillOption,
     PresetOption,
-    SeedOption,
+    SamplingOptions,
     SetOption,
-    StopOption,
-    TemperatureOption,
     TemplateArgOption,
     TemplateNameOption,
-    TopKOption,
-    TopPOption,
     given_text,
+    keep_option,
     make_policy,
     note_escapes,
     parse_field,
     parse_template_args,
+    text_option,
     with_fields,
 )
-from restkv.cli.terminal import status
 from restkv.errors import PromptError
 
 if TYPE_CHECKING:
     from restkv.policies import Policy
 
 
+@spread
 def chat(
+    *,
     model: ModelArgument = str(RECALL),
-    system: Annotated[str | None, typer.Option(rich_help_panel=OUTPUT, help="Instructions; never evicted.")] = None,
+    system: Annotated[str | None, text_option(help="Instructions; never evicted.")] = None,
     load_file: Annotated[
-        Path | None,
-        typer.Option("--load", rich_help_panel=OUTPUT, help="Go on with a conversation that /save has written."),
+        Path | None, text_option("--load", help="Go on with a conversation that /save has written.")
     ] = None,
     template: Annotated[
-        bool | None,
-        typer.Option(rich_help_panel=OUTPUT, help="Render turns by the chat template.", show_default="if there is one"),
+        bool | None, text_option(help="Render turns by the chat template.", show_default="if there is one")
     ] = None,
     template_name: TemplateNameOption = None,
     template_arg: TemplateArgOption = None,
-    method: LoadedMethodOption = None,
+    method: Annotated[
+        str | None, keep_option(help=WHAT_STAYS, show_default="restkv, or that of the chat that is loaded")
+    ] = None,
     preset: PresetOption = None,
     budget: BudgetOption = None,
     field: SetOption = None,
     prefill: PrefillOption = "dense",
-    max_new_tokens: LengthOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
-    compile: CompileOption = None,
+    sampling: SamplingOptions,
+    where: LoadOptions,
 ) -> None:
     """Talk to a model: turns are appended to one cache that stays within its budget. /help lists the commands."""
-    for option, texts in {"--system": [system or ""], "--stop": stop or []}.items():
-        for one in texts:
-            note_escapes(option, one)
+    note_escapes("--system", system or "")
+    decoding = sampling.decoding()
     options = with_fields({} if budget is None else {"budget": budget}, field)
     policy = None
     if method or load_file is None:
@@ -93,30 +75,12 @@ def chat(
         )
 
     from restkv.chat import Chat
-    from restkv.cli.display import byte_text
     from restkv.cli.talk import Talk
     from restkv.kernels import announce_compiling
-    from restkv.lm import load
     from restkv.results import Decoding
 
-    lm = load(
-        model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        compile="auto" if compile is None else compile,
-        progress=status.progress("loading the weights", byte_text),
-    )
+    lm = where.load(model)
     announce_compiling(lm.compiled)
-    decoding: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "stop": stop or (),
-    }
     if template and not lm.tokenizer.has_chat_template:
         raise PromptError(f"{model}: has no chat template; drop --template, and turns are lines")
     if load_file is None:

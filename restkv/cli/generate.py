@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from restkv.cli.groups import spread
 from restkv.cli.options import (
-    KEEP,
-    MODEL,
-    OUTPUT,
-    PROMPT_HELP,
     RECALL,
-    BackendOption,
     BudgetOption,
-    CompileOption,
-    DeviceOption,
-    DtypeOption,
-    LengthOption,
+    LoadOptions,
     MethodOption,
-    MinPOption,
     ModelArgument,
     PrefillOption,
     PresetOption,
-    SeedOption,
+    SamplingOptions,
     SetOption,
-    StopOption,
-    TemperatureOption,
     TemplateArgOption,
     TemplateNameOption,
-    TopKOption,
-    TopPOption,
     given_text,
+    keep_option,
     make_policy,
+    model_option,
     note_escapes,
     parse_interval,
     parse_span,
     parse_template_args,
     read_text,
+    text_option,
     with_fields,
 )
 from restkv.cli.sink import Sink
@@ -50,90 +39,79 @@ from restkv.errors import PromptError
 if TYPE_CHECKING:
     from restkv.lm import LM
 
+PROMPT_HELP = (
+    "The prompt as it stands: \\n in it is no line break. For line breaks give $'one\\ntwo' (in bash), --prompt-file, or "
+    "stdin."
+)
 
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """The method's options that have a flag of their own."""
+
+    budget: BudgetOption = None
+    budget_by: Annotated[
+        str | None,
+        keep_option(help="How layers and heads share the budget: uniform, pyramid, adakv, global (restkv's default)."),
+    ] = None
+    window: Annotated[
+        int | None, keep_option(help="Newest entries always kept; their queries are the ones observed.")
+    ] = None
+    sinks: Annotated[int | None, keep_option(help="First entries always kept.")] = None
+    protect: Annotated[
+        list[str] | None,
+        keep_option(metavar="START:END", help="Positions START to END - 1 are always kept. May be repeated."),
+    ] = None
+    interval: Annotated[
+        str | None, keep_option(metavar="N|none", help="New tokens between evictions; none: never again.")
+    ] = None
+    granularity: Annotated[str | None, keep_option(help="One kept set per kv head, or per query head.")] = None
+    gqa: Annotated[str | None, keep_option(help="How query heads that share a KV head agree: mean, max or joint.")] = (
+        None
+    )
+    alpha: Annotated[
+        float | None,
+        keep_option(help="restkv: weight of the newest query in its average.", show_default="all weigh the same"),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are given, as a policy takes them."""
+        options = {name: value for name, value in vars(self).items() if value is not None}
+        if self.protect is not None:
+            options["protect"] = tuple(map(parse_span, self.protect))
+        if self.interval is not None:
+            options["interval"] = parse_interval(self.interval)
+        return options
+
+
+@spread
 def generate(
+    *,
     model: ModelArgument = str(RECALL),
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", rich_help_panel=OUTPUT, help=PROMPT_HELP)] = None,
+    prompt: Annotated[str | None, text_option("--prompt", "-p", help=PROMPT_HELP)] = None,
     prompt_file: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=OUTPUT, help="Read the prompt from a file, less its last line break."),
+        Path | None, text_option(help="Read the prompt from a file, less its last line break.")
     ] = None,
     chat: Annotated[
         bool | None,
-        typer.Option(
-            rich_help_panel=OUTPUT,
-            help="Wrap the prompt in the checkpoint's chat template.",
-            show_default="if there is one",
-        ),
+        text_option(help="Wrap the prompt in the checkpoint's chat template.", show_default="if there is one"),
     ] = None,
     template_name: TemplateNameOption = None,
     template_arg: TemplateArgOption = None,
     json_output: Annotated[
-        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print text, tokens and stats as one JSON object.")
+        bool, text_option("--json", help="Print text, tokens and stats as one JSON object.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="Write to a file, not to stdout.")
-    ] = None,
+    output: Annotated[Path | None, text_option("--output", "-o", help="Write to a file, not to stdout.")] = None,
     method: MethodOption = "restkv",
     preset: PresetOption = None,
-    budget: BudgetOption = None,
-    budget_by: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=KEEP,
-            help="How layers and heads share the budget: uniform, pyramid, adakv, global (restkv's default).",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=KEEP, help="Newest entries always kept; their queries are the ones observed."),
-    ] = None,
-    sinks: Annotated[int | None, typer.Option(rich_help_panel=KEEP, help="First entries always kept.")] = None,
-    protect: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="START:END",
-            rich_help_panel=KEEP,
-            help="Positions START to END - 1 are always kept. May be repeated.",
-        ),
-    ] = None,
-    interval: Annotated[
-        str | None,
-        typer.Option(metavar="N|none", rich_help_panel=KEEP, help="New tokens between evictions; none: never again."),
-    ] = None,
-    granularity: Annotated[
-        str | None, typer.Option(rich_help_panel=KEEP, help="One kept set per kv head, or per query head.")
-    ] = None,
-    gqa: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=KEEP, help="How query heads that share a KV head agree: mean, max or joint."),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=KEEP,
-            help="restkv: weight of the newest query in its average.",
-            show_default="all weigh the same",
-        ),
-    ] = None,
+    keep: KeepOptions,
     field: SetOption = None,
     prefill: PrefillOption = "dense",
-    chunk: Annotated[
-        int | None, typer.Option(rich_help_panel=KEEP, help="Tokens per chunk of a chunked prefill.")
-    ] = None,
-    max_new_tokens: LengthOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
-    compile: CompileOption = None,
+    chunk: Annotated[int | None, keep_option(help="Tokens per chunk of a chunked prefill.")] = None,
+    sampling: SamplingOptions,
+    where: LoadOptions,
     check_weights: Annotated[
-        bool, typer.Option("--check-weights", rich_help_panel=MODEL, help="Refuse weights that hold NaN or infinity.")
+        bool, model_option("--check-weights", help="Refuse weights that hold NaN or infinity.")
     ] = False,
 ) -> None:
     """Continue a prompt while keeping only part of its KV cache."""
@@ -141,53 +119,23 @@ def generate(
         raise PromptError(f"--chunk {chunk}: only --prefill chunked reads in chunks; give it too, or drop --chunk")
     text = _read_prompt(prompt, prompt_file)
     template_args = parse_template_args(template_arg)
-    for one in stop or ():
-        note_escapes("--stop", one)
-    given = {
-        "budget": budget,
-        "budget_by": budget_by,
-        "window": window,
-        "sinks": sinks,
-        "granularity": granularity,
-        "gqa": gqa,
-        "alpha": alpha,
-    }
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if protect:
-        options["protect"] = tuple(map(parse_span, protect))
-    if interval is not None:
-        options["interval"] = parse_interval(interval)
-    policy = make_policy(method, preset, with_fields(options, field))
+    decoding = sampling.decoding()
+    policy = make_policy(method, preset, with_fields(keep.given(), field))
     sink = Sink(output)
 
-    from restkv.cli.display import byte_text, summary
+    from restkv.cli.display import summary
     from restkv.kernels import announce_compiling
-    from restkv.lm import load
     from restkv.saving.store import policy_to_dict
 
-    lm = load(
-        model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        compile="auto" if compile is None else compile,
-        check_weights=check_weights,
-        progress=status.progress("loading the weights", byte_text),
-    )
+    lm = where.load(model, check_weights)
     announce_compiling(lm.compiled)
     stream = lm.stream(
         _encode(lm, model, text, chat, template_name, template_args),
         policy,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=stop or (),
         prefill=prefill,
         progress=status.progress("reading the prompt"),
         **({} if chunk is None else {"chunk": chunk}),
+        **decoding,
     )
     for piece in stream:
         if not json_output:

@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from modeling.text.characters import brief, decoded
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 
 if TYPE_CHECKING:
+    from restkv.lm import LM
     from restkv.policies import Policy
 
 # How long a thread of libgomp spins before it sleeps. A decode step is a hundred short parallel loops, and waking a thread for
@@ -44,11 +46,14 @@ def parse_budget(text: str) -> int | float | tuple[int, ...]:
         ) from None
 
 
-PROMPT_HELP = (
-    "The prompt as it stands: \\n in it is no line break. For line breaks give $'one\\ntwo' (in bash), --prompt-file, or "
-    "stdin."
-)
-KEEP, SAMPLE, MODEL, OUTPUT = "What to keep", "How to sample", "Model", "Prompt and output"
+# Options by the panel of --help in which they stand.
+keep_option = partial(typer.Option, rich_help_panel="What to keep")
+sample_option = partial(typer.Option, rich_help_panel="How to sample")
+model_option = partial(typer.Option, rich_help_panel="Model")
+text_option = partial(typer.Option, rich_help_panel="Prompt and output")
+
+WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -59,10 +64,9 @@ ModelArgument = Annotated[
 ]
 BudgetOption = Annotated[
     float | None,
-    typer.Option(
+    keep_option(
         parser=parse_budget,
         metavar="N|FRACTION",
-        rich_help_panel=KEEP,
         help="Entries kept per KV head (N,N,...: by layer), or a fraction of the prompt such as 0.1.",
         show_default=str(DEFAULT_BUDGET),
     ),
@@ -70,87 +74,75 @@ BudgetOption = Annotated[
 ContextOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
 ]
-DtypeOption = Annotated[
-    str, typer.Option(rich_help_panel=MODEL, help="auto (the checkpoint's), float32, bfloat16 or float16.")
-]
-
-WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
-MethodOption = Annotated[str, typer.Option(rich_help_panel=KEEP, help=WHAT_STAYS)]
-LoadedMethodOption = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=KEEP,
-        help=WHAT_STAYS,
-        show_default="restkv, or that of the chat that is loaded",
-    ),
-]
-PresetOption = Annotated[
-    str | None, typer.Option(rich_help_panel=KEEP, help="A published setting; other options override it.")
-]
+MethodOption = Annotated[str, keep_option(help=WHAT_STAYS)]
+PresetOption = Annotated[str | None, keep_option(help="A published setting; other options override it.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        rich_help_panel=KEEP,
-        help="Any other option of the method. May be repeated.",
-    ),
+    keep_option("--set", metavar="NAME=VALUE", help="Any other option of the method. May be repeated."),
 ]
 PrefillOption = Annotated[
     str,
-    typer.Option(
+    keep_option(
         metavar="dense|chunked|PATTERN",
-        rich_help_panel=KEEP,
         help="How the prompt is read. dense: in one piece. chunked: evict between chunks, for prompts of any length. Or compute "
         "only a part of its attention: flexprefill, vertical-slash, a-shape, with options as in flexprefill:gamma=0.95.",
     ),
 ]
-LengthOption = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", rich_help_panel=SAMPLE, help="Length of the answer, at most.")
-]
-TemperatureOption = Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="0 takes the likeliest token.")]
-TopKOption = Annotated[int, typer.Option(rich_help_panel=SAMPLE, help="Sample from the k likeliest; 0: from all.")]
-TopPOption = Annotated[float, typer.Option(rich_help_panel=SAMPLE, help="Sample from this much of the mass.")]
-MinPOption = Annotated[
-    float, typer.Option(rich_help_panel=SAMPLE, help="Drop tokens less likely than this fraction of the likeliest.")
-]
-SeedOption = Annotated[int | None, typer.Option(rich_help_panel=SAMPLE, help="Makes sampling repeatable.")]
-StopOption = Annotated[
-    list[str] | None, typer.Option(rich_help_panel=SAMPLE, help="End before this text. May be repeated.")
-]
-DeviceOption = Annotated[
-    str, typer.Option(rich_help_panel=MODEL, help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-]
+LengthOption = Annotated[int, sample_option("--max-new-tokens", "-n", help="Length of the answer, at most.")]
+DtypeOption = Annotated[str, model_option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, model_option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[
-    str,
-    typer.Option(rich_help_panel=MODEL, help="flex (FlexAttention, compiled), sdpa, or auto: flex on CUDA, else sdpa."),
-]
-CompileOption = Annotated[
-    bool | None,
-    typer.Option(
-        rich_help_panel=MODEL,
-        help="Compile the decode step. On a CPU that repays from some hundred tokens on.",
-        show_default="on CUDA",
-    ),
+    str, model_option(help="flex (FlexAttention, compiled), sdpa, or auto: flex on CUDA, else sdpa.")
 ]
 TemplateNameOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=OUTPUT,
-        help="Which of the checkpoint's chat templates.",
-        show_default="its default",
-    ),
+    text_option(metavar="NAME", help="Which of the checkpoint's chat templates.", show_default="its default"),
 ]
 TemplateArgOption = Annotated[
     list[str] | None,
-    typer.Option(
+    text_option(
         "--template-arg",
         metavar="NAME=VALUE",
-        rich_help_panel=OUTPUT,
         help="A variable of the chat template, such as enable_thinking=false; JSON or a word. May be repeated.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are drawn, and when they end."""
+
+    max_new_tokens: LengthOption = 128
+    temperature: Annotated[float, sample_option(help="0 takes the likeliest token.")] = 0.0
+    top_k: Annotated[int, sample_option(help="Sample from the k likeliest; 0: from all.")] = 0
+    top_p: Annotated[float, sample_option(help="Sample from this much of the mass.")] = 1.0
+    min_p: Annotated[float, sample_option(help="Drop tokens less likely than this fraction of the likeliest.")] = 0.0
+    seed: Annotated[int | None, sample_option(help="Makes sampling repeatable.")] = None
+    stop: Annotated[list[str] | None, sample_option(help="End before this text. May be repeated.")] = None
+
+    def decoding(self) -> dict[str, Any]:
+        """As the fields of Decoding."""
+        for text in self.stop or ():
+            note_escapes("--stop", text)
+        return vars(self) | {"stop": self.stop or ()}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """In which numbers, where and how a model runs."""
+
+    dtype: DtypeOption = "auto"
+    device: DeviceOption = "auto"
+    backend: BackendOption = "auto"
+
+    def load(self, model: str, check_weights: bool = False) -> LM:
+        """See restkv.load; on a terminal the weights that are there are counted."""
+        from restkv.cli.display import byte_text
+        from restkv.cli.terminal import status
+        from restkv.lm import load
+
+        progress = status.progress("loading the weights", byte_text)
+        return load(model, **vars(self), check_weights=check_weights, progress=progress)
 
 
 @contextmanager

@@ -65,9 +65,8 @@ def _opened_special(path: Path) -> BinaryIO | None:
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
     try:
-        number = os.open(
-            path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-        )  # a pipe without a reader waits
+        # Without O_NONBLOCK a pipe that nobody reads would wait for a reader.
+        number = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         os.set_blocking(number, True)
     except OSError as error:
         if stat.S_ISFIFO(mode):

@@ -9,18 +9,19 @@ import typer
 
 from modeling.errors import RestKVWarning
 from restkv.cli.options import (
-    KEEP,
     RECALL,
     BudgetOption,
     ContextOption,
     DeviceOption,
     DtypeOption,
     LengthOption,
+    LoadOptions,
     MethodOption,
     ModelArgument,
     PrefillOption,
     PresetOption,
     SetOption,
+    keep_option,
     make_policy,
     sizing_policy,
     with_fields,
@@ -40,32 +41,21 @@ def warmup(
     field: SetOption = None,
     prefill: PrefillOption = "dense",
     prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=KEEP, help="Length of the prompts to come, where the budget does not bound the cache."
-        ),
+        int, keep_option(help="Length of the prompts to come, where the budget does not bound the cache.")
     ] = 2048,
     max_new_tokens: LengthOption = 128,
-    rows: Annotated[int, typer.Option(rich_help_panel=KEEP, help="Prompts answered at a time.")] = 1,
+    rows: Annotated[int, keep_option(help="Prompts answered at a time.")] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
     policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
 
-    from restkv.cli.display import byte_text
     from restkv.kernels import kernel_folder
-    from restkv.lm import load
     from restkv.warmup import warm_up
 
     folder = kernel_folder()
-    lm = load(
-        model,
-        device=device,
-        dtype=dtype,
-        compile=True,
-        progress=status.progress("loading the weights", byte_text),
-    )
+    lm = LoadOptions(dtype, device, "flex").load(model)
     status.show("compiling, which takes a minute or two")
     warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
     put_line(

@@ -36,13 +36,13 @@ def test_warming_up_refuses_what_makes_no_sense(options, words):
         warm_up(LM(small_model(), None, "sdpa"), POLICY, 4, 4)
 
 
-@pytest.mark.parametrize(("asked", "told"), [(["--compile"], True), ([], False), (["--no-compile"], False)])
+@pytest.mark.parametrize(("asked", "told"), [("flex", True), ("auto", False), ("sdpa", False)])
 def test_the_command_line_says_before_the_answer_that_it_compiles(rambler, monkeypatch, capsys, asked, told):
     def nothing(*_, **__):
         raise PromptError("no answer")
 
     monkeypatch.setattr(LM, "stream", nothing)
-    assert main(["generate", str(rambler), "-p", "a story", *asked]) == 2
+    assert main(["generate", str(rambler), "-p", "a story", "--backend", asked]) == 2
     *notes, error = capsys.readouterr().err.splitlines()
     assert error == "restkv: error: no answer"
     assert [note.startswith("restkv: note: after the first token the step is compiled") for note in notes] == [

@@ -171,7 +171,7 @@ def public(rambler) -> Iterator[Path]:
 
 def test_a_stranger_gets_eager_answers_and_a_line_where_there_is_no_compiler(public):
     ask = ["generate", str(public), "-p", "a story", "-n", "20"]
-    out, err = stranger([ask, ["warmup", str(public)], [*ask, "--compile"]], PATH="/nowhere", TMPDIR="/nowhere")
+    out, err = stranger([ask, ["warmup", str(public)], [*ask, "--backend", "flex"]], PATH="/nowhere", TMPDIR="/nowhere")
     assert [part.split()[0] for part in out[1:]] == ["0", "2", "2"] and len(out[0]) > 20, (out, err)
     assert "error" not in err[0] and "kernels" not in err[0]
     *notes, line = err[2].split("\n")[1:-1]
@@ -192,7 +192,7 @@ def test_a_command_compiles_without_a_place_to_keep_its_kernels(public):
     ask = [sys.executable, "-c", command, "generate", str(public), "-p", "a story", "-n", "20"]
     eager, compiled = (
         subprocess.run([*ask, *more], env=environment, capture_output=True, text=True, timeout=600)
-        for more in ([], ["--compile"])
+        for more in ([], ["--backend", "flex"])
     )
     assert eager.returncode == compiled.returncode == 0, compiled.stderr
     assert eager.stdout == compiled.stdout and len(eager.stdout) > 20

@@ -163,7 +163,6 @@ def test_remarks_say_what_may_surprise(lm):
     ("options", "words"),
     [
         ({"backend": "cuda"}, "backend 'cuda'"),
-        ({"backend": "sdpa", "compile": True}, "sdpa"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"dtype": torch.int32}, "dtype torch.int32"),
         ({"device": "tpu9"}, "device 'tpu9'"),
@@ -176,24 +175,22 @@ def test_what_cannot_be_loaded_so_is_refused(stories260k, options, words):
 
 
 @pytest.mark.parametrize(
-    ("backend", "compiled", "head_dim", "chosen"),
-    [("auto", "auto", 16, "flex"), ("auto", "auto", 8, "sdpa"), ("sdpa", False, 8, "sdpa"), ("auto", True, 64, "flex")],
+    ("backend", "head_dim", "chosen"),
+    [("auto", 16, "flex"), ("auto", 8, "sdpa"), ("sdpa", 8, "sdpa"), ("sdpa", 64, "sdpa"), ("flex", 64, "flex")],
 )
-def test_a_gpu_compiles_where_flexattention_can(backend, compiled, head_dim, chosen):
-    assert _backend(backend, compiled, torch.device("cuda"), head_dim) == chosen
-    assert _backend(backend, compiled, torch.device("cpu"), head_dim) == ("flex" if compiled is True else "sdpa")
+def test_a_gpu_compiles_where_flexattention_can(backend, head_dim, chosen):
+    assert _backend(backend, torch.device("cuda"), head_dim) == chosen
+    assert _backend(backend, torch.device("cpu"), head_dim) == ("flex" if backend == "flex" else "sdpa")
 
 
-@pytest.mark.parametrize(("backend", "compiled"), [("flex", "auto"), ("auto", True), ("flex", True)])
-def test_heads_too_small_for_flexattention_are_refused_on_a_gpu(backend, compiled):
-    assert _backend(backend, compiled, torch.device("cpu"), 8) == "flex"
+def test_heads_too_small_for_flexattention_are_refused_on_a_gpu():
+    assert _backend("flex", torch.device("cpu"), 8) == "flex"
     with pytest.raises(PromptError, match=r"head_dim 8: .* load with backend='sdpa'"):
-        _backend(backend, compiled, torch.device("cuda"), 8)
+        _backend("flex", torch.device("cuda"), 8)
 
 
-def test_compile_and_backend_say_the_same(stories260k):
+def test_the_backend_says_whether_the_step_is_compiled(stories260k):
     assert not restkv.load(stories260k).compiled
-    assert restkv.load(stories260k, compile=True).backend == "flex"
     assert restkv.load(stories260k, backend="flex").compiled
     assert math.isclose(restkv.load(stories260k, dtype="bfloat16").config.attn_scale, 8**-0.5)
     assert restkv.load(stories260k, dtype="bfloat16").dtype == torch.bfloat16
