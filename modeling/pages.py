@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modeling.pool import EMPTY, SINK_PAGE, Companions, PagePool, pool_size, read
+from modeling.room import require
 from modeling.rope import rotate
 
 UNBOUNDED = 2**31 - 1  # reach of a layer without a window, in a model where others have one
@@ -295,11 +296,11 @@ class KVCache:
         device, dtype, head_dim = first.used.device, first.pool.k.dtype, first.pool.k.shape[-1]
         self.next_pos = torch.zeros(self.rows, dtype=torch.int32, device=device)
         self.lag = torch.zeros_like(self.next_pos)
+        slots = self.rows * (ring_size + 1)
+        require(len(layers) * slots * num_heads * head_dim * dtype.itemsize if ring_size else 0, device)
         # Ring buffers: the query of position p of row b is at b*(W+1) + p % W; slot W of each row swallows padding.
         self.queries = [
-            torch.zeros(self.rows * (ring_size + 1), num_heads, head_dim, dtype=dtype, device=device)
-            for _ in layers
-            if ring_size
+            torch.zeros(slots, num_heads, head_dim, dtype=dtype, device=device) for _ in layers if ring_size
         ]
 
     @classmethod

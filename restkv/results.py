@@ -10,6 +10,7 @@ from typing import Any
 from modeling.text.stream import Stream
 from modeling.text.tokenizer import Tokenizer
 from restkv.errors import PromptError
+from restkv.policies.base import TOO_MANY
 from restkv.sampling import Sampling
 from restkv.stops import StopSearch
 
@@ -42,6 +43,8 @@ class Decoding:
             raise PromptError(f"max_new_tokens={self.max_new_tokens!r} is no whole number; give one of at least 1")
         if self.max_new_tokens < 1:
             raise PromptError(f"max_new_tokens={self.max_new_tokens} makes nothing; give at least 1")
+        if self.max_new_tokens >= TOO_MANY:
+            raise PromptError(f"max_new_tokens={self.max_new_tokens}: give a number below {TOO_MANY}")
         if not isinstance(self.stop, str | Sequence | None) or any(not isinstance(one, str) for one in self.stop or ()):
             raise PromptError(f"stop={self.stop!r} is no text; give a string, or a list of strings")
         if "" in self.stops:

@@ -16,12 +16,14 @@ class Schedule:
 
     Args:
         interval: tokens between two evictions; None: none while decoding.
+        period: tokens between two compactions, a multiple of the interval; 0: none.
         planned: tokens still expected.
         since_eviction, since_compaction: tokens taken in since.
         room: tokens for which every list has pages of its own; what they share with a fork does not count.
     """
 
     interval: int | None
+    period: int
     planned: int
     since_eviction: int = 0
     since_compaction: int = 0
@@ -29,17 +31,11 @@ class Schedule:
 
     @classmethod
     def of(cls, policy: Policy, planned: int) -> Schedule:
-        return cls(policy.interval if policy.budget is not None else None, planned)
-
-    @property
-    def period(self) -> int:
-        """Tokens between two compactions, a multiple of the interval; 0 where nothing is evicted while decoding.
-
-        Very frequent evictions only mark entries dead.
-        """
-        if not self.interval or self.interval >= COMPACT_EVERY // 4:
-            return self.interval or 0
-        return -(-COMPACT_EVERY // self.interval) * self.interval
+        interval = policy.interval if policy.budget is not None else None
+        period = interval or 0
+        if interval and interval < COMPACT_EVERY // 4:  # very frequent evictions only mark entries dead
+            period = -(-COMPACT_EVERY // interval) * interval
+        return cls(interval, period, planned)
 
     @property
     def compacts_next(self) -> bool:

@@ -23,11 +23,11 @@ from restkv.engine import Engine
 from restkv.errors import NumericError, PromptError
 from restkv.evict import Evictor
 from restkv.patterns import Pattern, parse_prefill
-from restkv.policies.base import Policy, require_policy
+from restkv.policies.base import TOO_MANY, Policy, require_policy
 from restkv.prefill import Progress, prefill
 from restkv.sampling import Sampling, sample
 from restkv.schedule import Schedule
-from restkv.sizing import LONGEST, Job, power, room_for, too_large
+from restkv.sizing import AHEAD, LONGEST, Job, power, room_for, too_large
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -107,8 +107,8 @@ class Session:
     ) -> None:
         prefill = str(prefill)
         self._pattern = parse_prefill(prefill)
-        if not isinstance(chunk, int) or chunk < 1:
-            raise PromptError(f"chunk={chunk!r}: give the tokens of a chunk, a whole number of at least 1")
+        if not isinstance(chunk, int) or not 1 <= chunk < TOO_MANY:
+            raise PromptError(f"chunk={chunk!r}: give the tokens of a chunk, a whole number from 1 to {TOO_MANY - 1}")
         self.engine, self.policy = engine, require_policy(policy)
         self._job = {
             "lengths": list(lengths),
@@ -121,7 +121,6 @@ class Session:
         self._chunked, self._chunk = prefill == "chunked", chunk
         # A compiled step knows few numbers of rows and of tokens: what is missing is padding.
         few = engine.backend == "flex"
-        self._width = power(chunk) if few else chunk
         rows = power(len(lengths)) if few else len(lengths)
         self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
         self.schedule = Schedule.of(policy, max_new_tokens)
@@ -132,7 +131,7 @@ class Session:
             max_new_tokens=max_new_tokens,
             interval=self.schedule.interval,
             period=self.schedule.period,
-            chunk=self._width if extends or self._chunked else 0,
+            chunk=(power(chunk) if few else chunk) if extends or self._chunked else 0,
             forks=forks,
             compiled=few,
         )
@@ -150,11 +149,7 @@ class Session:
         """An empty cache for this job."""
         policy, config = self.policy, self.engine.model.config
         room = room_for(self._sized, policy, config)
-        queries = 0
-        interval = self.schedule.interval
-        if interval or (self._chunked and policy.budget is not None):
-            fresh = (interval or 0) + self._sized.chunk
-            queries = max(policy.observed, 1, fresh if "mass" in policy.needs else 0)
+        queries = self._remembered()
         entries, forks = room.entries, room.forks
         if saved is not None:
             if saved.queries != queries:
@@ -175,6 +170,27 @@ class Session:
             max_entries=room.max_entries,
             filled=None if room.every_row else len(self._sized.lengths),
         )
+
+    def _remembered(self) -> int:
+        """Queries to remember of every row: what an eviction looks at, and for accumulated attention all since the last one.
+
+        Of a long interval or chunk no more than there can be; in few sizes, each of which is a graph.
+        """
+        policy, interval = self.policy, self.schedule.interval
+        if not interval and (not self._chunked or policy.budget is None):
+            return 0
+        fresh = (interval or 0) + self._sized.chunk if "mass" in policy.needs else 0
+        queries = max(policy.observed, 1, fresh)
+        if self._job["extends"]:
+            return queries
+        most = max(self._sized.lengths) + self._sized.max_new_tokens
+        return min(queries, max(AHEAD, power(most)))
+
+    def _width(self, longest: int) -> int:
+        """Tokens of a padded chunk whose longest row has so many."""
+        if self.engine.backend != "flex":
+            return longest
+        return power(self._chunk) if self._chunk <= AHEAD else max(AHEAD, power(longest))
 
     @own_modes
     @_says_what_to_lower
@@ -283,7 +299,7 @@ class Session:
         rows = len(pieces)
         pieces = [*pieces, *[[]] * (cache.rows - rows)]
         counts = [len(piece) for piece in pieces]
-        width = self._width if engine.backend == "flex" else max(counts)  # one compiled graph for all pieces
+        width = self._width(max(counts))  # one compiled graph for all pieces
         padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
         ids_BT = torch.tensor(padded, device=engine.device)
         counts_B = torch.tensor(counts, dtype=torch.int32, device=engine.device)

@@ -19,9 +19,9 @@ from modeling.pool import PagePool, pool_size
 from restkv import sizing
 from restkv.chat import Chat
 from restkv.engine import Engine
-from restkv.errors import TooLargeError
+from restkv.errors import PromptError, TooLargeError
 from restkv.lm import LM
-from restkv.policies import H2O, FullCache, Policy, ReSTKV, SnapKV
+from restkv.policies import H2O, ExpectedAttention, FullCache, Policy, ReSTKV, SnapKV
 from restkv.session import Session
 
 EVER = 200_000
@@ -303,3 +303,27 @@ def test_under_a_limit_of_the_system():
         [sys.executable, "-W", "ignore", "-c", LIMITED], env=environment(), capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize(
+    "options", [{"interval": 2_000_000}, {"interval": 2_000_000, "prefill": "chunked", "chunk": 10**6}]
+)
+def test_what_an_eviction_remembers_grows_with_the_job(backend, options):
+    """A long interval or chunk costs nothing before there are tokens, also where all queries since an eviction count."""
+    lm, (interval, reading) = small_lm(backend, head_dim=16), (options["interval"], {**options})
+    del reading["interval"]
+    engine = eagerly(lm.engine) if backend == "flex" else lm.engine
+    for policy in (H2O(budget=8, interval=interval), ExpectedAttention(budget=8, interval=interval)):
+        session = Session(engine, policy, [12], 5, **reading)
+        assert 17 <= session.cache.ring_size <= 512
+        session.prefill([small_ids(12)])
+        session.feed(torch.tensor([3]))
+        assert len(session.ids[0]) == 12
+
+
+def test_chunks_and_answers_beyond_every_position_are_refused():
+    lm = small_lm()
+    for mistake in ({"chunk": 2**31, "prefill": "chunked"}, {"max_new_tokens": 2**31}):
+        with pytest.raises(PromptError, match=r"214748364[78]"):
+            lm.generate(small_ids(5), **mistake)
