@@ -1,15 +1,16 @@
 """Torch's modes around a call: whatever a caller has switched on, our numbers are made under torch's defaults.
 
 Autocast would multiply in another dtype, a default dtype or device would change tensors that are made on the way, and what is
-made under inference_mode could not be written to outside of it. Deterministic mode is set aside too: it refuses operations on
-CUDA (cumsum), and nothing here writes to a place twice.
+made under inference_mode could not be written to outside of it. Narrower products of float32 and choices of attention kernels are
+set aside, and deterministic mode, which refuses operations on CUDA (cumsum); nothing here writes to a place twice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,36 @@ class own_modes(_NoParamDecoratorContextManager):
             self._undo.close()
 
 
+def _all_kernels() -> Iterator[Callable[[], Any]]:
+    """Let SDPA take any of its kernels; what undoes it."""
+    cuda = torch.backends.cuda
+    for enabled, enable in (
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    ):
+        if not enabled():
+            enable(True)
+            yield partial(enable, False)
+
+
+def _exact_products() -> Iterator[Callable[[], Any]]:
+    """Have float32 multiplied as float32; what undoes it."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set backend by backend, which this cannot read
+        backends: Any = torch.backends
+        for backend in (backends.mkldnn.matmul, backends.cuda.matmul):
+            if (precision := backend.fp32_precision) not in ("none", "ieee"):
+                backend.fp32_precision = "ieee"
+                yield partial(setattr, backend, "fp32_precision", precision)
+        return
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+        yield partial(torch.set_float32_matmul_precision, precision)
+
+
 class _Process:
     """Modes of the whole process: the first call under way sets them, the last one of any thread gives them back."""
 
@@ -71,6 +102,7 @@ class _Process:
                 only = torch.is_deterministic_algorithms_warn_only_enabled()
                 torch.use_deterministic_algorithms(False)
                 self._undo.append(lambda: torch.use_deterministic_algorithms(True, warn_only=only))
+            self._undo += [*_all_kernels(), *_exact_products()]
 
     def leave(self) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import restkv
 from make.small import small_ids, small_lm, small_model
@@ -32,6 +33,34 @@ def set_and_reset(set_: Callable[[Any], None], value: Any, back: Any) -> Iterato
         set_(back)
 
 
+BACKENDS: Any = torch.backends
+
+
+def _narrow(precision: str) -> None:
+    BACKENDS.mkldnn.matmul.fp32_precision = precision
+
+
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    cuda = torch.backends.cuda
+    switches = (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_math_sdp, cuda.enable_cudnn_sdp)
+    try:
+        for switch in switches:
+            switch(False)
+        yield
+    finally:
+        for switch in switches:
+            switch(True)
+
+
+def precision() -> str:
+    """Of products of float32."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set backend by backend
+        return BACKENDS.mkldnn.matmul.fp32_precision
+
+
 MODES: dict[str, Callable[[], Any]] = {
     "inference": torch.inference_mode,
     "gradients": torch.enable_grad,
@@ -43,6 +72,10 @@ MODES: dict[str, Callable[[], Any]] = {
     "default device": lambda: set_and_reset(torch.set_default_device, "meta", None),
     "device context": lambda: torch.device("meta"),
     "deterministic": lambda: set_and_reset(torch.use_deterministic_algorithms, True, False),
+    "narrow products": lambda: set_and_reset(torch.set_float32_matmul_precision, "medium", "highest"),
+    "narrow products of one backend": lambda: set_and_reset(_narrow, "bf16", "none"),
+    "one kernel": lambda: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
+    "no kernel": no_kernels,
 }
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
@@ -57,6 +90,9 @@ def state() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        precision(),
     )
 
 
@@ -155,7 +191,10 @@ def test_a_stream_keeps_its_modes_to_itself(mode):
         for inner in pieces:
             seen.append(inner)
             assert state() == mine
-    assert seen == [(False, False, False, False, torch.float32, torch.device("cpu"), False)] * 3
+    assert [one[:-1] for one in seen] == [
+        (False, False, False, False, torch.float32, torch.device("cpu"), False, True, True)
+    ] * 3
+    assert {one[-1] for one in seen} <= {"highest", "ieee"}
     assert state() == plain
     stream = lm.stream(ids, POLICY, max_new_tokens=16)
     pieces = iter(stream._pieces)
