@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.published import wording
-from bench.published.data import DataError
 from bench.published.metrics import needle_rouge, rouge_version, words_found
 from bench.published.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
-from bench.published.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
+from bench.published.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs.folder import digest
+from bench.runs.jsonl import DataError
 from modeling.files import reason
 from modeling.text.characters import decoded
 from modeling.text.tokenizer import Tokenizer
@@ -25,6 +25,11 @@ KIND = "needle-official"
 TASK = "needle"
 BUFFER = 200  # tokens of each length that are left for question and answer
 NEW_TOKENS = 30
+HASHES = {  # of the published texts (docs/sources.md §4.2)
+    "needle": "c4fa94af1312",
+    "retrieval_question": "b4713e9ed47f",
+    "prompt": "c05e9c6b9516",  # around context and question; the hash is of KVCache-Factory's, from which rest-kv's stems
+}
 
 
 def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol: str, templates: Path | None) -> Suite:
@@ -41,7 +46,7 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
     rouge = rouge_version() if protocol == OFFICIAL else {}
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
-    texts, templates_digest = find_templates(KIND, templates, NEEDLE, wording.NEEDLE)
+    texts, templates_digest = find_templates(KIND, templates, HASHES, wording.NEEDLE)
     words, essays = lm.tokenizer, _essays(folder)
     needle = words.encode(texts["needle"].text, bos=False)
     if min(lengths) <= BUFFER + len(needle):

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.published.data import DataError
 from bench.published.suite import Item, Source, Suite
 from bench.published.tables import TITLES, published_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import chosen_rows, digest
+from bench.runs.jsonl import DataError
 from bench.runs.methods import Method, check
 from bench.runs.plans import Asked, Cell, cells_of, share
 from bench.runs.rows import Row

@@ -11,9 +11,8 @@ come from the round's training file and stand before the premise, so that there 
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,11 +22,10 @@ from bench.report.likelihood import anli_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import chosen_rows, digest
+from bench.runs.jsonl import Row, text_rows
 from bench.runs.methods import Method, check
 from bench.runs.plans import Asked, cells_of, modes_of, share
 from bench.runs.run import Work
-from modeling.text.characters import fault
-from restkv.cli.options import read_text
 from restkv.errors import PromptError
 from restkv.lm import LM
 
@@ -155,31 +153,23 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
     """
-    lines = read_text(path).split("\n")
-    examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    examples = [_example(row, number) for number, row in text_rows(path)]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")
     return examples
 
 
-def _example(line: str, path: Path, number: int) -> Example:
-    place = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise PromptError(f"{place}: not JSON; every line is an object") from None
-    if not isinstance(row, Mapping):
-        raise PromptError(f"{place}: not an object with premise (or context), hypothesis and label")
-    premise = next((row[name] for name in PREMISES if name in row), None)
-    hypothesis, label = row.get("hypothesis"), row.get("label")
-    for name, text in (("premise (or context)", premise), ("hypothesis", hypothesis)):
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"{place}: no text in {name}; mend or delete the row")
-        if wrong := fault(text):
-            raise PromptError(f"{place}: {name} {wrong}; mend or delete the row")
-    if not isinstance(label, str) or label not in LABELS:
-        raise PromptError(f"{place}: label {label!r} is not one of {', '.join(LABELS)}; mend or delete the row")
-    return Example(str(row.get("uid", number)), str(premise), str(hypothesis), label)
+def _example(row: Row, number: int) -> Example:
+    example = Example(
+        str(row.values.get("uid", number)), row.text(*PREMISES), row.text("hypothesis"), row.text("label")
+    )
+    if not example.premise.strip() or not example.hypothesis.strip():
+        raise PromptError(f"{row.place}: no text in premise or hypothesis; mend or delete the row")
+    if example.label not in LABELS:
+        raise PromptError(
+            f"{row.place}: label {example.label!r} is none of {', '.join(LABELS)}; mend or delete the row"
+        )
+    return example
 
 
 ARGUMENTS = {"tasks": must.many(must.name, 1)}

@@ -53,9 +53,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("bench perplexity --data none", "none: cannot be read (No such file"),
         (
             "bench perplexity --data lone.jsonl",
-            "lone.jsonl, line 2: text has '\\ud800' at place 12, which is no character",
+            "lone.jsonl, line 2: field 'text' has '\\ud800' at place 12, which is no character",
         ),
-        ("bench anli --data anli --rounds 1", "line 1: premise (or context) has '\\ud800' at place 5"),
+        ("bench anli --data anli --rounds 1", "line 1: field 'premise' has '\\ud800' at place 5"),
         ("bench ruler --methods restkv:budget_by=1 --samples 1", "budget_by 1: choose from uniform"),
         ("bench ruler --methods snapkv:kernel_size=true --samples 1", "kernel_size True: give an odd number"),
         ("bench ruler --methods restkv:interval=99999999999999999999", "give a number below 2147483648"),
