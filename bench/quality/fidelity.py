@@ -37,7 +37,7 @@ from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
 from bench.runs.methods import Method, check, equal_bytes
-from bench.runs.plans import Asked, Cell, cells_of, distinct, share
+from bench.runs.plans import Asked, Cell, at_least, cells_of, distinct, share
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, kept_mean, pattern_of, prefill_together
@@ -109,21 +109,18 @@ class FidelityPlan:
 
     def arguments(self) -> dict[str, Any]:
         """JSON-ready."""
-        plain = {
-            name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
-        }
+        names = ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
+        plain = {name: getattr(self, name) for name in names} | {"budgets": list(self.budgets)}
         if isinstance(self.source, str):
-            plain["text"] = digest(self.source)
-        else:
-            plain |= {"tasks": list(self.source.tasks), "seed": self.source.seed, "tail": None}
-        return plain | {"budgets": list(self.budgets)}
+            return plain | {"text": digest(self.source)}
+        return plain | {"tasks": list(self.source.tasks), "seed": self.source.seed, "tail": None}
 
     def work(self, lm: LM) -> Work:
         """Window by window; those that the oracle is run on are followed by it. See bench.runs.run.Plan."""
         _check(lm, self)
         if isinstance(self.source, str):
             windows = _cut(lm, self, self.source)
-            oracles = [_shortened(window, self.oracle_context) for window in windows[: self.oracle]]
+            oracles = [window.shortened(self.oracle_context) for window in windows[: self.oracle]]
         else:
             windows = self.source.windows(lm, self.context, self.windows)
             oracles = self.source.windows(lm, self.oracle_context, self.oracle)
@@ -150,9 +147,7 @@ class FidelityPlan:
             for part, read, cells, measure in parts:
                 keys = [f"{part}/{read.name}/{cell.method.label}/{cell.asked!r}" for cell in cells]
                 batches.append(Batch(keys, partial(measure, lm, read, cells, prefilled)))
-        return Work(
-            self.arguments(), self.methods, max(share(budget, self.context) for budget in self.budgets), batches
-        )
+        return Work(self.arguments(), self.methods, max(share(asked, self.context) for asked in self.budgets), batches)
 
 
 @dataclass(frozen=True)
@@ -176,11 +171,12 @@ class Passage:
     def prompt(self) -> list[int]:
         return self.ids[: self.context]
 
+    def shortened(self, context: int) -> Passage:
+        return Passage(self.name, self.ids[: context + self.tail + 1], context, context)
+
 
 def _check(lm: LM, plan: FidelityPlan) -> None:
-    for name, least in (("context", 2), ("tail", 1), ("windows", 1), ("oracle", 0), ("oracle_context", 2)):
-        if getattr(plan, name) < least:
-            raise PromptError(f"{name} {getattr(plan, name)}: give at least {least}")
+    at_least(plan, context=2, tail=1, windows=1, oracle=0, oracle_context=2)
     if plan.oracle and (plan.oracle > plan.windows or plan.oracle_context > plan.context):
         raise PromptError(
             f"oracle {plan.oracle} of {plan.oracle_context} tokens: give no more than windows and context"
@@ -210,10 +206,6 @@ def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Passage]:
     starts = [round(i * room / max(plan.windows - 1, 1)) for i in range(plan.windows)]
     cuts = [lm.encode(before + ids[start : start + size]) for start in starts]
     return [Passage(str(i), cut, plan.context, plan.context) for i, cut in enumerate(cuts)]
-
-
-def _shortened(window: Passage, context: int) -> Passage:
-    return Passage(window.name, window.ids[: context + window.tail + 1], context, context)
 
 
 Prefilled = Callable[[Passage, Sequence[Cell]], Sequence[Session]]  # caches that hold what each cell leaves of a window
@@ -249,11 +241,9 @@ def _held(session: Session) -> Held:
 
 def _row(part: str, window: Passage, cell: Cell, session: Session, held: Held, measures: Mapping[str, Any]) -> Row:
     """A row of a session, which is done with then."""
-    row = cell.row(
-        share(cell.asked, window.asked), session.policy, held, {"part": part, "window": window.name}, measures
-    )
     session.cache.free()
-    return row
+    about = {"part": part, "window": window.name}
+    return cell.row(share(cell.asked, window.asked), session.policy, held, about, measures)
 
 
 @torch.no_grad()

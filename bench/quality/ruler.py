@@ -18,7 +18,7 @@ from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
 from bench.runs.methods import Method, check, equal_bytes
-from bench.runs.plans import Cell, cells_of, check_compression, compressed, modes_of
+from bench.runs.plans import Cell, at_least, cells_of, check_compression, compressed, modes_of
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, answer_all, pattern_of
@@ -130,8 +130,7 @@ def answer(
 
 def _check(lm: LM, plan: Plan) -> None:
     modes_of(plan.question)
-    if plan.samples < 1:
-        raise PromptError(f"samples {plan.samples}: give at least 1")
+    at_least(plan, samples=1)
     pattern_of(plan.prefill)
     for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
         if not values:

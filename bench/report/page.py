@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -14,6 +15,7 @@ from bench.report.kinds import fitting, parts, progress, read_run
 from bench.runs.benchmark import Table, benchmark
 from bench.runs.folder import TIMINGS
 from bench.runs.lines import RunError, lines
+from bench.runs.schema import number
 from restkv.files import write_text
 from restkv.saving.strict_json import parse
 
@@ -145,23 +147,14 @@ def _plain(value: Any) -> str:
 
 
 def _hours(folder: Path) -> str:
-    """Time spent, summed over all sittings; a line that a kill has torn does not count."""
+    """Time spent, summed over all sittings; a line that a kill has torn, or that says nothing of the kind, does not count."""
     seconds = 0.0
     try:
         for line in lines(folder / TIMINGS):
-            seconds += _seconds(line)
+            with suppress(ValueError):
+                said = parse(line.decode())
+                if isinstance(said, dict) and number(0, 1e9)(said.get("seconds")):
+                    seconds += said["seconds"]
     except RunError:
         return "unknown"
     return f"{seconds / 3600:.2f} h"
-
-
-def _seconds(line: bytes) -> float:
-    """What a line says; 0 for one that says nothing of the kind."""
-    try:
-        said = parse(line.decode())
-    except ValueError:
-        return 0.0
-    spent = said.get("seconds") if isinstance(said, dict) else None
-    if isinstance(spent, bool) or not isinstance(spent, int | float):
-        return 0.0
-    return float(spent) if 0 <= spent < 1e9 else 0.0

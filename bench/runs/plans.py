@@ -58,7 +58,10 @@ def cells_of(methods: Sequence[Method], budgets: Sequence[Asked]) -> list[Cell]:
 
 def distinct(cells: Sequence[Cell], length: int) -> list[Cell]:
     """Without cells that come to as many entries of `length` tokens as an earlier one of their method."""
-    return list({(cell.method.label, share(cell.asked, length)): cell for cell in reversed(cells)}.values())[::-1]
+    first: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        first.setdefault((cell.method.label, share(cell.asked, length)), cell)
+    return list(first.values())
 
 
 def share(asked: Asked, length: int) -> int:
@@ -69,6 +72,17 @@ def share(asked: Asked, length: int) -> int:
 def compressed(asked: Asked, length: int) -> int:
     """Entries per KV head at a compression, which is the prompt's length over them."""
     return max(1, round(length / asked))
+
+
+def at_least(plan: Any, **least: int) -> None:
+    """Refuse a plan with a number below what it needs.
+
+    Raises:
+        PromptError: names the first.
+    """
+    for name, bound in least.items():
+        if getattr(plan, name) < bound:
+            raise PromptError(f"{name} {getattr(plan, name)}: give at least {bound}")
 
 
 def check_compression(rates: Sequence[float], length: int) -> None:
