@@ -38,9 +38,6 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
     Args:
         lengths: tokens, BUFFER included.
         templates: the clone or its run_needle_in_haystack.py; None takes our own needle and wording.
-    Raises:
-        DataError: no essays, or templates that are not there. PromptError: a length without room; rouge-score is missing
-            (official protocol, which scores by ROUGE-1; the paper's figures are of the words found).
     """
     check_protocol(protocol)
     rouge = rouge_version() if protocol == OFFICIAL else {}

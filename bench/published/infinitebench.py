@@ -55,8 +55,6 @@ def infinitebench(lm: LM, folder: Path, names: Sequence[str] | None, protocol: s
 
     Args:
         templates: a clone of its repository, or the Python file with the templates; None takes our own wording.
-    Raises:
-        PromptError: rouge-score is missing for longbook_sum_eng.
     """
     hashes = {name: rule.template for name, rule in TASKS.items()}
     suite = by_task(KIND, lm, folder, names, protocol, templates, hashes, wording.INFINITEBENCH, _task, _item)
@@ -84,7 +82,9 @@ def _item(name: str, template: Template, row: Row) -> Item:
         asked = _search("The .+ of", fields["input"], row, "number to find, such as 'The largest number of'")
         fields["prefix"] = f"What is {asked.lower()[:-3]} in the following list?"
     elif name in CHOICES:
-        options = _options(row)
+        options = row.texts("options")
+        if len(options) != len(LETTERS):
+            raise DataError(f"{row.place}: field 'options' has {len(options)} entries; there have to be {len(LETTERS)}")
         fields |= {f"OPTION_{letter}": option for letter, option in zip(LETTERS, options, strict=True)}
         return Item(template.fill(fields), _choice(row, options), row.place)
     labels = _numbers(name, row) if name in NUMBERS else row.texts("answer")
@@ -98,13 +98,6 @@ def _search(pattern: str, text: str, row: Row, what: str) -> str:
     if found is None:
         raise DataError(f"{row.place}: field 'input' has no {what}")
     return found[0]
-
-
-def _options(row: Row) -> list[str]:
-    options = row.texts("options")
-    if len(options) != len(LETTERS):
-        raise DataError(f"{row.place}: field 'options' has {len(options)} entries; there have to be {len(LETTERS)}")
-    return options
 
 
 def _choice(row: Row, options: Sequence[str]) -> list[str]:

@@ -32,8 +32,6 @@ def ruler(lm: LM, folder: Path, names: Sequence[str] | None, lengths: Sequence[i
     Args:
         names: tasks; None takes all that there are files of (under the paper's protocol without questions and answers).
         lengths: None takes all that there are subfolders of.
-    Raises:
-        DataError: a file or row that is not as it should be (all rows are looked at).
     """
     check_protocol(protocol)
     known = PAPER_TASKS if protocol == PAPER else list(NEW_TOKENS)
@@ -62,5 +60,6 @@ def _file(folder: Path, name: str) -> Path:
 
 def _item(row: Row) -> Item:
     """Newer generators keep the beginning of the answer apart from the input; it belongs to the prompt."""
-    prompt, prefix = row.text("input"), row.text("answer_prefix") if row.has("answer_prefix") else ""
+    prefix = "" if row.values.get("answer_prefix") is None else row.text("answer_prefix")
+    prompt = row.text("input")
     return Item(prompt if prompt.endswith(prefix) else prompt + prefix, row.texts("outputs"), row.place)

@@ -115,11 +115,7 @@ def end_ids(lm: LM, protocol: str) -> tuple[int, ...]:
 
 
 def choose(names: Sequence[str] | None, files: Mapping[str, Path], where: Path) -> dict[str, Rows]:
-    """The rows of the tasks that were asked for, or (None) of those that there are files for.
-
-    Raises:
-        DataError: an unknown task, none with a file, or a file that cannot be read.
-    """
+    """The rows of the tasks that were asked for, or (None) of those that there are files for."""
     for name in names or ():
         if name not in files:
             raise DataError(f"task {name!r} is not known; choose from {', '.join(files)}")
@@ -149,8 +145,6 @@ def by_task(
         names: tasks; None takes all that there are files of.
         templates, hashes, own: see find_templates.
         task: from name and protocol. item: from a task's name, its template and a row.
-    Raises:
-        DataError: a file, row or template that is not as it should be (all rows are looked at).
     """
     check_protocol(protocol)
     files = choose(names, {name: folder / f"{name}.jsonl" for name in hashes}, folder)

@@ -12,24 +12,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from bench.report import tables
 from bench.report.retrieval import needle_figure, needle_grids
 from bench.report.stats import Estimate, Values, grouped
-from bench.report.tables import (
-    FULL,
-    Drawing,
-    Part,
-    Row,
-    Table,
-    accuracy,
-    by_cell,
-    cell_table,
-    drawing,
-    minus_full,
-    panel,
-    plain_mean,
-    scores_of,
-    signed,
-)
+from bench.report.tables import FULL, Drawing, Part, Row, Table
 
 TITLES = {
     "longbench": "LongBench",
@@ -55,9 +41,9 @@ def published_parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]
         named = [{**row, "method": f"{row['method']} {_budget(row)}".strip()} for row in rows]
         made.append(Drawing("Score by depth and length; 1 is best.", partial(needle_figure, needle_grids(named))))
     if len({type(budget) for budget in arguments["budgets"]}) == 1:
-        means = {(method, asked): _mean(part) for method, asked, part in by_cell(rows, arguments)}
+        means = {(method, asked): _mean(part) for method, asked, part in tables.by_cell(rows, arguments)}
         caption = "Mean over tasks, x 100, against the budget. Bars are 95 % intervals."
-        made += drawing(caption, [panel("", means, arguments)], arguments, "budget", "mean x 100")
+        made += tables.drawing(caption, [tables.panel("", means, arguments)], arguments, "budget", "mean x 100")
     return made
 
 
@@ -86,9 +72,9 @@ def _published() -> Mapping[str, Any]:
 
 
 def _cells(rows: Sequence[Row], arguments: Mapping[str, Any]) -> list[tuple[str, Any, list[Row]]]:
-    """See by_cell; budgets in the order in which they were given, of whatever kinds."""
+    """See tables.by_cell; budgets in the order in which they were given, of whatever kinds."""
     budgets = arguments["budgets"]
-    return sorted(by_cell(rows, arguments), key=lambda cell: -1 if cell[0] == FULL else budgets.index(cell[1]))
+    return sorted(tables.by_cell(rows, arguments), key=lambda cell: -1 if cell[0] == FULL else budgets.index(cell[1]))
 
 
 def _budget(row: Row) -> str:
@@ -104,21 +90,21 @@ def _layout(caption: str, by: str, rows: Sequence[Row], arguments: Mapping[str, 
     for method, _, part in cells:
         means = {group: 100 * _group_mean(some) for (group,), some in grouped(part, by).items()}
         shown = [f"{means[group]:.2f}" if group in means else "" for group in groups]
-        lines.append([method, _budget(part[0]), *shown, f"{plain_mean(means.values()):.2f}"])
+        lines.append([method, _budget(part[0]), *shown, f"{tables.plain_mean(means.values()):.2f}"])
     return Table(f"{caption}, x 100", ["method", "budget", *map(str, groups), "mean"], lines)
 
 
 def _group_mean(rows: Sequence[Row]) -> float:
     """Plain mean over tasks of the means over their items."""
-    return plain_mean(plain_mean(row["score"] for row in some) for some in grouped(rows, "task").values())
+    return tables.plain_mean(tables.plain_mean(row["score"] for row in some) for some in grouped(rows, "task").values())
 
 
 def _scores(rows: Sequence[Row]) -> Values:
-    return scores_of(rows, "task", "length")
+    return tables.scores_of(rows, "task", "length")
 
 
 def _mean(rows: Sequence[Row]) -> Estimate:
-    return accuracy(rows, "task", "length").through(_percent)
+    return tables.accuracy(rows, "task", "length").through(_percent)
 
 
 def _percent(share: float) -> float:
@@ -131,12 +117,14 @@ def _means(kind: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> Tabl
     cells = _cells(rows, arguments)
 
     def minus(part: Sequence[Row]) -> str:
-        difference = minus_full(part, rows, _scores)
-        return signed(difference and difference.through(_percent), 2)
+        difference = tables.minus_full(part, rows, _scores)
+        return tables.signed(difference and difference.through(_percent), 2)
 
     columns = {"mean [95 %]": lambda part: _mean(part).show(2), "minus full [95 %]": minus}
     caption = f"Means over tasks, x 100, protocol {arguments['protocol']}"
-    table = cell_table(caption, [(method, _budget(part[0]), part) for method, _, part in cells], columns, "budget")
+    table = tables.cell_table(
+        caption, [(method, _budget(part[0]), part) for method, _, part in cells], columns, "budget"
+    )
     if not model:
         return table
     lines = []
@@ -155,7 +143,7 @@ def _theirs(rows: Sequence[Row], figures: Mapping[tuple[Any, ...], float]) -> fl
         return None
     name, budget = re.sub("@[^:]*", "", method), None if method == FULL else rows[0]["asked"]
     known = [figures.get((name, budget, length)) for length in {row["length"] for row in rows}]
-    return None if None in known else plain_mean(known)  # type: ignore[arg-type]
+    return None if None in known else tables.plain_mean(known)  # type: ignore[arg-type]
 
 
 def _asked(arguments: Mapping[str, Any], rows: Sequence[Row]) -> Table:
@@ -169,7 +157,7 @@ def _asked(arguments: Mapping[str, Any], rows: Sequence[Row]) -> Table:
                 task,
                 ", ".join(sorted({row["wording"] for row in prompts})),
                 "yes" if any(row["chat"] for row in prompts) else "no",
-                f"{plain_mean(tokens):.0f}",
+                f"{tables.plain_mean(tokens):.0f}",
                 str(max(tokens)),
                 str(sum(row["cut"] > 0 for row in prompts)),
                 str(len(prompts)),

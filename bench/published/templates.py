@@ -34,11 +34,7 @@ class Template:
     source: str
 
     def fill(self, fields: Mapping[str, str]) -> str:
-        """The text with its fields filled in. Only plain names are fields: a template is a stranger's text.
-
-        Raises:
-            DataError: it names a field that there is not.
-        """
+        """The text with its fields filled in. Only plain names are fields: a template is a stranger's text."""
         parts = []
         try:
             for literal, name, form, conversion in string.Formatter().parse(self.text):
@@ -63,8 +59,6 @@ def find_templates(
         kind: a key of FILES.
         path: a file, or a folder in which one of FILES[kind] is looked for; None takes `own`.
         hashes: of the published texts, by name: the first 12 hex digits of their SHA-256.
-    Raises:
-        DataError: no such file, not readable as JSON or Python, or without one of the names.
     """
     if path is None:
         return {name: Template(name, own[name], OWN) for name in hashes}, None

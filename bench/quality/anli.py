@@ -24,7 +24,7 @@ from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import chosen_rows, digest
 from bench.runs.jsonl import Row, text_rows
 from bench.runs.methods import Method, check
-from bench.runs.plans import Asked, cells_of, modes_of, share
+from bench.runs.plans import Asked, by_turns, cells_of, modes_of, share
 from bench.runs.run import Work
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -110,11 +110,7 @@ def anli_items(
     seed: int = 0,
     fraction: float = 1.0,
 ) -> list[Item]:
-    """The samples of some rounds, by turns, each with worked examples of its own before it. See AnliPlan.
-
-    Raises:
-        PromptError: unknown round or split, fewer training rows than shots, or a file that cannot be read (see read_examples).
-    """
+    """The samples of some rounds, by turns, each with worked examples of its own before it. See AnliPlan."""
     if not rounds or not set(rounds) <= set(ROUNDS):
         raise PromptError(f"rounds {', '.join(map(str, rounds))}: ANLI has {', '.join(map(str, ROUNDS))}")
     if split not in SPLITS:
@@ -130,8 +126,7 @@ def anli_items(
         pool = read_examples(root / f"R{number}" / "train.jsonl") if shots else []
         chosen = chosen_rows(len(examples), fraction, limit)
         columns.append([_item(number, index, examples[index], pool, shots, seed) for index in chosen])
-    longest = max(map(len, columns))
-    return [column[index] for index in range(longest) for column in columns if index < len(column)]
+    return by_turns(columns)
 
 
 def _item(number: int, index: int, example: Example, pool: Sequence[Example], shots: int, seed: int) -> Item:
@@ -148,11 +143,7 @@ def _item(number: int, index: int, example: Example, pool: Sequence[Example], sh
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The rows of a file, in its order; empty lines are passed over.
-
-    Raises:
-        PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
-    """
+    """The rows of a file, in its order; empty lines are passed over."""
     examples = [_example(row, number) for number, row in text_rows(path)]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")

@@ -58,11 +58,7 @@ class Window:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """The documents of a file or a folder; those without any text are left out.
-
-    Raises:
-        PromptError: nothing to read, a file of another kind, or a row that is not as it should be (file and line are named).
-    """
+    """The documents of a file or a folder; those without any text are left out."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
@@ -111,14 +107,13 @@ def prose(tokenizer: Tokenizer, tokens: int, seed: int) -> Document:
 def cut_windows(
     tokenizer: Tokenizer, documents: Sequence[Document], context: int, scored: int, count: int
 ) -> list[Window]:
-    """Up to `count` windows that share no token, evenly chosen from all that the documents have room for.
+    """Up to `count` windows that share no token, evenly chosen from all that the documents have room for. Where they have room
+    for fewer, a RestKVWarning says so.
 
     Args:
         context: tokens before the scored ones, those that the tokenizer puts before a prompt among them; 0: as few as
             possible, which is these alone, or the first token of the text where there are none.
         scored: tokens scored; one less where the text's own first token has to go unscored.
-    Raises:
-        PromptError: no document is long enough. Fewer windows than asked for are remarked on (RestKVWarning).
     """
     before = tokenizer.encode("")
     size = max(context - len(before), 0) + scored

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle
-from bench.quality.outputs import LayerTrace, full_pass, observation, relative_error
+from bench.quality.outputs import LayerTrace, full_pass, observation, tail_error
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.report.fidelity import SETS, fidelity_parts
 from bench.runs import schema as must
@@ -55,11 +55,7 @@ class Questions:
     seed: int = 0
 
     def windows(self, lm: LM, length: int, number: int) -> list[Passage]:
-        """The first `number` samples of every task, by turns.
-
-        Raises:
-            PromptError: an unknown task, or a length too short for one.
-        """
+        """The first `number` samples of every task, by turns."""
         frame, made = Frame(lm.tokenizer), []
         for index in range(number):
             for task in self.tasks:
@@ -267,12 +263,8 @@ def layer_errors(lm: LM, session: Session, layers: Sequence[LayerTrace], context
     """Relative error of every layer's attention output over the tail; None where positions are renumbered."""
     if session.policy.slot_positions:
         return None
-    errors = []
-    for index, (trace, keep_HP) in enumerate(zip(layers, kept_masks(session, context), strict=True)):
-        obs = observation(lm, index, trace, trace.k_KLD.shape[1])
-        tail_HT = keep_HP.new_ones(len(keep_HP), trace.k_KLD.shape[1] - context)
-        errors.append(relative_error(lm, obs, torch.cat([keep_HP, tail_HT], 1)))
-    return errors
+    observed = [observation(lm, index, trace, trace.k_KLD.shape[1]) for index, trace in enumerate(layers)]
+    return [tail_error(lm, obs, keep) for obs, keep in zip(observed, kept_masks(session, context), strict=True)]
 
 
 TEXT: must.Fields = {

@@ -135,8 +135,6 @@ def make_sample(task: str, length: int, seed: int, index: int, frame: Frame, dep
 
     Args:
         depth: where the needle shall be, in [0, 1]; only for DEPTH_TASKS, which draw it when it is not given.
-    Raises:
-        PromptError: unknown task, a depth it does not take, or a length too short for it.
     """
     if task not in TASKS:
         raise PromptError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")

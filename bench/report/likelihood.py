@@ -6,26 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.report import tables
 from bench.report.stats import Estimate, Values, exp, grouped, paired_difference, ratio_interval
-from bench.report.tables import (
-    FULL,
-    QUESTION,
-    Column,
-    Part,
-    Row,
-    Table,
-    accuracies,
-    accuracy,
-    accuracy_table,
-    by_cell,
-    cell_table,
-    drawing,
-    minus_full,
-    panel,
-    rate_table,
-    scores_of,
-    signed,
-)
+from bench.report.tables import FULL, Column, Part, Row, Table
 
 UNITS = {"token": "tokens", "word": "words", "byte": "text_bytes"}
 
@@ -37,11 +20,13 @@ def anli_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     parts = grouped(rows, "question")
     for (mode,), part in parts.items():
-        made.append(accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments))
+        made.append(tables.accuracy_table(f"Accuracy, {tables.QUESTION[mode]}", "task", part, arguments))
         if len(arguments["tasks"]) > 1:
-            made.append(_by_round(f"By round, {QUESTION[mode]}", part, arguments))
-    panels = [panel(f"query-{mode}", accuracies(part, arguments), arguments) for (mode,), part in parts.items()]
-    return made + drawing(
+            made.append(_by_round(f"By round, {tables.QUESTION[mode]}", part, arguments))
+    panels = [
+        tables.panel(f"query-{mode}", tables.accuracies(part, arguments), arguments) for (mode,), part in parts.items()
+    ]
+    return made + tables.drawing(
         "Accuracy against what is kept of the prompt. Mean over rounds; bars are 95 % intervals; guessing is right in a "
         "third of all cases.",
         panels,
@@ -55,11 +40,12 @@ def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -
     """Every round's accuracy and its difference to the full cache, sample by sample, each with its interval."""
     rounds = [task for task in arguments["tasks"] if any(row["task"] == task for row in rows)]
     lines = []
-    for method, asked, part in by_cell(rows, arguments):
+    for method, asked, part in tables.by_cell(rows, arguments):
         line = [method, f"{asked:g}"]
         for task in rounds:
             some = [row for row in part if row["task"] == task]
-            line += [str(accuracy(some, "task")), signed(minus_full(some, rows, _by_task))] if some else ["", ""]
+            line.append(str(_accuracy(some)) if some else "")
+            line.append(tables.signed(tables.minus_full(some, rows, _by_task)) if some else "")
         lines.append(line)
     heads = [head for task in rounds for head in (f"{task} [95 %]", f"{task} minus full [95 %]")]
     return Table(caption, ["method", "at", *heads], lines)
@@ -89,18 +75,18 @@ def perplexity_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[
         return lambda part: str(_perplexity(part, unit))
 
     def over_full(part: Sequence[Row]) -> str:
-        ratio = minus_full(part, rows, _nats)
+        ratio = tables.minus_full(part, rows, _nats)
         return str(ratio.through(exp)) if ratio else ""
 
-    cells = by_cell(rows, arguments)
+    cells = tables.by_cell(rows, arguments)
     columns = {f"per {unit} [95 %]": per(unit) for unit in UNITS} | {"over full [95 %]": over_full}
     caption = f"Perplexity ({protocol}): {arguments['tokens']} tokens of each of {count} windows, read {read[protocol]}"
     means = {(method, asked): _perplexity(part) for method, asked, part in cells}
     return [
-        cell_table(caption, [(method, f"{asked:g}", part) for method, asked, part in cells], columns),
-        *drawing(
+        tables.cell_table(caption, [(method, f"{asked:g}", part) for method, asked, part in cells], columns),
+        *tables.drawing(
             "Perplexity per token by what is kept. Bars are 95 % intervals over windows.",
-            [panel(protocol, means, arguments)],
+            [tables.panel(protocol, means, arguments)],
             arguments,
             "share or entries kept",
             "perplexity",
@@ -143,20 +129,20 @@ def smoothing_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[P
     differences: list[Part] = []
     levels: list[Part] = []
     for measure in measures:
-        cells = by_cell(measure.rows, arguments)
+        cells = tables.by_cell(measure.rows, arguments)
         found = _differences(subject, {(method, asked): measure.values(part) for method, asked, part in cells})
         verdicts += _verdicts(measure, found, arguments)
         caption = f"{subject} minus the others, {measure.name} ({measure.unit} is better; paired, 95 % intervals)"
-        differences.append(rate_table(caption, found, arguments, signed))
+        differences.append(tables.rate_table(caption, found, arguments, tables.signed))
         level = {(method, asked): measure.level(part) for method, asked, part in cells}
         full = level.get((FULL, 1.0))
         title = f"{measure.name[0].upper()}{measure.name[1:]}"
         whole = f"{full}, n = {full.n}" if full else "not run yet"
         evicting = {cell: one for cell, one in level.items() if cell[0] != FULL}
-        levels.append(rate_table(f"{title} by compression (full cache: {whole})", evicting, arguments))
-        levels += drawing(
+        levels.append(tables.rate_table(f"{title} by compression (full cache: {whole})", evicting, arguments))
+        levels += tables.drawing(
             f"{title} against compression. Bars are 95 % intervals; the grey line is the full cache.",
-            [panel("", level, arguments)],
+            [tables.panel("", level, arguments)],
             arguments,
             "compression",
             measure.name.split(",")[0],
@@ -168,11 +154,11 @@ def smoothing_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[P
 
 
 def _by_task(rows: Sequence[Row]) -> Values:
-    return scores_of(rows, "task")
+    return tables.scores_of(rows, "task")
 
 
 def _accuracy(rows: Sequence[Row]) -> Estimate:
-    return accuracy(rows, "task")
+    return tables.accuracy(rows, "task")
 
 
 def _differences(subject: str, cells: Mapping[tuple[str, Any], Values]) -> dict[tuple[str, Any], Estimate]:

@@ -38,11 +38,7 @@ pre { white-space: pre-wrap; font-size: .8rem; background: #f4f4f4; padding: .6r
 
 
 def write_report(folder: Path) -> Path:
-    """Build DIR/report.html from the manifest and the rows alone, of a complete run or of what there is of one.
-
-    Raises:
-        RunError: no run in the folder. OutputError: matplotlib is missing, or the page cannot be written.
-    """
+    """Build DIR/report.html from the manifest and the rows alone, of a complete run or of what there is of one."""
     need_matplotlib()
     path = folder / "report.html"
     write_text(path, build(folder))
@@ -50,11 +46,7 @@ def write_report(folder: Path) -> Path:
 
 
 def markdown(folder: Path) -> str:
-    """The run's tables as Markdown, under a line that says how they were made.
-
-    Raises:
-        RunError: see build.
-    """
+    """The run's tables as Markdown, under a line that says how they were made."""
     run = as_json(folder)
     blocks = [_how_made(run)]
     for table in run["tables"]:
@@ -69,11 +61,7 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
 
 
 def as_json(folder: Path) -> dict[str, Any]:
-    """What bench/results keeps of a run: its manifest and tables, JSON-ready; the samples themselves are too many.
-
-    Raises:
-        RunError: see build.
-    """
+    """What bench/results keeps of a run: its manifest and tables, JSON-ready; the samples themselves are too many."""
     manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
     done, total = progress(kind, arguments, rows)
@@ -88,11 +76,7 @@ def _how_made(run: Mapping[str, Any]) -> str:
 
 
 def build(folder: Path) -> str:
-    """The page's text.
-
-    Raises:
-        RunError: no run in the folder, or of a kind that has no page.
-    """
+    """The page's text."""
     manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
     title = f"{benchmark(kind).title}: {manifest['model']['fingerprint']}"

@@ -6,20 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bench.report import tables
 from bench.report.figures import Grid, heat_maps
 from bench.report.stats import grouped
-from bench.report.tables import (
-    QUESTION,
-    Drawing,
-    Part,
-    Row,
-    accuracies,
-    accuracy_table,
-    drawing,
-    panel,
-    plain_mean,
-    rate_table,
-)
+from bench.report.tables import Drawing, Part, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,25 +20,25 @@ def ruler_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
     places = grouped(rows, "question", "length")
     for (mode, length), part in places.items():
         if len({row["method"] for row in part}) > 1:  # one alone is compared with nothing
-            caption = f"{length} tokens, {QUESTION[mode]}: mean over tasks [95 %]"
-            made.append(rate_table(caption, accuracies(part, arguments), arguments))
+            caption = f"{length} tokens, {tables.QUESTION[mode]}: mean over tasks [95 %]"
+            made.append(tables.rate_table(caption, tables.accuracies(part, arguments), arguments))
     for (mode, length), part in places.items():
-        made.append(accuracy_table(f"{length} tokens, {QUESTION[mode]}", "task", part, arguments, "x"))
+        made.append(tables.accuracy_table(f"{length} tokens, {tables.QUESTION[mode]}", "task", part, arguments, "x"))
     for (mode,), part in grouped(rows, "question").items():
         panels = [
-            panel(f"{length} tokens", accuracies(some, arguments), arguments)
+            tables.panel(f"{length} tokens", tables.accuracies(some, arguments), arguments)
             for (length,), some in grouped(part, "length").items()
         ]
-        caption = f"Accuracy against compression, {QUESTION[mode]}. Mean over tasks; bars are 95 % intervals."
-        made += drawing(caption, panels, arguments, "compression", "accuracy", y_limits=(-0.03, 1.03))
+        caption = f"Accuracy against compression, {tables.QUESTION[mode]}. Mean over tasks; bars are 95 % intervals."
+        made += tables.drawing(caption, panels, arguments, "compression", "accuracy", y_limits=(-0.03, 1.03))
     return made
 
 
 def needle_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     for (mode,), part in grouped(rows, "question").items():
-        made.append(accuracy_table(f"Needles found, {QUESTION[mode]}", "length", part, arguments, "x"))
-        caption = f"Needles found by depth and length, {QUESTION[mode]}. 1 is all of them."
+        made.append(tables.accuracy_table(f"Needles found, {tables.QUESTION[mode]}", "length", part, arguments, "x"))
+        caption = f"Needles found by depth and length, {tables.QUESTION[mode]}. 1 is all of them."
         made.append(Drawing(caption, partial(needle_figure, needle_grids(part))))
     return made
 
@@ -59,7 +49,8 @@ def needle_grids(rows: Sequence[Row]) -> list[Grid]:
     grids = []
     for (method,), part in grouped(rows, "method").items():
         means = {
-            place: plain_mean(row["score"] for row in some) for place, some in grouped(part, "depth", "length").items()
+            place: tables.plain_mean(row["score"] for row in some)
+            for place, some in grouped(part, "depth", "length").items()
         }
         values = [[means.get((depth, length)) for length in lengths] for depth in depths]
         grids.append(Grid(method, [f"{depth:.0%}" for depth in depths], list(map(str, lengths)), values))
@@ -67,4 +58,4 @@ def needle_grids(rows: Sequence[Row]) -> list[Grid]:
 
 
 def needle_figure(grids: Sequence[Grid]) -> Figure:
-    return heat_maps(grids, "depth of the needle", "tokens", "needle found", limits=(0, 1))
+    return heat_maps(grids, "depth of the needle", "tokens", "needle found")

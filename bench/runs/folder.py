@@ -213,11 +213,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def chosen_rows(count: int, fraction: float, limit: int | None) -> list[int]:
-    """Numbers of a file's rows that are run: a share of them spread evenly over it, at least one, and of these the first `limit`.
-
-    Raises:
-        PromptError: a share or a limit that leaves nothing.
-    """
+    """Numbers of a file's rows that are run: a share spread evenly over it, at least one, and of these the first `limit`."""
     if limit is not None and limit < 1:
         raise PromptError(f"limit {limit}: give at least 1")
     if not 0 < fraction <= 1:

@@ -35,9 +35,6 @@ class Row:
             raise DataError(f"{place}: {_show(values)} is not an object with fields")
         return cls(values, place)
 
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
     def get(self, name: str) -> Any:
         if name not in self.values:
             there = ", ".join(map(str, self.values)) or "none at all"
@@ -104,11 +101,7 @@ class Rows:
 
 
 def text_rows(path: Path) -> list[tuple[int, Row]]:
-    """(line number, row) of a file that is read whole, by the rule for all texts (restkv.cli.options.read_text).
-
-    Raises:
-        PromptError: the file cannot be read, or a line is no object.
-    """
+    """(line number, row) of a file that is read whole, by the rule for all texts (restkv.cli.options.read_text)."""
     lines = enumerate(read_text(path).split("\n"), 1)
     return [(number, Row.parse(line, f"{path}, line {number}")) for number, line in lines if line.strip()]
 

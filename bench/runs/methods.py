@@ -13,6 +13,7 @@ Letters: L prompt length, H query heads, K KV heads, G = H / K.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,11 +48,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str, once: bool = False) -> Method:
-        """NAME[@PRESET][:OPTION=VALUE]...
-
-        Raises:
-            PolicyError: not of this form, or a budget, which the bench itself gives.
-        """
+        """NAME[@PRESET][:OPTION=VALUE]..."""
         head, *rest = text.split(":")
         name, at, preset = head.partition("@")
         options: dict[str, Any] = {}
@@ -74,9 +71,6 @@ class Method:
 
         A default window fits into it (Policy.window_within), and a pyramid spends it exactly, unless it is the preset's. What
         an option or a preset says stays as it is.
-
-        Raises:
-            PolicyError: unknown name, preset or option, or a budget they do not fit into.
         """
         if self.full:
             return get_policy(self.name, self.preset, **self.options)
@@ -110,35 +104,16 @@ def _source(cls: type[Policy]) -> str | None:
 def parse_methods(text: str, once: bool = False) -> list[Method]:
     """Methods separated by commas (those in brackets separate nothing), the full cache first, no method twice.
 
-    Args:
-        once: see Method.
-
-    Raises:
-        PolicyError: see Method.parse.
-
     >>> [method.label for method in parse_methods("restkv:gqa=max,snapkv@official")]
     ['full', 'restkv:gqa=max', 'snapkv@official']
     """
-    inside = 0
-    parts = [""]
-    for letter in text:
-        inside += (letter == "[") - (letter == "]")
-        if letter == "," and not inside:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    labels = dict.fromkeys([FULL, *(label.strip() for label in parts if label.strip())])
+    parts = map(str.strip, re.split(r",(?![^][]*])", text))  # at commas after which no bracket closes first
+    labels = dict.fromkeys([FULL, *filter(None, parts)])
     return [Method.parse(label, once) for label in labels]
 
 
 def check(lm: LM, method: Method, entries: int, length: int, what: str) -> None:
-    """Refuse a budget that a method cannot work with, before anything is run.
-
-    Args:
-        what: where the budget comes from, for the message.
-    Raises:
-        PolicyError: names method, budget and mend.
-    """
+    """Refuse a budget that a method cannot work with, before anything is run. what: where it comes from, for the message."""
     try:
         Evictor(lm.model, method.policy(entries), lm.engine.roots, [length])
     except PolicyError as error:
