@@ -7,6 +7,8 @@ token that the tokenizer makes of "." within a text (there a number that for one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from bench.published import wording
@@ -15,9 +17,8 @@ from bench.published.suite import OFFICIAL, Item, Source, Suite, Task, check_pro
 from bench.published.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs.folder import digest
 from bench.runs.jsonl import DataError
-from modeling.files import reason
-from modeling.text.characters import decoded
 from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import read_text
 from restkv.errors import PromptError
 from restkv.lm import LM
 
@@ -49,21 +50,18 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
     if min(lengths) <= BUFFER + len(needle):
         raise PromptError(f"length {min(lengths)}: {BUFFER} tokens are left free and the needle has {len(needle)}")
     hay = _repeat(words, essays, max(lengths))
-    metric = needle_rouge if protocol == OFFICIAL else words_found
-    task = Task(TASK, metric, NEW_TOKENS, newline_ends=True)
+    task = Task(TASK, needle_rouge if protocol == OFFICIAL else words_found, NEW_TOKENS, newline_ends=True)
     answers = [texts["needle"].text, _expected(texts["needle"].text)]
-    sources = []
-    for length in lengths:
-        for percent in (round(100 * step / (depths - 1)) for step in range(depths)):
 
-            def item(index: int, length: int = length, percent: int = percent) -> Item:
-                context = insert(words, hay, needle, length, percent)
-                fields = {"context": context, "retrieval_question": texts["retrieval_question"].text}
-                return Item(
-                    texts["prompt"].fill(fields), answers, f"{folder}: needle at {percent} % of {length} tokens"
-                )
+    def item(length: int, percent: int, index: int) -> Item:
+        context = insert(words, hay, needle, length, percent)
+        prompt = texts["prompt"].fill({"context": context, "retrieval_question": texts["retrieval_question"].text})
+        return Item(prompt, answers, f"{folder}: needle at {percent} % of {length} tokens")
 
-            sources.append(Source(task, 1, item, _wording(texts), length, percent / 100))
+    sources = [
+        Source(task, 1, partial(item, length, percent), _wording(texts), length, percent / 100)
+        for length, percent in product(lengths, (round(100 * step / (depths - 1)) for step in range(depths)))
+    ]
     facts = {"essays": digest("\0".join(essays)), "templates": templates_digest, **rouge}
     return Suite(KIND, protocol, tuple(sources), None, end_ids(lm, protocol), facts)
 
@@ -91,12 +89,7 @@ def _repeat(words: Tokenizer, essays: Sequence[str], length: int) -> list[int]:
 
 
 def _essays(folder: Path) -> list[str]:
-    essays = []
-    for path in sorted(folder.glob("*.txt")):
-        try:
-            essays.append(decoded(path.read_bytes()))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({reason(error)}); give UTF-8 text files") from None
+    essays = [read_text(path) for path in sorted(folder.glob("*.txt"))]
     if not "".join(essays).strip():
         raise DataError(f"{folder}: no *.txt with text; give a folder of essays")
     return essays

@@ -137,9 +137,8 @@ def _check(lm: LM, plan: Plan) -> None:
     frame = Frame(lm.tokenizer, plan.chat)
     for length, task, depth in product(plan.lengths, plan.tasks, plan.depths):
         make_sample(task, length, plan.seed, 0, frame, depth)
-        for method in plan.methods:
-            for compression in plan.compression:
-                check(lm, method, compressed(compression, length), length, f"{length} tokens at {compression:g}x")
+    for length, cell in product(plan.lengths, plan.cells):
+        check(lm, cell.method, compressed(cell.asked, length), length, f"{length} tokens at {cell.asked:g}x")
 
 
 def _total(arguments: Mapping[str, Any]) -> int:

@@ -130,15 +130,11 @@ def open_run(
                 raise RunError(
                     f"{folder}: holds a run of format {manifest['format']}, this version writes {FORMAT}; choose another --out"
                 )
-            now = json.loads(json.dumps({**made, "methods": details.get("methods", {})}))
-            before = manifest.get("arguments", {})
-            grown = (
-                may_grow in before and type(before[may_grow]) is int and before[may_grow] < now["arguments"][may_grow]
-            )
-            if grown:
-                manifest = {**manifest, "arguments": {**before, may_grow: now["arguments"][may_grow]}}
-            _require_same(folder, manifest, now)
-            if grown:
+            found, was = manifest, manifest.get("arguments", {}).get(may_grow)
+            if may_grow is not None and type(was) is int and was < arguments[may_grow]:
+                manifest = {**found, "arguments": {**found["arguments"], may_grow: arguments[may_grow]}}
+            _require_same(folder, manifest, json.loads(json.dumps({**made, "methods": details.get("methods", {})})))
+            if manifest is not found:
                 _write_manifest(path, manifest)
         else:
             lasting = {name: value for name, value in arguments.items() if name != may_grow}

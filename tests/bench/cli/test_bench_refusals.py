@@ -49,7 +49,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "--lengths '5000:1000:100': give FIRST:LAST:STEP",
         ),
         ("bench needle-official --data essays --lengths 1000:5000:0", "--lengths '1000:5000:0': give FIRST:LAST:STEP"),
-        ("bench needle-official --data latin --lengths 1000", "b.txt: cannot be read"),
+        ("bench needle-official --data latin --lengths 1000", "b.txt: not UTF-8 text (byte 3); convert it first"),
         ("bench perplexity --data none", "none: cannot be read (No such file"),
         (
             "bench perplexity --data lone.jsonl",
