@@ -13,7 +13,6 @@ Letters: L prompt length, H query heads, K KV heads, G = H / K.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,8 +106,15 @@ def parse_methods(text: str, once: bool = False) -> list[Method]:
     >>> [method.label for method in parse_methods("restkv:gqa=max,snapkv@official")]
     ['full', 'restkv:gqa=max', 'snapkv@official']
     """
-    parts = map(str.strip, re.split(r",(?![^][]*])", text))  # at commas after which no bracket closes first
-    labels = dict.fromkeys([FULL, *filter(None, parts)])
+    inside = 0
+    parts = [""]
+    for letter in text:
+        inside += (letter == "[") - (letter == "]")
+        if letter == "," and not inside:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    labels = dict.fromkeys([FULL, *filter(None, map(str.strip, parts))])
     return [Method.parse(label, once) for label in labels]
 
 
