@@ -7,17 +7,18 @@ token that the tokenizer makes of "." within a text (there a number that for one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from bench.published import wording
-from bench.published.data import DataError
 from bench.published.metrics import needle_rouge, rouge_version, words_found
 from bench.published.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
-from bench.published.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
+from bench.published.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs.folder import digest
-from modeling.files import reason
-from modeling.text.characters import decoded
+from bench.runs.jsonl import DataError
 from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import read_text
 from restkv.errors import PromptError
 from restkv.lm import LM
 
@@ -25,6 +26,11 @@ KIND = "needle-official"
 TASK = "needle"
 BUFFER = 200  # tokens of each length that are left for question and answer
 NEW_TOKENS = 30
+HASHES = {  # of the published texts (docs/sources.md §4.2)
+    "needle": "c4fa94af1312",
+    "retrieval_question": "b4713e9ed47f",
+    "prompt": "c05e9c6b9516",  # around context and question; the hash is of KVCache-Factory's, from which rest-kv's stems
+}
 
 
 def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol: str, templates: Path | None) -> Suite:
@@ -33,35 +39,29 @@ def haystack(lm: LM, folder: Path, lengths: Sequence[int], depths: int, protocol
     Args:
         lengths: tokens, BUFFER included.
         templates: the clone or its run_needle_in_haystack.py; None takes our own needle and wording.
-    Raises:
-        DataError: no essays, or templates that are not there. PromptError: a length without room; rouge-score is missing
-            (official protocol, which scores by ROUGE-1; the paper's figures are of the words found).
     """
     check_protocol(protocol)
     rouge = rouge_version() if protocol == OFFICIAL else {}
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
-    texts, templates_digest = find_templates(KIND, templates, NEEDLE, wording.NEEDLE)
+    texts, templates_digest = find_templates(KIND, templates, HASHES, wording.NEEDLE)
     words, essays = lm.tokenizer, _essays(folder)
     needle = words.encode(texts["needle"].text, bos=False)
     if min(lengths) <= BUFFER + len(needle):
         raise PromptError(f"length {min(lengths)}: {BUFFER} tokens are left free and the needle has {len(needle)}")
     hay = _repeat(words, essays, max(lengths))
-    metric = needle_rouge if protocol == OFFICIAL else words_found
-    task = Task(TASK, metric, NEW_TOKENS, newline_ends=True)
+    task = Task(TASK, needle_rouge if protocol == OFFICIAL else words_found, NEW_TOKENS, newline_ends=True)
     answers = [texts["needle"].text, _expected(texts["needle"].text)]
-    sources = []
-    for length in lengths:
-        for percent in (round(100 * step / (depths - 1)) for step in range(depths)):
 
-            def item(index: int, length: int = length, percent: int = percent) -> Item:
-                context = insert(words, hay, needle, length, percent)
-                fields = {"context": context, "retrieval_question": texts["retrieval_question"].text}
-                return Item(
-                    texts["prompt"].fill(fields), answers, f"{folder}: needle at {percent} % of {length} tokens"
-                )
+    def item(length: int, percent: int, index: int) -> Item:
+        context = insert(words, hay, needle, length, percent)
+        prompt = texts["prompt"].fill({"context": context, "retrieval_question": texts["retrieval_question"].text})
+        return Item(prompt, answers, f"{folder}: needle at {percent} % of {length} tokens")
 
-            sources.append(Source(task, 1, item, _wording(texts), length, percent / 100))
+    sources = [
+        Source(task, 1, partial(item, length, percent), _wording(texts), length, percent / 100)
+        for length, percent in product(lengths, (round(100 * step / (depths - 1)) for step in range(depths)))
+    ]
     facts = {"essays": digest("\0".join(essays)), "templates": templates_digest, **rouge}
     return Suite(KIND, protocol, tuple(sources), None, end_ids(lm, protocol), facts)
 
@@ -89,12 +89,7 @@ def _repeat(words: Tokenizer, essays: Sequence[str], length: int) -> list[int]:
 
 
 def _essays(folder: Path) -> list[str]:
-    essays = []
-    for path in sorted(folder.glob("*.txt")):
-        try:
-            essays.append(decoded(path.read_bytes()))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({reason(error)}); give UTF-8 text files") from None
+    essays = [read_text(path) for path in sorted(folder.glob("*.txt"))]
     if not "".join(essays).strip():
         raise DataError(f"{folder}: no *.txt with text; give a folder of essays")
     return essays

@@ -6,10 +6,8 @@ A label that is a list of one is that one; the choice tasks' labels are (text of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from bench.published.metrics import Metric, character_f1, qa_f1, rouge_l_sum
 
 WORD_MARKS = ("\n", ":", '"', "'", ".", ",", "?", "!", "{", "}")
 CHOICE_MARKS = tuple(mark for mark in WORD_MARKS if mark != ":")
@@ -157,32 +155,3 @@ def _blank(text: str, marks: Sequence[str]) -> str:
 
 def _squeeze(text: str) -> str:
     return re.sub(" +", " ", text)
-
-
-def _best(score: Callable[[str, str], float]) -> Metric:
-    return lambda prediction, labels, classes: max((score(prediction, label) for label in labels), default=0.0)
-
-
-OFFICIAL: dict[str, Metric] = {
-    "passkey": first_integer,
-    "number_string": first_integer,
-    "kv_retrieval": value_among_words,
-    "longbook_sum_eng": rouge_l_sum,
-    "longbook_choice_eng": choice,
-    "longbook_qa_eng": _best(qa_f1),
-    "longbook_qa_chn": _best(character_f1),
-    "longdialogue_qa_eng": name_found,
-    "math_find": first_number,
-    "math_calc": matching_prefix,
-    "code_run": last_integer,
-    "code_debug": debug,
-}
-PAPER: dict[str, Metric] = {
-    **OFFICIAL,
-    "kv_retrieval": value_among_words_paper,
-    "longbook_choice_eng": choice_paper,
-    "longdialogue_qa_eng": name_among_words,
-    "math_find": first_number_paper,
-    "math_calc": matching_prefix_paper,
-    "code_debug": debug_paper,
-}

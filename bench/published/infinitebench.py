@@ -4,86 +4,72 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.published import infinite_metrics, wording
-from bench.published.data import DataError, Row, Rows
-from bench.published.metrics import rouge_version
-from bench.published.suite import (
-    OFFICIAL,
-    PAPER,
-    Item,
-    Source,
-    Suite,
-    Task,
-    check_protocol,
-    choose,
-    end_ids,
-    longest_prompt,
-)
-from bench.published.templates import INFINITEBENCH, Template, find_templates
+from bench.published import infinite_metrics as scored
+from bench.published import wording
+from bench.published.metrics import Metric, best_of, character_f1, qa_f1, rouge_l_sum, rouge_version
+from bench.published.suite import PAPER, Item, Suite, Task, by_task
+from bench.published.templates import Template
+from bench.runs.jsonl import DataError, Row
 from restkv.lm import LM
 
 KIND = "infinitebench"
 OFFICIAL_LENGTH = 131072  # tokens of prompt
 LETTERS = "ABCD"
 CHOICES = ("longbook_choice_eng", "code_debug")
-NEW_TOKENS = {  # official
-    "passkey": 6,
-    "number_string": 12,
-    "kv_retrieval": 50,
-    "longbook_sum_eng": 1200,
-    "longbook_choice_eng": 40,
-    "longbook_qa_eng": 40,
-    "longbook_qa_chn": 40,
-    "longdialogue_qa_eng": 40,
-    "math_find": 3,
-    "math_calc": 30000,
-    "code_run": 5,
-    "code_debug": 5,
-}
-PAPER_NEW_TOKENS = NEW_TOKENS | {"passkey": 15, "number_string": 20, "kv_retrieval": 80}
 NUMBERS = {"math_find": (int, float), "math_calc": (int, list), "code_run": (int,)}  # types of their labels
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Of a task: the hash of the published template, and new tokens and metric by the repository and by the paper's code."""
+
+    template: str
+    tokens: int
+    metric: Metric
+    paper_tokens: int
+    paper_metric: Metric
+
+
+TASKS = {
+    "passkey": Rule("32a0f730f874", 6, scored.first_integer, 15, scored.first_integer),
+    "number_string": Rule("f519b51c90c4", 12, scored.first_integer, 20, scored.first_integer),
+    "kv_retrieval": Rule("afa97419dd69", 50, scored.value_among_words, 80, scored.value_among_words_paper),
+    "longbook_sum_eng": Rule("897e95259c5b", 1200, rouge_l_sum, 1200, rouge_l_sum),
+    "longbook_choice_eng": Rule("fddf5d8b4293", 40, scored.choice, 40, scored.choice_paper),
+    "longbook_qa_eng": Rule("6f24f4abaf41", 40, best_of(qa_f1), 40, best_of(qa_f1)),
+    "longbook_qa_chn": Rule("121d4332c1cc", 40, best_of(character_f1), 40, best_of(character_f1)),
+    "longdialogue_qa_eng": Rule("0483f9f01c70", 40, scored.name_found, 40, scored.name_among_words),
+    "math_find": Rule("df2334891e94", 3, scored.first_number, 3, scored.first_number_paper),
+    "math_calc": Rule("ebf0b348e08e", 30000, scored.matching_prefix, 30000, scored.matching_prefix_paper),
+    "code_run": Rule("8cfbec428859", 5, scored.last_integer, 5, scored.last_integer),
+    "code_debug": Rule("e485a37d7c9c", 5, scored.debug, 5, scored.debug_paper),
+}
+
+
 def infinitebench(lm: LM, folder: Path, names: Sequence[str] | None, protocol: str, templates: Path | None) -> Suite:
-    """The benchmark on a folder of its files.
+    """The benchmark on a folder of its files, see by_task.
 
     Args:
-        names: tasks; None takes all that there are files of.
         templates: a clone of its repository, or the Python file with the templates; None takes our own wording.
-    Raises:
-        DataError: a file, row or template that is not as it should be (all rows are looked at). PromptError: rouge-score is
-            missing for longbook_sum_eng.
     """
-    check_protocol(protocol)
-
-    def path(name: str) -> Path:
-        return folder / f"{name}.jsonl"
-
-    names = choose(names, list(NEW_TOKENS), lambda name: path(name) if path(name).exists() else None, folder)
-    texts, digest = find_templates(
-        KIND, templates, {name: INFINITEBENCH[name] for name in names}, wording.INFINITEBENCH
-    )
-    files = {name: Rows(path(name)) for name in names}
-    sources = []
-    for name, rows in files.items():
-        for row in rows:
-            _item(name, texts[name], row)
-        sources.append(_source(name, protocol, texts[name], rows))
-    longest = longest_prompt(lm, PAPER) if protocol == PAPER else min(OFFICIAL_LENGTH, lm.config.max_positions)
-    facts = {"files": {name: rows.digest for name, rows in files.items()}, "templates": digest}
-    if "longbook_sum_eng" in names:
-        facts |= rouge_version()
-    return Suite(KIND, protocol, tuple(sources), longest, end_ids(lm, protocol), facts, joined=protocol == OFFICIAL)
+    hashes = {name: rule.template for name, rule in TASKS.items()}
+    suite = by_task(KIND, lm, folder, names, protocol, templates, hashes, wording.INFINITEBENCH, _task, _item)
+    if any(source.task.name == "longbook_sum_eng" for source in suite.sources):
+        suite = replace(suite, facts={**suite.facts, **rouge_version()})
+    if protocol == PAPER:
+        return suite
+    return replace(suite, max_length=min(OFFICIAL_LENGTH, lm.config.max_positions), joined=True)
 
 
-def _source(name: str, protocol: str, template: Template, rows: Rows) -> Source:
-    paper = protocol == PAPER
-    metrics, tokens = (infinite_metrics.PAPER, PAPER_NEW_TOKENS) if paper else (infinite_metrics.OFFICIAL, NEW_TOKENS)
-    task = Task(name, metrics[name], tokens[name], least_one=paper)
-    return Source(task, len(rows), lambda index: _item(name, template, rows[index]), template.source)
+def _task(name: str, protocol: str) -> Task:
+    rule = TASKS[name]
+    if protocol == PAPER:
+        return Task(name, rule.paper_metric, rule.paper_tokens, least_one=True)
+    return Task(name, rule.metric, rule.tokens)
 
 
 def _item(name: str, template: Template, row: Row) -> Item:
@@ -96,7 +82,9 @@ def _item(name: str, template: Template, row: Row) -> Item:
         asked = _search("The .+ of", fields["input"], row, "number to find, such as 'The largest number of'")
         fields["prefix"] = f"What is {asked.lower()[:-3]} in the following list?"
     elif name in CHOICES:
-        options = _options(row)
+        options = row.texts("options")
+        if len(options) != len(LETTERS):
+            raise DataError(f"{row.place}: field 'options' has {len(options)} entries; there have to be {len(LETTERS)}")
         fields |= {f"OPTION_{letter}": option for letter, option in zip(LETTERS, options, strict=True)}
         return Item(template.fill(fields), _choice(row, options), row.place)
     labels = _numbers(name, row) if name in NUMBERS else row.texts("answer")
@@ -110,13 +98,6 @@ def _search(pattern: str, text: str, row: Row, what: str) -> str:
     if found is None:
         raise DataError(f"{row.place}: field 'input' has no {what}")
     return found[0]
-
-
-def _options(row: Row) -> list[str]:
-    options = row.texts("options")
-    if len(options) != len(LETTERS):
-        raise DataError(f"{row.place}: field 'options' has {len(options)} entries; there have to be {len(LETTERS)}")
-    return options
 
 
 def _choice(row: Row, options: Sequence[str]) -> list[str]:

@@ -209,11 +209,7 @@ def _scorer(kind: str, stem: bool) -> Any:
 
 
 def rouge_version() -> dict[str, str]:
-    """What a manifest says of the library that these metrics come from.
-
-    Raises:
-        PromptError: it is missing.
-    """
+    """What a manifest says of the library that these metrics come from."""
     try:
         return {"rouge-score": version("rouge-score")}
     except PackageNotFoundError:

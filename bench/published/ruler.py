@@ -9,33 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.published.data import DataError, Row, Rows
 from bench.published.metrics import found_all, found_any
 from bench.published.suite import PAPER, Item, Source, Suite, Task, check_protocol, choose, end_ids, longest_prompt
+from bench.runs.jsonl import DataError, Row
 from restkv.lm import LM
 
 KIND = "ruler-official"
 WORDING = "in the data files"
-NEW_TOKENS = {
-    **dict.fromkeys(
-        (
-            "niah_single_1",
-            "niah_single_2",
-            "niah_single_3",
-            "niah_multikey_1",
-            "niah_multikey_2",
-            "niah_multikey_3",
-            "niah_multivalue",
-            "niah_multiquery",
-        ),
-        128,
-    ),
-    "vt": 30,
-    "cwe": 120,
-    "fwe": 50,
-    "qa_1": 32,
-    "qa_2": 32,
-}
+NEEDLES = (
+    "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
+    "niah_multiquery"
+).split()
+NEW_TOKENS = {**dict.fromkeys(NEEDLES, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 ANY = ("qa_1", "qa_2")  # one answer is enough
 PAPER_TASKS = [name for name in NEW_TOKENS if name not in ANY]
 PAPER_NEW_TOKENS = 64
@@ -47,8 +32,6 @@ def ruler(lm: LM, folder: Path, names: Sequence[str] | None, lengths: Sequence[i
     Args:
         names: tasks; None takes all that there are files of (under the paper's protocol without questions and answers).
         lengths: None takes all that there are subfolders of.
-    Raises:
-        DataError: a file or row that is not as it should be (all rows are looked at).
     """
     check_protocol(protocol)
     known = PAPER_TASKS if protocol == PAPER else list(NEW_TOKENS)
@@ -60,29 +43,23 @@ def ruler(lm: LM, folder: Path, names: Sequence[str] | None, lengths: Sequence[i
     sources, digests = [], {}
     for length in lengths or there:
         place = folder / str(length)
-        for name in choose(names, known, lambda name, place=place: _file(place, name), place):  # type: ignore[misc]
-            rows = Rows(_file(place, name) or place / f"{name}.jsonl")
-            for row in rows:
-                _item(row)
-            sources.append(_source(name, length, protocol, rows))
+        for name, rows in choose(names, {name: _file(place, name) for name in known}, place).items():
+            tokens = PAPER_NEW_TOKENS if protocol == PAPER else NEW_TOKENS[name]
+            task = Task(name, found_any if name in ANY else found_all, tokens, least_one=protocol == PAPER)
+            sources.append(Source.of(task, rows, _item, WORDING, length))
             digests[f"{length}/{name}"] = rows.digest
     longest = longest_prompt(lm, PAPER) if protocol == PAPER else None
     return Suite(KIND, protocol, tuple(sources), longest, end_ids(lm, protocol), {"files": digests})
 
 
-def _file(folder: Path, name: str) -> Path | None:
+def _file(folder: Path, name: str) -> Path:
+    """Where the task's file is; where it might be, if there is none."""
     places = (folder / f"{name}.jsonl", folder / name / "validation.jsonl", folder / "data" / name / "validation.jsonl")
-    return next((place for place in places if place.exists()), None)
-
-
-def _source(name: str, length: int, protocol: str, rows: Rows) -> Source:
-    paper = protocol == PAPER
-    tokens = PAPER_NEW_TOKENS if paper else NEW_TOKENS[name]
-    task = Task(name, found_any if name in ANY else found_all, tokens, least_one=paper)
-    return Source(task, len(rows), lambda index: _item(rows[index]), WORDING, length)
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _item(row: Row) -> Item:
     """Newer generators keep the beginning of the answer apart from the input; it belongs to the prompt."""
-    prompt, prefix = row.text("input"), row.text("answer_prefix") if row.has("answer_prefix") else ""
+    prefix = "" if row.values.get("answer_prefix") is None else row.text("answer_prefix")
+    prompt = row.text("input")
     return Item(prompt if prompt.endswith(prefix) else prompt + prefix, row.texts("outputs"), row.place)

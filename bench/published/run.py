@@ -6,19 +6,18 @@ Letters: L prompt length.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from bench.published.data import DataError
 from bench.published.suite import Item, Source, Suite
 from bench.published.tables import TITLES, published_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import chosen_rows, digest
+from bench.runs.jsonl import DataError
 from bench.runs.methods import Method, check
-from bench.runs.plans import Asked, Cell, cells_of, share
+from bench.runs.plans import Asked, Cell, by_turns, cells_of, share
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import answer_all
@@ -65,10 +64,11 @@ class Plan:
         """Numbers of the items that are run."""
         return chosen_rows(source.count, self.fraction, self.limit)
 
-    def arguments(self) -> dict[str, Any]:
-        """JSON-ready, all that results depend on."""
+    def work(self, lm: LM) -> Work:
+        """Item by item over all sources. See bench.runs.run.Plan; only whole budgets are known to work before an item is read."""
+        _check(lm, self)
         sources = self.suite.sources
-        return {
+        arguments = {
             "protocol": self.suite.protocol,
             "checkpoint": self.checkpoint,
             "tasks": list(dict.fromkeys(source.task.name for source in sources)),
@@ -81,25 +81,12 @@ class Plan:
             "decoding": "greedy",
             **self.suite.facts,
         }
-
-    def work(self, lm: LM) -> Work:
-        """See bench.runs.run.Plan; only whole budgets are known to work before an item is read."""
-        _check(lm, self)
         batches = [
             Batch([_key(source, index, cell) for cell in self.cells], partial(answer, lm, self, source, index))
-            for source, index in _in_turn(self)
+            for source, index in by_turns([(source, index) for index in self.chosen(source)] for source in sources)
         ]
         largest = max(share(cell.asked, self.longest or lm.config.max_positions) for cell in self.cells)
-        return Work(self.arguments(), self.methods, largest, batches)
-
-
-def _in_turn(plan: Plan) -> Iterator[tuple[Source, int]]:
-    """Item by item over all sources, so that a broken run has some of everything."""
-    chosen = [(source, plan.chosen(source)) for source in plan.suite.sources]
-    for place in range(max(len(numbers) for _, numbers in chosen)):
-        for source, numbers in chosen:
-            if place < len(numbers):
-                yield source, numbers[place]
+        return Work(arguments, self.methods, largest, batches)
 
 
 def _key(source: Source, index: int, cell: Cell) -> str:
@@ -147,12 +134,8 @@ def encode(lm: LM, item: Item, chat: bool, longest: int | None, joined: bool = F
 
     A longer prompt becomes the text of its first and of its last longest / 2 tokens, special ones left out, tokenised again
     (joined: see Suite); the chat template comes after that and writes any BOS itself.
-
-    Raises:
-        DataError: the prompt is empty.
     """
     words = lm.tokenizer
-    assert words is not None, "a folder without a tokenizer is refused when it is loaded"
     text, ids = item.prompt, words.encode(item.prompt)
     cut = 0
     if longest is not None and len(ids) > longest:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.published.data import DataError
 from bench.published.metrics import Metric
+from bench.published.templates import Template, find_templates
+from bench.runs.jsonl import DataError, Row, Rows
 from restkv.errors import PromptError
 from restkv.lm import LM
 
+# As the benchmark's own repository runs and scores it; as the ReST-KV paper's code does (docs/published-benchmarks.md).
 OFFICIAL, PAPER = "official", "restkv-paper"
-PROTOCOLS = {
-    OFFICIAL: "as the benchmark's own repository runs and scores it",
-    PAPER: "as the ReST-KV paper's code runs it: no chat template, and the other differences of docs/published-benchmarks.md",
-}
 # Tokens of prompt by the model's positions: what a repository gives its models of that context. Others get 96 % of theirs,
 # about what these are.
 LONGEST = {
@@ -69,6 +68,13 @@ class Source:
     length: int | None = None
     depth: float | None = None
 
+    @classmethod
+    def of(cls, task: Task, rows: Rows, item: Callable[[Row], Item], wording: str, length: int | None = None) -> Source:
+        """An item of each row; all are made once, so that a row that is not as it should be is refused before anything is run."""
+        for row in rows:
+            item(row)
+        return cls(task, len(rows), lambda index: item(rows[index]), wording, length)
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -93,8 +99,8 @@ class Suite:
 
 
 def check_protocol(protocol: str) -> None:
-    if protocol not in PROTOCOLS:
-        raise PromptError(f"protocol {protocol!r} is not known; choose from {', '.join(PROTOCOLS)}")
+    if protocol not in LONGEST:
+        raise PromptError(f"protocol {protocol!r} is not known; choose from {', '.join(LONGEST)}")
 
 
 def longest_prompt(lm: LM, protocol: str) -> int:
@@ -108,20 +114,44 @@ def end_ids(lm: LM, protocol: str) -> tuple[int, ...]:
     return lm.tokenizer.eos_ids if protocol == PAPER and lm.tokenizer.eos_ids else lm.config.eos_token_ids
 
 
-def choose(
-    names: Sequence[str] | None, known: Sequence[str], path: Callable[[str], Path | None], where: Path
-) -> list[str]:
-    """The tasks that were asked for, or (None) those that there are files for.
-
-    Raises:
-        DataError: an unknown task, or none with a file.
-    """
+def choose(names: Sequence[str] | None, files: Mapping[str, Path], where: Path) -> dict[str, Rows]:
+    """The rows of the tasks that were asked for, or (None) of those that there are files for."""
     for name in names or ():
-        if name not in known:
-            raise DataError(f"task {name!r} is not known; choose from {', '.join(known)}")
-    chosen = list(names) if names else [name for name in known if path(name)]
+        if name not in files:
+            raise DataError(f"task {name!r} is not known; choose from {', '.join(files)}")
+    chosen = names or [name for name, path in files.items() if path.exists()]
     if not chosen:
         raise DataError(
-            f"{where}: no file of any task, such as {known[0]}.jsonl; name the benchmark's folder with --data"
+            f"{where}: no file of any task, such as {next(iter(files))}.jsonl; name the benchmark's folder with --data"
         )
-    return chosen
+    return {name: Rows(files[name]) for name in chosen}
+
+
+def by_task(
+    kind: str,
+    lm: LM,
+    folder: Path,
+    names: Sequence[str] | None,
+    protocol: str,
+    templates: Path | None,
+    hashes: Mapping[str, str],
+    own: Mapping[str, str],
+    task: Callable[[str, str], Task],
+    item: Callable[[str, Template, Row], Item],
+) -> Suite:
+    """A benchmark on a folder of DIR/{task}.jsonl.
+
+    Args:
+        names: tasks; None takes all that there are files of.
+        templates, hashes, own: see find_templates.
+        task: from name and protocol. item: from a task's name, its template and a row.
+    """
+    check_protocol(protocol)
+    files = choose(names, {name: folder / f"{name}.jsonl" for name in hashes}, folder)
+    texts, digest = find_templates(kind, templates, {name: hashes[name] for name in files}, own)
+    sources = tuple(
+        Source.of(task(name, protocol), rows, partial(item, name, texts[name]), texts[name].source)
+        for name, rows in files.items()
+    )
+    facts = {"files": {name: rows.digest for name, rows in files.items()}, "templates": digest}
+    return Suite(kind, protocol, sources, longest_prompt(lm, protocol), end_ids(lm, protocol), facts)

@@ -14,48 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.published.data import DataError
+from bench.runs.jsonl import DataError
 
 RECOGNISED, UNKNOWN, OWN = "official (recognised)", "given (not recognised)", "own wording"
 
-# The first 12 hex digits of the SHA-256 of the published texts (docs/sources.md §4.2 to 4.4).
-LONGBENCH = {
-    "narrativeqa": "aada7ed24b06",
-    "qasper": "0fbdd123fe7f",
-    "multifieldqa_en": "20b4666a2de8",
-    "hotpotqa": "9ec4ae308865",
-    "2wikimqa": "9ec4ae308865",
-    "musique": "9ec4ae308865",
-    "gov_report": "91c25d585b18",
-    "qmsum": "dca23b678fe0",
-    "multi_news": "2af3f28c40b9",
-    "trec": "0eff8bebdba9",
-    "triviaqa": "00a802e6377e",
-    "samsum": "a68d88423490",
-    "passage_count": "986550b6c610",
-    "passage_retrieval_en": "39b96b7fa52b",
-    "lcc": "6a1f24cf0bb8",
-    "repobench-p": "ee9ec182ea5f",
-}
-INFINITEBENCH = {
-    "passkey": "32a0f730f874",
-    "number_string": "f519b51c90c4",
-    "kv_retrieval": "afa97419dd69",
-    "longbook_sum_eng": "897e95259c5b",
-    "longbook_choice_eng": "fddf5d8b4293",
-    "longbook_qa_eng": "6f24f4abaf41",
-    "longbook_qa_chn": "121d4332c1cc",
-    "math_find": "df2334891e94",
-    "math_calc": "ebf0b348e08e",
-    "code_run": "8cfbec428859",
-    "code_debug": "e485a37d7c9c",
-    "longdialogue_qa_eng": "0483f9f01c70",
-}
-NEEDLE = {
-    "needle": "c4fa94af1312",
-    "retrieval_question": "b4713e9ed47f",
-    "prompt": "c05e9c6b9516",  # around context and question; the hash is of KVCache-Factory's, from which rest-kv's stems
-}
 FILES = {
     "longbench": ("dataset2prompt.json", "run_longbench.py"),
     "infinitebench": ("prompt.py", "eval_utils.py", "run_infinite_bench.py"),
@@ -72,11 +34,7 @@ class Template:
     source: str
 
     def fill(self, fields: Mapping[str, str]) -> str:
-        """The text with its fields filled in. Only plain names are fields: a template is a stranger's text.
-
-        Raises:
-            DataError: it names a field that there is not.
-        """
+        """The text with its fields filled in. Only plain names are fields: a template is a stranger's text."""
         parts = []
         try:
             for literal, name, form, conversion in string.Formatter().parse(self.text):
@@ -100,9 +58,7 @@ def find_templates(
     Args:
         kind: a key of FILES.
         path: a file, or a folder in which one of FILES[kind] is looked for; None takes `own`.
-        hashes: of the published texts, by name.
-    Raises:
-        DataError: no such file, not readable as JSON or Python, or without one of the names.
+        hashes: of the published texts, by name: the first 12 hex digits of their SHA-256.
     """
     if path is None:
         return {name: Template(name, own[name], OWN) for name in hashes}, None

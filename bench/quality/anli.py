@@ -11,9 +11,8 @@ come from the round's training file and stand before the premise, so that there 
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,11 +22,10 @@ from bench.report.likelihood import anli_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import chosen_rows, digest
+from bench.runs.jsonl import Row, text_rows
 from bench.runs.methods import Method, check
-from bench.runs.plans import Asked, cells_of, modes_of, share
+from bench.runs.plans import Asked, by_turns, cells_of, modes_of, share
 from bench.runs.run import Work
-from modeling.text.characters import fault
-from restkv.cli.options import read_text
 from restkv.errors import PromptError
 from restkv.lm import LM
 
@@ -112,11 +110,7 @@ def anli_items(
     seed: int = 0,
     fraction: float = 1.0,
 ) -> list[Item]:
-    """The samples of some rounds, by turns, each with worked examples of its own before it. See AnliPlan.
-
-    Raises:
-        PromptError: unknown round or split, fewer training rows than shots, or a file that cannot be read (see read_examples).
-    """
+    """The samples of some rounds, by turns, each with worked examples of its own before it. See AnliPlan."""
     if not rounds or not set(rounds) <= set(ROUNDS):
         raise PromptError(f"rounds {', '.join(map(str, rounds))}: ANLI has {', '.join(map(str, ROUNDS))}")
     if split not in SPLITS:
@@ -132,8 +126,7 @@ def anli_items(
         pool = read_examples(root / f"R{number}" / "train.jsonl") if shots else []
         chosen = chosen_rows(len(examples), fraction, limit)
         columns.append([_item(number, index, examples[index], pool, shots, seed) for index in chosen])
-    longest = max(map(len, columns))
-    return [column[index] for index in range(longest) for column in columns if index < len(column)]
+    return by_turns(columns)
 
 
 def _item(number: int, index: int, example: Example, pool: Sequence[Example], shots: int, seed: int) -> Item:
@@ -150,36 +143,24 @@ def _item(number: int, index: int, example: Example, pool: Sequence[Example], sh
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The rows of a file, in its order; empty lines are passed over.
-
-    Raises:
-        PromptError: the file cannot be read, has no row, or a row is not as it should be (file and line are named).
-    """
-    lines = read_text(path).split("\n")
-    examples = [_example(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    """The rows of a file, in its order; empty lines are passed over."""
+    examples = [_example(row, number) for number, row in text_rows(path)]
     if not examples:
         raise PromptError(f"{path}: has no rows; give the file of the published archive")
     return examples
 
 
-def _example(line: str, path: Path, number: int) -> Example:
-    place = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise PromptError(f"{place}: not JSON; every line is an object") from None
-    if not isinstance(row, Mapping):
-        raise PromptError(f"{place}: not an object with premise (or context), hypothesis and label")
-    premise = next((row[name] for name in PREMISES if name in row), None)
-    hypothesis, label = row.get("hypothesis"), row.get("label")
-    for name, text in (("premise (or context)", premise), ("hypothesis", hypothesis)):
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"{place}: no text in {name}; mend or delete the row")
-        if wrong := fault(text):
-            raise PromptError(f"{place}: {name} {wrong}; mend or delete the row")
-    if not isinstance(label, str) or label not in LABELS:
-        raise PromptError(f"{place}: label {label!r} is not one of {', '.join(LABELS)}; mend or delete the row")
-    return Example(str(row.get("uid", number)), str(premise), str(hypothesis), label)
+def _example(row: Row, number: int) -> Example:
+    example = Example(
+        str(row.values.get("uid", number)), row.text(*PREMISES), row.text("hypothesis"), row.text("label")
+    )
+    if not example.premise.strip() or not example.hypothesis.strip():
+        raise PromptError(f"{row.place}: no text in premise or hypothesis; mend or delete the row")
+    if example.label not in LABELS:
+        raise PromptError(
+            f"{row.place}: label {example.label!r} is none of {', '.join(LABELS)}; mend or delete the row"
+        )
+    return example
 
 
 ARGUMENTS = {"tasks": must.many(must.name, 1)}

@@ -65,11 +65,7 @@ class Encoded:
 
 
 def encode(tokenizer: Tokenizer, item: Item) -> Encoded:
-    """Context and question joined are exactly the encoding of the whole prompt; choices are those of text that goes on.
-
-    Raises:
-        PromptError: an item without context, or whose question begins within its first token.
-    """
+    """Context and question joined are exactly the encoding of the whole prompt; choices are those of text that goes on."""
     whole = tokenizer.encode(item.context + item.question)
     context, question = parted(whole, tokenizer.encode(item.context))
     if not context or not question:
@@ -82,9 +78,6 @@ def told_items(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> li
 
     They are samples of bench/quality/tasks.py (TOLD_TASKS), `length` tokens long, `samples` of each task, by turns. Guessing is
     right once in three times, and so is a model that has seen which values there are but not which of them is asked for.
-
-    Raises:
-        PromptError: a length too short for a task.
     """
     frame, items = Frame(tokenizer), []
     for index in range(samples):
@@ -102,11 +95,7 @@ def told_items(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> li
 
 
 def shortest(lm: LM, items: Sequence[Item], modes: Sequence[str]) -> int:
-    """Tokens of the shortest prompt that will be evicted; every item can be encoded.
-
-    Raises:
-        PromptError: see encode, and LM.encode.
-    """
+    """Tokens of the shortest prompt that will be evicted; every item can be encoded."""
     lengths = []
     for item in items:
         ids = encode(lm.tokenizer, item)

@@ -8,21 +8,19 @@ a folder      all of these in it, in the order of their names
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.quality.prose import sentences
-from modeling.text.characters import fault
+from bench.runs.jsonl import text_rows
 from modeling.text.tokenizer import Tokenizer
 from restkv.cli.options import read_text, reading
 from restkv.errors import PromptError, RestKVWarning
 
 SUFFIXES = (".txt", ".jsonl")
-FIELDS = ("page", "text")
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,7 @@ class Window:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """The documents of a file or a folder; those without any text are left out.
-
-    Raises:
-        PromptError: nothing to read, a file of another kind, or a row that is not as it should be (file and line are named).
-    """
+    """The documents of a file or a folder; those without any text are left out."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
@@ -84,37 +78,20 @@ def _read(path: Path) -> list[Document]:
         path.stat()
     if path.suffix not in SUFFIXES:
         raise PromptError(f"{path}: not {' or '.join(SUFFIXES)}; convert it first")
-    content = read_text(path)
     if path.suffix == ".txt":
+        content = read_text(path)
         return [Document(path.name, content)] if content.strip() else []
-    documents, pieces = [], []
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            field, text = _row(line, f"{path}, line {number}")
-            if field == "text":
-                pieces.append(text)
-            elif text.strip():
-                documents.append(Document(f"{path.name}:{number}", text))
+    pages, pieces = [], []
+    for number, row in text_rows(path):
+        if "page" in row.values:
+            pages.append(Document(f"{path.name}:{number}", row.text("page")))
+        else:
+            pieces.append(row.text("text"))
+    documents = [page for page in pages if page.text.strip()]
     joined = "".join(pieces)
     if documents and joined:
         raise PromptError(f"{path}: some rows have a page and some a text; put them into two files")
     return [Document(path.name, joined)] if joined.strip() else documents
-
-
-def _row(line: str, place: str) -> tuple[str, str]:
-    """(field, text) of a row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise PromptError(f"{place}: not JSON; every line is an object with a page or a text") from None
-    field = next((field for field in FIELDS if isinstance(row, Mapping) and field in row), None)
-    if field is None:
-        raise PromptError(f"{place}: has neither {' nor '.join(FIELDS)}")
-    if not isinstance(row[field], str):
-        raise PromptError(f"{place}: {field} is {json.dumps(row[field])[:40]}, not a text")
-    if wrong := fault(row[field]):
-        raise PromptError(f"{place}: {field} {wrong}; mend or delete the row")
-    return field, row[field]
 
 
 def prose(tokenizer: Tokenizer, tokens: int, seed: int) -> Document:
@@ -130,14 +107,13 @@ def prose(tokenizer: Tokenizer, tokens: int, seed: int) -> Document:
 def cut_windows(
     tokenizer: Tokenizer, documents: Sequence[Document], context: int, scored: int, count: int
 ) -> list[Window]:
-    """Up to `count` windows that share no token, evenly chosen from all that the documents have room for.
+    """Up to `count` windows that share no token, evenly chosen from all that the documents have room for. Where they have room
+    for fewer, a RestKVWarning says so.
 
     Args:
         context: tokens before the scored ones, those that the tokenizer puts before a prompt among them; 0: as few as
             possible, which is these alone, or the first token of the text where there are none.
         scored: tokens scored; one less where the text's own first token has to go unscored.
-    Raises:
-        PromptError: no document is long enough. Fewer windows than asked for are remarked on (RestKVWarning).
     """
     before = tokenizer.encode("")
     size = max(context - len(before), 0) + scored

@@ -30,14 +30,14 @@ from torch import Tensor
 
 from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle
-from bench.quality.outputs import LayerTrace, full_pass, observation, relative_error
+from bench.quality.outputs import LayerTrace, full_pass, observation, tail_error
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.report.fidelity import SETS, fidelity_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
 from bench.runs.methods import Method, check, equal_bytes
-from bench.runs.plans import Asked, Cell, cells_of, distinct, share
+from bench.runs.plans import Asked, Cell, at_least, cells_of, distinct, share
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, kept_mean, pattern_of, prefill_together
@@ -55,11 +55,7 @@ class Questions:
     seed: int = 0
 
     def windows(self, lm: LM, length: int, number: int) -> list[Passage]:
-        """The first `number` samples of every task, by turns.
-
-        Raises:
-            PromptError: an unknown task, or a length too short for one.
-        """
+        """The first `number` samples of every task, by turns."""
         frame, made = Frame(lm.tokenizer), []
         for index in range(number):
             for task in self.tasks:
@@ -109,21 +105,18 @@ class FidelityPlan:
 
     def arguments(self) -> dict[str, Any]:
         """JSON-ready."""
-        plain = {
-            name: getattr(self, name) for name in ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
-        }
+        names = ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
+        plain = {name: getattr(self, name) for name in names} | {"budgets": list(self.budgets)}
         if isinstance(self.source, str):
-            plain["text"] = digest(self.source)
-        else:
-            plain |= {"tasks": list(self.source.tasks), "seed": self.source.seed, "tail": None}
-        return plain | {"budgets": list(self.budgets)}
+            return plain | {"text": digest(self.source)}
+        return plain | {"tasks": list(self.source.tasks), "seed": self.source.seed, "tail": None}
 
     def work(self, lm: LM) -> Work:
         """Window by window; those that the oracle is run on are followed by it. See bench.runs.run.Plan."""
         _check(lm, self)
         if isinstance(self.source, str):
             windows = _cut(lm, self, self.source)
-            oracles = [_shortened(window, self.oracle_context) for window in windows[: self.oracle]]
+            oracles = [window.shortened(self.oracle_context) for window in windows[: self.oracle]]
         else:
             windows = self.source.windows(lm, self.context, self.windows)
             oracles = self.source.windows(lm, self.oracle_context, self.oracle)
@@ -150,9 +143,7 @@ class FidelityPlan:
             for part, read, cells, measure in parts:
                 keys = [f"{part}/{read.name}/{cell.method.label}/{cell.asked!r}" for cell in cells]
                 batches.append(Batch(keys, partial(measure, lm, read, cells, prefilled)))
-        return Work(
-            self.arguments(), self.methods, max(share(budget, self.context) for budget in self.budgets), batches
-        )
+        return Work(self.arguments(), self.methods, max(share(asked, self.context) for asked in self.budgets), batches)
 
 
 @dataclass(frozen=True)
@@ -176,11 +167,12 @@ class Passage:
     def prompt(self) -> list[int]:
         return self.ids[: self.context]
 
+    def shortened(self, context: int) -> Passage:
+        return Passage(self.name, self.ids[: context + self.tail + 1], context, context)
+
 
 def _check(lm: LM, plan: FidelityPlan) -> None:
-    for name, least in (("context", 2), ("tail", 1), ("windows", 1), ("oracle", 0), ("oracle_context", 2)):
-        if getattr(plan, name) < least:
-            raise PromptError(f"{name} {getattr(plan, name)}: give at least {least}")
+    at_least(plan, context=2, tail=1, windows=1, oracle=0, oracle_context=2)
     if plan.oracle and (plan.oracle > plan.windows or plan.oracle_context > plan.context):
         raise PromptError(
             f"oracle {plan.oracle} of {plan.oracle_context} tokens: give no more than windows and context"
@@ -210,10 +202,6 @@ def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Passage]:
     starts = [round(i * room / max(plan.windows - 1, 1)) for i in range(plan.windows)]
     cuts = [lm.encode(before + ids[start : start + size]) for start in starts]
     return [Passage(str(i), cut, plan.context, plan.context) for i, cut in enumerate(cuts)]
-
-
-def _shortened(window: Passage, context: int) -> Passage:
-    return Passage(window.name, window.ids[: context + window.tail + 1], context, context)
 
 
 Prefilled = Callable[[Passage, Sequence[Cell]], Sequence[Session]]  # caches that hold what each cell leaves of a window
@@ -249,11 +237,9 @@ def _held(session: Session) -> Held:
 
 def _row(part: str, window: Passage, cell: Cell, session: Session, held: Held, measures: Mapping[str, Any]) -> Row:
     """A row of a session, which is done with then."""
-    row = cell.row(
-        share(cell.asked, window.asked), session.policy, held, {"part": part, "window": window.name}, measures
-    )
     session.cache.free()
-    return row
+    about = {"part": part, "window": window.name}
+    return cell.row(share(cell.asked, window.asked), session.policy, held, about, measures)
 
 
 @torch.no_grad()
@@ -277,12 +263,8 @@ def layer_errors(lm: LM, session: Session, layers: Sequence[LayerTrace], context
     """Relative error of every layer's attention output over the tail; None where positions are renumbered."""
     if session.policy.slot_positions:
         return None
-    errors = []
-    for index, (trace, keep_HP) in enumerate(zip(layers, kept_masks(session, context), strict=True)):
-        obs = observation(lm, index, trace, trace.k_KLD.shape[1])
-        tail_HT = keep_HP.new_ones(len(keep_HP), trace.k_KLD.shape[1] - context)
-        errors.append(relative_error(lm, obs, torch.cat([keep_HP, tail_HT], 1)))
-    return errors
+    observed = [observation(lm, index, trace, trace.k_KLD.shape[1]) for index, trace in enumerate(layers)]
+    return [tail_error(lm, obs, keep) for obs, keep in zip(observed, kept_masks(session, context), strict=True)]
 
 
 TEXT: must.Fields = {

@@ -98,11 +98,7 @@ def look(
 
 
 def find_marks(lm: LM, text: str, strings: Sequence[str]) -> list[tuple[int, int]]:
-    """Token spans [start, end) of strings in a prompt's text, every occurrence.
-
-    Raises:
-        PromptError: a string that does not occur.
-    """
+    """Token spans [start, end) of strings in a prompt's text, every occurrence."""
     spans = []
     for string in strings:
         at = text.find(string)
@@ -155,11 +151,7 @@ def over_text(kept: Kept) -> Text:
 
 
 def kept_figure(seen: Sequence[Kept]) -> Figure:
-    """A map per policy: heads of all layers down, positions across, dark = kept; below it a close-up of the marked text.
-
-    Raises:
-        OutputError: matplotlib is not installed.
-    """
+    """A map per policy: heads of all layers down, positions across, dark = kept; below it a close-up of the marked text."""
     first = seen[0]
     lines = first.share.shape[0] * first.share.shape[1]
     tall = min(0.5 + 0.09 * lines, 4.0)
@@ -172,7 +164,8 @@ def kept_figure(seen: Sequence[Kept]) -> Figure:
     everywhere = np.stack([kept.share.mean((0, 1))[start:stop] for kept in seen])
     axes = panels[-1]
     axes.imshow(everywhere, cmap=INK, vmin=0, vmax=1, aspect="auto", extent=(start, stop, len(seen), 0))
-    labels = [_label(piece) for piece in first.pieces[start:stop]]
+    visible = str.maketrans({"\n": "↵", " ": "␣"})
+    labels = [piece.translate(visible)[:12] or "∅" for piece in first.pieces[start:stop]]
     axes.set_xticks(np.arange(start, stop) + 0.5, labels, rotation=90, fontsize=6)
     axes.set_yticks(np.arange(len(seen)) + 0.5, [kept.label for kept in seen], fontsize=7)
     axes.set_title(f"share of all heads that kept tokens {start} to {stop - 1}", fontsize=8)
@@ -223,8 +216,3 @@ def _close_up(kept: Kept) -> tuple[int, int]:
     middle = sum(kept.marks[0]) // 2 if kept.marks else length
     start = min(max(0, middle - width // 2), length - width)
     return start, start + width
-
-
-def _label(piece: str) -> str:
-    """A token as a tick label, with visible spaces."""
-    return piece.replace("\n", "↵").replace(" ", "␣")[:12] or "∅"

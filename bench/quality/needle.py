@@ -22,11 +22,7 @@ TASK = "niah_single"
 def needle_plan(
     lengths: Sequence[int], depths: int, methods: Sequence[Method], compression: float, samples: int, **options: Any
 ) -> Plan:
-    """A plan of `depths` depths, evenly from 0 (the beginning of the context) to 1 (its end).
-
-    Raises:
-        PromptError: fewer than 2 depths.
-    """
+    """A plan of `depths` depths, evenly from 0 (the beginning of the context) to 1 (its end)."""
     if depths < 2:
         raise PromptError(f"depths {depths}: from the beginning of the context to its end there are at least 2")
     places = tuple(round(step / (depths - 1), 4) for step in range(depths))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.quality.kept import kept_masks
-from bench.quality.outputs import LayerTrace, observation, relative_error
+from bench.quality.outputs import LayerTrace, observation, tail_error
 from restkv.lm import LM
 from restkv.observe import Observation, attention_BHWC
 from restkv.session import Session
@@ -54,18 +54,14 @@ class Oracle:
             group = obs.group
             union_KP = keep_HP.unflatten(0, (-1, group)).any(1)
             newest = min(WINDOW, int(union_KP.sum()) // len(union_KP) // 2, int(union_KP.sum(-1).min()))
-            gaps["error"].append(self._error(obs, keep_HP))
+            gaps["error"].append(tail_error(self._lm, obs, keep_HP))
             for kind in ("window", "future"):
                 best_KP = self._best(index, kind, newest, union_KP.sum(-1))
-                gaps[f"{kind}_error"].append(self._error(obs, best_KP.repeat_interleave(group, 0)))
+                gaps[f"{kind}_error"].append(tail_error(self._lm, obs, best_KP.repeat_interleave(group, 0)))
             old = self._context - newest
             shared, chosen = (union_KP & best_KP)[:, :old].sum(), best_KP[:, :old].sum()
             gaps["overlap"].append(float(shared / chosen.clamp(min=1)))
         return gaps
-
-    def _error(self, obs: Observation, keep_HP: Tensor) -> float:
-        tail_HT = keep_HP.new_ones(len(keep_HP), obs.k.shape[2] - self._context)
-        return relative_error(self._lm, obs, torch.cat([keep_HP, tail_HT], 1))
 
     def _best(self, index: int, kind: str, newest: int, count_K: Tensor) -> Tensor:
         """Bool [K, P]: what elimination leaves when each head has as many entries as it may keep."""

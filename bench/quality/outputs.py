@@ -67,6 +67,12 @@ def relative_error(lm: LM, obs: Observation, keep_HC: Tensor) -> float:
     return float((part_WE - full_WE).norm() / full_WE.norm())
 
 
+def tail_error(lm: LM, obs: Observation, keep_HP: Tensor) -> float:
+    """relative_error where all columns after those of keep[h] are seen."""
+    tail_HT = keep_HP.new_ones(len(keep_HP), obs.k.shape[2] - keep_HP.shape[1])
+    return relative_error(lm, obs, torch.cat([keep_HP, tail_HT], 1))
+
+
 def attention_output(lm: LM, obs: Observation) -> Tensor:
     """The layer's attention output [W, E] for the observed queries, after W_O, float64."""
     a_HWC = attention_BHWC(obs)[0]

@@ -26,7 +26,7 @@ from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
 from bench.runs.methods import Method, check
-from bench.runs.plans import Asked, Cell, Entries, cells_of, policy_of, share
+from bench.runs.plans import Asked, Cell, Entries, at_least, cells_of, policy_of, share
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held
@@ -58,10 +58,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.name not in PROTOCOLS:
             raise PromptError(f"protocol {self.name!r} is not known; choose from {', '.join(PROTOCOLS)}")
-        needed = {"tokens": 2, **{"prefill": {"context": 2}, "chunked": {"chunk": 1}}.get(self.name, {})}
-        for name, least in needed.items():
-            if getattr(self, name) < least:
-                raise PromptError(f"{name} {getattr(self, name)}: give at least {least}")
+        at_least(self, tokens=2, **{"prefill": {"context": 2}, "chunked": {"chunk": 1}}.get(self.name, {}))
 
     @property
     def read(self) -> int:
@@ -95,8 +92,7 @@ class PerplexityPlan:
 
     def work(self, lm: LM) -> Work:
         """See bench.runs.run.Plan; the texts are in the arguments as a hash."""
-        if self.windows < 1:
-            raise PromptError(f"windows {self.windows}: give at least 1")
+        at_least(self, windows=1)
         protocol, cells = self.protocol, cells_of(self.methods, self.budgets)
         for cell in cells:
             what = f"budget {cell.asked:g} of {protocol.read} tokens"
@@ -126,35 +122,29 @@ def reading_batches(
     def key(number: int, cell: Cell) -> str:
         return f"perplexity/{protocol.name}/{number}/{cell.key}"
 
-    numbered = list(enumerate(windows))
+    batches = []
     if protocol.name == "prefill":
-        return [
-            Batch(
-                [key(number, cell) for cell in cells],
-                partial(_after_prefill, lm, number, window, protocol, cells, entries),
-            )
-            for number, window in numbered
-        ]
-    return [
-        Batch([key(number, cell) for number, _ in some], partial(_from_nothing, lm, some, protocol, cell, entries))
-        for some in (numbered[start : start + BATCH] for start in range(0, len(windows), BATCH))
-        for cell in cells
-    ]
+        for number, window in enumerate(windows):
+            measure = partial(_after_prefill, lm, number, window, protocol, cells, entries)
+            batches.append(Batch([key(number, cell) for cell in cells], measure))
+        return batches
+    numbered = list(enumerate(windows))
+    for start in range(0, len(windows), BATCH):
+        some = numbered[start : start + BATCH]
+        for cell in cells:
+            measure = partial(_from_nothing, lm, some, protocol, cell, entries)
+            batches.append(Batch([key(number, cell) for number, _ in some], measure))
+    return batches
 
 
 def _row(
     at: int, window: Window, protocol: Protocol, cell: Cell, entries: int, policy: Policy, held: Held, said_T: Tensor
 ) -> Row:
-    about = {
-        "part": "perplexity",
-        "protocol": protocol.name,
-        "window": at,
-        "document": window.document,
-        "start": window.start,
-    }
+    place = {"window": at, "document": window.document, "start": window.start}
     counts = {"tokens": len(said_T), "words": window.words, "text_bytes": window.bytes}
-    nll = round(-float(said_T.double().sum()), 6)
-    return cell.row(entries, policy, held, about, {"prompt": digest(repr(window.ids)), **counts, "nll": nll})
+    measures = {"prompt": digest(repr(window.ids)), **counts, "nll": round(-float(said_T.double().sum()), 6)}
+    about = {"part": "perplexity", "protocol": protocol.name, **place}
+    return cell.row(entries, policy, held, about, measures)
 
 
 def _after_prefill(

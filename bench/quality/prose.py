@@ -7,6 +7,7 @@ no sentence is used twice, so that the text reads like a story, and a model cann
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 
 # Things with names: they furnish the scenes, are what a needle marks, and are the words of the long lists.
@@ -179,18 +180,10 @@ def sentences(rng: random.Random) -> Iterator[str]:
         fixed |= {"there": there, "when": rng.choice(TIMES)}
         plan = [rng.choice(OPENINGS), *rng.sample(MIDDLES, rng.randint(5, 10)), rng.choice(ENDINGS)]
         for template in plan:
-            yield _with_articles(template.format(**fixed, **{name: rng.choice(words) for name, words in SLOTS.items()}))
+            sentence = template.format(**fixed, **{name: rng.choice(words) for name, words in SLOTS.items()})
+            yield re.sub(r"(?<!\S)a (?=[aeiou])", "an ", sentence)
 
 
 def listing(words: list[str] | tuple[str, ...]) -> str:
     """The words as a sentence lists them: a, b and c."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _with_articles(sentence: str) -> str:
-    """Write "an owl" for "a owl"."""
-    words = sentence.split(" ")
-    for index, word in enumerate(words[:-1]):
-        if word == "a" and words[index + 1][0] in "aeiou":
-            words[index] = "an"
-    return " ".join(words)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 from bench.quality.tasks import Frame, Sample, make_sample, score
@@ -18,7 +19,7 @@ from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
 from bench.runs.methods import Method, check, equal_bytes
-from bench.runs.plans import Cell, cells_of, check_compression, compressed, modes_of
+from bench.runs.plans import Cell, at_least, cells_of, check_compression, compressed, modes_of
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, answer_all, pattern_of
@@ -63,16 +64,8 @@ class Plan:
         return {**said, "evict": "prompt" if once else "always"}
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        return modes_of(self.question)
-
-    @property
     def cells(self) -> list[Cell]:
         return cells_of(self.methods, self.compression)
-
-    @property
-    def places(self) -> list[tuple[int, str, float | None]]:
-        return [(length, task, depth) for length in self.lengths for task in self.tasks for depth in self.depths]
 
     def work(self, lm: LM) -> Work:
         """Sample by sample, number by number, so that a broken run has some of everything. See bench.runs.run.Plan."""
@@ -104,11 +97,10 @@ class Plan:
 
         batches = []
         for index in range(self.samples):
-            for length, task, depth in self.places:
+            for length, task, depth, mode in product(self.lengths, self.tasks, self.depths, modes_of(self.question)):
                 at = "" if depth is None else f"@{depth:g}"
-                for mode in self.modes:
-                    keys = [f"{mode}/{task}{at}/{length}/{index}/{cell.key}" for cell in self.cells]
-                    batches.append(Batch(keys, partial(rows, length, task, depth, mode, index)))
+                keys = [f"{mode}/{task}{at}/{length}/{index}/{cell.key}" for cell in self.cells]
+                batches.append(Batch(keys, partial(rows, length, task, depth, mode, index)))
         entries = compressed(min(self.compression), max(self.lengths))
         return Work(self.arguments(), self.methods, entries, batches)
 
@@ -130,8 +122,7 @@ def answer(
 
 def _check(lm: LM, plan: Plan) -> None:
     modes_of(plan.question)
-    if plan.samples < 1:
-        raise PromptError(f"samples {plan.samples}: give at least 1")
+    at_least(plan, samples=1)
     pattern_of(plan.prefill)
     for name, values in (("task", plan.tasks), ("length", plan.lengths), ("compression", plan.compression)):
         if not values:
@@ -144,13 +135,10 @@ def _check(lm: LM, plan: Plan) -> None:
             stacklevel=3,
         )
     frame = Frame(lm.tokenizer, plan.chat)
-    for length in plan.lengths:
-        for task in plan.tasks:
-            for depth in plan.depths:
-                make_sample(task, length, plan.seed, 0, frame, depth)
-        for method in plan.methods:
-            for compression in plan.compression:
-                check(lm, method, compressed(compression, length), length, f"{length} tokens at {compression:g}x")
+    for length, task, depth in product(plan.lengths, plan.tasks, plan.depths):
+        make_sample(task, length, plan.seed, 0, frame, depth)
+    for length, cell in product(plan.lengths, plan.cells):
+        check(lm, cell.method, compressed(cell.asked, length), length, f"{length} tokens at {cell.asked:g}x")
 
 
 def _total(arguments: Mapping[str, Any]) -> int:

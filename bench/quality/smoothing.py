@@ -24,9 +24,9 @@ from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
 from bench.runs.methods import Method, check
-from bench.runs.plans import Cell, cells_of, check_compression, compressed, modes_of
+from bench.runs.plans import Cell, at_least, cells_of, check_compression, compressed, modes_of
 from bench.runs.run import Work
-from restkv.errors import PolicyError, PromptError, RestKVWarning
+from restkv.errors import PolicyError, RestKVWarning
 from restkv.lm import LM
 
 SUBJECT = "restkv@paper"
@@ -74,10 +74,7 @@ class SmoothingPlan:
         A compression that leaves a method fewer entries than it can work with is left out, and said to be (RestKVWarning); a
         method that can work with none of them is refused.
         """
-        least = {"length": 2, "tail": 2, "windows": 1, "samples": 1}
-        for what, bound in least.items():
-            if getattr(self, what) < bound:
-                raise PromptError(f"{what} {getattr(self, what)}: give at least {bound}")
+        at_least(self, length=2, tail=2, windows=1, samples=1)
         check_compression(self.compression, self.length)
         modes, protocol = modes_of(self.question), Protocol("prefill", self.tail, self.length)
         documents = self.documents or (prose(lm.tokenizer, self.windows * (self.length + self.tail), self.seed),)

@@ -21,7 +21,7 @@ import random
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, combinations, islice, pairwise
 from typing import Any
@@ -33,6 +33,7 @@ from restkv.errors import PromptError
 ANSWER_ROOM = 16  # tokens an answer may take beyond the expected one
 COUNTS = {1: "", 2: "two ", 3: "three ", 4: "four "}
 ORDINALS = ("first", "second", "third", "fourth")
+Needle = tuple[str, float]  # a sentence, and its depth in the context
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,11 @@ class Sample:
         context, question, answer_prefix: the prompt's three parts, to be joined by spaces; the model goes on from the last.
         answers: the strings a right answer contains, in any order.
         target: the expected continuation (without its full stop).
-        length: tokens asked for, those of the prompt and the room for the answer together.
         depth: where in the context the asked needle stands, 0 = its beginning; None for tasks with several.
         max_new_tokens: the room for the answer.
-        meta: what the task drew (keys, depths, counts), JSON-ready.
+        meta: what the task drew: "needles" (sentence, depth), and how many "units" of filler there are.
     """
 
-    task: str
-    length: int
-    seed: int
-    index: int
     context: str
     question: str
     answer_prefix: str
@@ -113,6 +109,7 @@ class Draft:
 
     Attributes:
         body: the context's sentences made of n units of filler, whatever else it has to say among them.
+        needles: (sentence, depth) of those among it.
         clear: whether n units are enough for the question to have one answer.
     """
 
@@ -123,11 +120,14 @@ class Draft:
     target: str
     body: Callable[[int], list[str]]
     depth: float | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
+    needles: Sequence[Needle] = ()
     clear: Callable[[int], bool] = lambda units: True
 
     def context(self, units: int, pads: Sequence[str] = ()) -> str:
         return " ".join([self.intro, *pads, *self.body(units)])
+
+
+SAID = ("question", "answer_prefix", "answers", "target", "depth")  # by drafts and samples alike
 
 
 def make_sample(task: str, length: int, seed: int, index: int, frame: Frame, depth: float | None = None) -> Sample:
@@ -135,8 +135,6 @@ def make_sample(task: str, length: int, seed: int, index: int, frame: Frame, dep
 
     Args:
         depth: where the needle shall be, in [0, 1]; only for DEPTH_TASKS, which draw it when it is not given.
-    Raises:
-        PromptError: unknown task, a depth it does not take, or a length too short for it.
     """
     if task not in TASKS:
         raise PromptError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
@@ -148,20 +146,8 @@ def make_sample(task: str, length: int, seed: int, index: int, frame: Frame, dep
     context, units = _fit(draft, frame, length, room, f"task {task}: length {length}")
     if not draft.clear(units):
         raise PromptError(f"task {task}: length {length} is too short for its counts to differ; ask for more")
-    return Sample(
-        task,
-        length,
-        seed,
-        index,
-        context,
-        draft.question,
-        draft.answer_prefix,
-        draft.answers,
-        draft.target,
-        draft.depth,
-        room,
-        {**draft.meta, "units": units},
-    )
+    said = {name: getattr(draft, name) for name in SAID}
+    return Sample(context, **said, max_new_tokens=room, meta={"needles": draft.needles, "units": units})
 
 
 def score(output: str, answers: Sequence[str]) -> float:
@@ -212,7 +198,7 @@ def _fit(draft: Draft, frame: Frame, length: int, room: int, what: str) -> tuple
 # -- needles in prose
 
 
-def _prose(rng: random.Random, needles: Sequence[tuple[str, float]]) -> Callable[[int], list[str]]:
+def _prose(rng: random.Random, needles: Sequence[Needle]) -> Callable[[int], list[str]]:
     """n sentences of filler, with needles between them, each at its depth."""
     source = sentences(random.Random(rng.getrandbits(64)))
     drawn: list[str] = []
@@ -311,16 +297,9 @@ def _niah(keys: int, values: int, queried: int) -> Callable[[random.Random, str,
         needles = [(told(fact), at) for fact, at in zip(facts, depths, strict=True)]
         wanted = facts[: queried * values]
         prefix, target = asked(wanted)
-        return Draft(
-            CODES_INTRO,
-            code_question(things[:queried], values),
-            prefix,
-            tuple(number for _, number in wanted),
-            target,
-            _prose(rng, needles),
-            depths[0] if single else None,
-            {"needles": [[needle, round(at, 4)] for needle, at in needles]},
-        )
+        question, answers = code_question(things[:queried], values), tuple(number for _, number in wanted)
+        body, place = _prose(rng, needles), depths[0] if single else None
+        return Draft(CODES_INTRO, question, prefix, answers, target, body, place, needles)
 
     return draw
 
@@ -334,20 +313,13 @@ def _tracking(rng: random.Random, _: str, depth: float | None) -> Draft:
     """Numbers in boxes, and boxes in boxes, told from the inside outwards; the other chain is there to mislead."""
     size = HOPS + 1
     names, numbers = draw_names(rng, CHAINS * size), draw_numbers(rng, CHAINS)
-    needles: list[tuple[str, float]] = []
+    needles: list[Needle] = []
     for chain, number in enumerate(numbers):
         facts = box_facts(number, names[chain * size : (chain + 1) * size])
         needles += zip(map(told, facts), _depths(rng, size), strict=True)
     prefix, target = asked(box_facts(numbers[0], names[:size]))
-    return Draft(
-        BOXES_INTRO,
-        box_question(numbers[0], size),
-        prefix,
-        tuple(names[:size]),
-        target,
-        _prose(rng, needles),
-        meta={"needles": [[needle, round(at, 4)] for needle, at in needles]},
-    )
+    question, answers = box_question(numbers[0], size), tuple(names[:size])
+    return Draft(BOXES_INTRO, question, prefix, answers, target, _prose(rng, needles), needles=needles)
 
 
 # -- words that come up often

@@ -81,8 +81,6 @@ def score_rows(
         tally: counts every row after the longest of its continuations.
     Returns:
         one list per row, in the order of its continuations.
-    Raises:
-        PolicyError: the protected entries of a row do not fit into its budget.
     """
     longest = max(len(ids) for row in continuations for ids in row)
     session = Session(lm.engine, policy, [*map(len, contexts)], longest, prefill=prefill, forks=int(longest > 1))
@@ -141,7 +139,8 @@ def score_forks(
         tally: counts every row after the longest of its continuations.
     """
     scores: list[dict[int, Score]] = [{} for _ in continuations]
-    orders = [_longest_first(row) for row in continuations]  # so that rows share their steps
+    # The longest first, so that rows share their steps.
+    orders = [sorted(range(len(row)), key=lambda index, row=row: -len(row[index])) for row in continuations]  # type: ignore[misc]
     for wave in range(max(map(len, orders))):
         some = [order[wave] if wave < len(order) else None for order in orders]
         targets = [() if index is None else row[index] for index, row in zip(some, continuations, strict=True)]
@@ -153,11 +152,6 @@ def score_forks(
             tally.add(fork.cache.next_pos.tolist(), fork.kept(), fork.evictions)
         fork.cache.free()
     return [[row[index] for index in range(len(row))] for row in scores]
-
-
-def _longest_first(texts: Sequence[Ids]) -> list[int]:
-    """Indices of texts by falling length."""
-    return sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
 
 def _force(session: Session, targets: Sequence[Ids]) -> list[Score]:

@@ -15,22 +15,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from bench.quality import tasks
 from bench.quality.prose import ADJECTIVES, CODED_WORDS, NOUNS, sentences
-from bench.quality.tasks import (
-    BOXES_INTRO,
-    CODES_INTRO,
-    TASKS,
-    Fact,
-    asked,
-    box_facts,
-    box_question,
-    code_facts,
-    code_question,
-    draw_names,
-    draw_numbers,
-    draw_things,
-    told,
-)
+from bench.quality.tasks import TASKS, Fact
 
 BOS, EOS = "<s>", "</s>"
 LINES = 0.15  # share of lessons that are conversations
@@ -155,27 +142,27 @@ class Lessons:
     def codes(self, length: int, filler: bool) -> Lesson:
         """Things with codes: one is asked for, or those of several things, or the several codes of one thing."""
         rng = self.rng
-        things = iter(draw_things(rng, rng.randint(2, min(24, max(3, length // 24)))))
+        things = iter(tasks.draw_things(rng, rng.randint(2, min(24, max(3, length // 24)))))
         asks = []
         for thing in things:
             kind = rng.choices(ASKS[1:4], (3, 2, 2))[0]
             group = [thing, *islice(things, rng.randint(1, 3))] if kind == "codes of several" else [thing]
             values = rng.randint(2, 4) if kind == "several codes" else 1
-            facts = code_facts(group, draw_numbers(rng, values * len(group)))
-            asks.append(Ask(kind if len(facts) > 1 else "code", code_question(group, values), facts))
-        return self._lesson(length, filler, CODES_INTRO, asks)
+            facts = tasks.code_facts(group, tasks.draw_numbers(rng, values * len(group)))
+            asks.append(Ask(kind if len(facts) > 1 else "code", tasks.code_question(group, values), facts))
+        return self._lesson(length, filler, tasks.CODES_INTRO, asks)
 
     def boxes(self, length: int, filler: bool) -> Lesson:
         """Numbers in boxes, and boxes in boxes."""
         rng = self.rng
-        numbers = draw_numbers(rng, rng.randint(1, min(6, max(2, length // 80))))
-        names = iter(draw_names(rng, 4 * len(numbers)))
+        numbers = tasks.draw_numbers(rng, rng.randint(1, min(6, max(2, length // 80))))
+        names = iter(tasks.draw_names(rng, 4 * len(numbers)))
         chains = [list(islice(names, rng.randint(1, 4))) for _ in numbers]
         asks = [
-            Ask("boxes", box_question(number, len(boxes)), box_facts(number, boxes))
+            Ask("boxes", tasks.box_question(number, len(boxes)), tasks.box_facts(number, boxes))
             for number, boxes in zip(numbers, chains, strict=True)
         ]
-        return self._lesson(length, filler, BOXES_INTRO, asks)
+        return self._lesson(length, filler, tasks.BOXES_INTRO, asks)
 
     def _lesson(self, length: int, filler: bool, intro: str, asks: list[Ask]) -> Lesson:
         """The facts, between prose if wanted, and the questions: a random number of them, or as many as there is room for.
@@ -198,10 +185,10 @@ class Lessons:
             places = [rng.random() for _ in ask.facts]
             if ask.kind == "boxes":
                 places.sort()
-            told_ids = [encode(told(fact)) for fact in ask.facts]
+            told_ids = [encode(tasks.told(fact)) for fact in ask.facts]
             cost = sum(map(len, told_ids))
             if number < most:
-                prefix, target = asked(ask.facts)
+                prefix, target = tasks.asked(ask.facts)
                 if lines:
                     put = self.encode(f"\n{ask.question}\n"), self.encode(f"{prefix}{target}."), ask.kind
                 else:

@@ -52,11 +52,7 @@ class Panel:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches.
-
-    Raises:
-        OutputError: matplotlib is not installed.
-    """
+    """An empty figure in inches."""
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
@@ -144,11 +140,7 @@ def _draw_line(axes: Axes, line: Line, order: Sequence[str], log_x: bool) -> Any
     return axes.errorbar(
         [x * 2**nudge if log_x else x + nudge for x in line.x],
         [estimate.mean for estimate in line.y],
-        yerr=np.clip(
-            [[e.mean - e.low for e in line.y], [e.high - e.mean for e in line.y]],
-            0,
-            None,
-        ),
+        yerr=np.clip([[e.mean - e.low for e in line.y], [e.high - e.mean for e in line.y]], 0, None),
         markersize=4,
         linewidth=1.2,
         elinewidth=0.7,
@@ -167,39 +159,23 @@ class Grid:
     values: Sequence[Sequence[float | None]]
 
 
-def heat_maps(
-    grids: Sequence[Grid],
-    row_name: str,
-    column_name: str,
-    value_name: str,
-    *,
-    limits: tuple[float, float] | None = None,
-    columns: int = 4,
-) -> Figure:
-    """Maps side by side under one scale, the value in every cell.
-
-    Raises:
-        OutputError: there are too many cells to write into.
-    """
+def heat_maps(grids: Sequence[Grid], row_name: str, column_name: str, value_name: str) -> Figure:
+    """Maps side by side, four in a row, of values from 0 to 1, which are written into the cells."""
     cells = sum(len(grid.rows) * len(grid.columns) for grid in grids)
     if cells > MOST_CELLS:
         raise OutputError(f"a map of {cells} cells cannot be drawn; give fewer lengths, depths or methods")
-    columns = min(columns, len(grids))
+    columns = min(4, len(grids))
     rows = math.ceil(len(grids) / columns)
     wide = max(len(grid.columns) for grid in grids) * 0.5 + 0.5 + 0.06 * max(len(r) for g in grids for r in g.rows)
     tall = max(len(grid.rows) for grid in grids) * 0.3 + 0.9
     figure = new_figure(max(1.8, wide) * columns + 0.9, max(1.6, tall) * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
-    known = [value for grid in grids for row in grid.values for value in row if value is not None]
-    low, high = limits or (min(known, default=0.0), max(known, default=1.0))
-    image = None
     for place, (axes, grid) in enumerate(zip(panels.flat, grids, strict=False)):
-        array = np.array([[np.nan if value is None else value for value in row] for row in grid.values], dtype=float)
-        image = axes.imshow(array, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        array = np.array(grid.values, dtype=float)  # None becomes nan
+        image = axes.imshow(array, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(array):
-            dark = not value > low + 0.55 * (high - low)
             text = "·" if math.isnan(value) else f"{value:.2g}"
-            colour = "black" if math.isnan(value) else "white" if dark else "black"
+            colour = "white" if value <= 0.55 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
         axes.set_title(grid.title, fontsize=9)
         axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize=7)
@@ -209,21 +185,14 @@ def heat_maps(
         axes.set_xlabel(column_name, fontsize=8)
     for axes in panels.flat[len(grids) :]:
         axes.set_axis_off()
-    if image is not None:
-        figure.colorbar(image, ax=panels.ravel().tolist(), label=value_name, shrink=0.9)
+    figure.colorbar(image, ax=panels.ravel().tolist(), label=value_name, shrink=0.9)
     return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure at 200 dots per inch.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=200, format="png", metadata={"Software": None})
+    """Write a figure at 200 dots per inch."""
     with replaced(path) as file:
-        file.write(picture.getbuffer())
+        figure.savefig(file, dpi=200, format="png", metadata={"Software": None})
 
 
 def as_image(figure: Figure, description: str) -> str:

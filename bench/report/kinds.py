@@ -15,48 +15,35 @@ from restkv.saving.strict_json import shown
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The manifest of a run and its rows, in which all that parts and pages are made of is there and of its type.
-
-    Raises:
-        RunError: something is not, or the run is of a kind that has no page (it is named).
-    """
+    """The manifest of a run and its rows, in which all that parts and pages are made of is there and of its type."""
     manifest, rows = read_manifest(folder), read_rows(folder)
-    place = folder / MANIFEST
-    try:
+    with _written_by_a_bench(f"{folder / MANIFEST}: ", "run the bench again into another folder"):
         require(MADE, manifest)
-        kind = manifest["kind"]
-        if kind not in names():
-            raise RunError(f"{folder}: a run of kind {shown(kind)}; pages are made of {', '.join(names())}")
-        place, found = place / "arguments", benchmark(kind)
-        counted = {} if found.may_grow else {"results": whole()}
-        require({"methods": many(name, 1), **counted, **found.arguments}, manifest["arguments"])
-    except KeyError as error:
-        raise RunError(f"{place}: has no {error}; run the bench again into another folder") from None
-    except ValueError as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{place}: {error}, not as a bench writes it; run it again into another folder") from None
+    kind, arguments = manifest["kind"], manifest["arguments"]
+    if kind not in names():
+        raise RunError(f"{folder}: a run of kind {shown(kind)}; pages are made of {', '.join(names())}")
+    found = benchmark(kind)
+    counted = {} if found.may_grow else {"results": whole()}
+    with _written_by_a_bench(f"{folder / MANIFEST / 'arguments'}: ", "run the bench again into another folder"):
+        require({"methods": many(name, 1), **counted, **found.arguments}, arguments)
     for row in rows:
-        try:
-            require_row(found.rows, manifest["arguments"], row)
-        except KeyError as error:
-            raise RunError(
-                f"result {shown(row['key'])} has no {error}; delete its line of {SAMPLES} and run again"
-            ) from None
-        except ValueError as error:
-            raise RunError(
-                f"{folder}: in the result {shown(row['key'])}, {error}; delete its line of {SAMPLES} and run again"
-            ) from None
+        what = f"{folder}: in the result {shown(row['key'])}, "
+        with _written_by_a_bench(what, f"delete its line of {SAMPLES} and run again"):
+            require_row(found.rows, arguments, row)
     return manifest, rows
 
 
 @contextmanager
-def fitting(what: str) -> Iterator[None]:
-    """Around whatever makes tables or figures of rows.
+def _written_by_a_bench(place: str, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f"{place}{error}, not as a bench writes it; {mend}") from None
 
-    Raises:
-        RunError: they do not fit together.
-    """
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Around whatever makes tables or figures of rows: that these do not fit together is a RunError."""
     try:
         yield
     except RestKVError:
@@ -69,11 +56,7 @@ def fitting(what: str) -> Iterator[None]:
 
 
 def parts(kind: str, arguments: Mapping[str, Any], rows: Sequence[Line]) -> list[Part]:
-    """Tables and figures of a run, in reading order.
-
-    Raises:
-        RunError: rows that do not fit together.
-    """
+    """Tables and figures of a run, in reading order."""
     with fitting("tables"):
         return benchmark(kind).parts(arguments, rows) if rows else []
 
@@ -84,11 +67,7 @@ def progress(kind: str, arguments: Mapping[str, Any], rows: Sequence[Line]) -> t
 
 
 def draw_pictures(folder: Path) -> list[Path]:
-    """The files that a run's benchmark draws beside its page, if any.
-
-    Raises:
-        RunError: see read_run. OutputError: one cannot be written.
-    """
+    """The files that a run's benchmark draws beside its page, if any."""
     manifest, rows = read_run(folder)
     pictures = benchmark(manifest["kind"]).pictures
     if pictures is None:

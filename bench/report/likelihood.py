@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-from bench.report.stats import Estimate, exp, grouped, mean_interval, paired_difference, ratio_interval
-from bench.report.tables import (
-    FULL,
-    QUESTION,
-    Part,
-    Row,
-    Table,
-    accuracies,
-    accuracy,
-    accuracy_table,
-    by_cell,
-    drawing,
-    panel,
-    plain_mean,
-    scores_of,
-)
+from bench.report import tables
+from bench.report.stats import Estimate, Values, exp, grouped, paired_difference, ratio_interval
+from bench.report.tables import FULL, Column, Part, Row, Table
 
 UNITS = {"token": "tokens", "word": "words", "byte": "text_bytes"}
 
@@ -33,11 +20,13 @@ def anli_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     made: list[Part] = []
     parts = grouped(rows, "question")
     for (mode,), part in parts.items():
-        made.append(accuracy_table(f"Accuracy, {QUESTION[mode]}", "task", part, arguments))
+        made.append(tables.accuracy_table(f"Accuracy, {tables.QUESTION[mode]}", "task", part, arguments))
         if len(arguments["tasks"]) > 1:
-            made.append(_by_round(f"By round, {QUESTION[mode]}", part, arguments))
-    panels = [panel(f"query-{mode}", accuracies(part, arguments), arguments) for (mode,), part in parts.items()]
-    return made + drawing(
+            made.append(_by_round(f"By round, {tables.QUESTION[mode]}", part, arguments))
+    panels = [
+        tables.panel(f"query-{mode}", tables.accuracies(part, arguments), arguments) for (mode,), part in parts.items()
+    ]
+    return made + tables.drawing(
         "Accuracy against what is kept of the prompt. Mean over rounds; bars are 95 % intervals; guessing is right in a "
         "third of all cases.",
         panels,
@@ -50,16 +39,13 @@ def anli_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
 def _by_round(caption: str, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Table:
     """Every round's accuracy and its difference to the full cache, sample by sample, each with its interval."""
     rounds = [task for task in arguments["tasks"] if any(row["task"] == task for row in rows)]
-    full = scores_of([row for row in rows if row["method"] == FULL], "task")
     lines = []
-    for method, asked, part in by_cell(rows, arguments):
-        scores = scores_of(part, "task")
+    for method, asked, part in tables.by_cell(rows, arguments):
         line = [method, f"{asked:g}"]
         for task in rounds:
-            ours = scores.get(task, {})
-            difference = None if method == FULL else paired_difference((ours, full.get(task, {})))
-            line.append(mean_interval(list(ours.values())).show() if ours else "")
-            line.append(difference.show(sign="+") if difference else "")
+            some = [row for row in part if row["task"] == task]
+            line.append(str(_accuracy(some)) if some else "")
+            line.append(tables.signed(tables.minus_full(some, rows, _by_task)) if some else "")
         lines.append(line)
     heads = [head for task in rounds for head in (f"{task} [95 %]", f"{task} minus full [95 %]")]
     return Table(caption, ["method", "at", *heads], lines)
@@ -72,9 +58,9 @@ def _perplexity(rows: Sequence[Row], unit: str = "token") -> Estimate:
     return ratio_interval([row["nll"] for row in rows], [row[UNITS[unit]] for row in rows]).through(exp)
 
 
-def _nats(rows: Sequence[Row]) -> dict[Any, float]:
-    """Window -> negative log-likelihood, nats per token."""
-    return {row["window"]: row["nll"] / row["tokens"] for row in rows}
+def _nats(rows: Sequence[Row]) -> Values:
+    """Window -> negative log-likelihood, nats per token; all in one group."""
+    return {"text": {row["window"]: row["nll"] / row["tokens"] for row in rows}}
 
 
 def perplexity_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
@@ -84,28 +70,23 @@ def perplexity_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[
         "prefill": f"after {arguments['context']} tokens, which were evicted",
         "chunked": f"in chunks of {arguments['chunk']} tokens, evicting after each",
     }
-    full = _nats([row for row in rows if row["method"] == FULL])
-    lines, means = [], {}
-    for method, asked, part in by_cell(rows, arguments):
-        means[method, asked] = _perplexity(part)
-        ratio = paired_difference((_nats(part), full)) if method != FULL else None
-        lines.append(
-            [
-                method,
-                f"{asked:g}",
-                f"{plain_mean(row['kept'] for row in part):.0f}",
-                *(_perplexity(part, unit).show() for unit in UNITS),
-                ratio.through(exp).show() if ratio else "",
-                str(len(part)),
-            ]
-        )
-    columns = ["method", "at", "kept", *(f"per {unit} [95 %]" for unit in UNITS), "over full [95 %]", "n"]
+
+    def per(unit: str) -> Column:
+        return lambda part: str(_perplexity(part, unit))
+
+    def over_full(part: Sequence[Row]) -> str:
+        ratio = tables.minus_full(part, rows, _nats)
+        return str(ratio.through(exp)) if ratio else ""
+
+    cells = tables.by_cell(rows, arguments)
+    columns = {f"per {unit} [95 %]": per(unit) for unit in UNITS} | {"over full [95 %]": over_full}
     caption = f"Perplexity ({protocol}): {arguments['tokens']} tokens of each of {count} windows, read {read[protocol]}"
+    means = {(method, asked): _perplexity(part) for method, asked, part in cells}
     return [
-        Table(caption, columns, lines),
-        *drawing(
+        tables.cell_table(caption, [(method, f"{asked:g}", part) for method, asked, part in cells], columns),
+        *tables.drawing(
             "Perplexity per token by what is kept. Bars are 95 % intervals over windows.",
-            [panel(protocol, means, arguments)],
+            [tables.panel(protocol, means, arguments)],
             arguments,
             "share or entries kept",
             "perplexity",
@@ -116,66 +97,83 @@ def perplexity_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[
 
 # -- smoothing
 
-Values = Callable[[Sequence[Row]], dict[Any, dict[Any, float]]]  # one cell's rows: group -> sample -> value
+
+@dataclass(frozen=True)
+class Measure:
+    """What a part of the rows is judged by.
+
+    Attributes:
+        values: of a cell's rows; rising: whether more of them is better.
+        level: what a cell's rows come to.
+    """
+
+    name: str
+    unit: str
+    rows: Sequence[Row]
+    values: Callable[[Sequence[Row]], Values]
+    rising: bool
+    level: Callable[[Sequence[Row]], Estimate]
 
 
 def smoothing_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     """The verdict first, then the differences it comes from, then the levels."""
     text = [row for row in rows if row["part"] == "perplexity"]
     choices = grouped([row for row in rows if row["part"] == "choice"], "question")
-    # (name, rows, values of a cell, whether more is better, the cell's level)
-    measures: list[tuple[str, Sequence[Row], Values, bool, Callable[[Sequence[Row]], Estimate]]] = []
-    if text:
-        measures.append(("perplexity", text, _by_text, False, _perplexity))
-    for (mode,), chosen in choices.items():
-        measures.append((f"accuracy, query-{mode}", chosen, partial(scores_of, by="task"), True, accuracy))
+    measures = [Measure("perplexity", "nats per token, less", text, _nats, False, _perplexity)] if text else []
+    measures += [
+        Measure(f"accuracy, query-{mode}", "share of right answers, more", some, _by_task, True, _accuracy)
+        for (mode,), some in choices.items()
+    ]
+    subject = arguments["methods"][1]
     verdicts: list[list[str]] = []
     differences: list[Part] = []
     levels: list[Part] = []
-    for name, some, values, rising, level in measures:
-        found = _differences(some, arguments, values)
-        verdicts += _verdicts(name, found, arguments, rising)
-        unit = "nats per token, less is better" if name == "perplexity" else "share of right answers, more is better"
-        caption = f"{arguments['methods'][1]} minus the others, {name} ({unit}; paired, 95 % intervals)"
-        differences.append(_by_rate(caption, found, arguments, lambda e: e.show(sign="+")))
-        cells = {(m, at): level(part) for m, at, part in by_cell(some, arguments)}
-        whole = next((f"{one}, n = {one.n}" for (method, _), one in cells.items() if method == FULL), "not run yet")
-        title = f"{name[0].upper()}{name[1:]}"
-        levels.append(_by_rate(f"{title} by compression (full cache: {whole})", cells, arguments, str))
-        levels += drawing(
+    for measure in measures:
+        cells = tables.by_cell(measure.rows, arguments)
+        found = _differences(subject, {(method, asked): measure.values(part) for method, asked, part in cells})
+        verdicts += _verdicts(measure, found, arguments)
+        caption = f"{subject} minus the others, {measure.name} ({measure.unit} is better; paired, 95 % intervals)"
+        differences.append(tables.rate_table(caption, found, arguments, tables.signed))
+        level = {(method, asked): measure.level(part) for method, asked, part in cells}
+        full = level.get((FULL, 1.0))
+        title = f"{measure.name[0].upper()}{measure.name[1:]}"
+        whole = f"{full}, n = {full.n}" if full else "not run yet"
+        evicting = {cell: one for cell, one in level.items() if cell[0] != FULL}
+        levels.append(tables.rate_table(f"{title} by compression (full cache: {whole})", evicting, arguments))
+        levels += tables.drawing(
             f"{title} against compression. Bars are 95 % intervals; the grey line is the full cache.",
-            [panel("", cells, arguments)],
+            [tables.panel("", level, arguments)],
             arguments,
             "compression",
-            name.split(",")[0],
-            log_y=name == "perplexity",
+            measure.name.split(",")[0],
+            log_y=measure.name == "perplexity",
         )
-    heads = ["measure", f"{arguments['methods'][1]} against", "better at", "worse at", "undecided at"]
+    heads = ["measure", f"{subject} against", "better at", "worse at", "undecided at"]
     caption = "Where the 95 % interval of the paired difference leaves zero out, and on which side"
     return [Table(caption, heads, verdicts), *differences, *levels]
 
 
-def _by_text(rows: Sequence[Row]) -> dict[Any, dict[Any, float]]:
-    return {"text": _nats(rows)}
+def _by_task(rows: Sequence[Row]) -> Values:
+    return tables.scores_of(rows, "task")
 
 
-def _differences(rows: Sequence[Row], arguments: Mapping[str, Any], values: Values) -> dict[tuple[str, Any], Estimate]:
+def _accuracy(rows: Sequence[Row]) -> Estimate:
+    return tables.accuracy(rows, "task")
+
+
+def _differences(subject: str, cells: Mapping[tuple[str, Any], Values]) -> dict[tuple[str, Any], Estimate]:
     """(other method, compression) -> the subject's value minus the other's; the full cache is not among the others."""
-    subject = arguments["methods"][1]
-    cells = {(method, asked): values(part) for method, asked, part in by_cell(rows, arguments)}
     found = {}
     for (method, asked), theirs in cells.items():
-        ours = cells.get((subject, asked))
-        if ours is None or method in (subject, FULL):
-            continue
-        difference = paired_difference(*((ours[group], theirs[group]) for group in ours if group in theirs))
-        if difference is not None:
-            found[method, asked] = difference
+        if method not in (subject, FULL) and (subject, asked) in cells:
+            difference = paired_difference(cells[subject, asked], theirs)
+            if difference is not None:
+                found[method, asked] = difference
     return found
 
 
 def _verdicts(
-    name: str, found: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, Any], rising: bool
+    measure: Measure, found: Mapping[tuple[str, Any], Estimate], arguments: Mapping[str, Any]
 ) -> list[list[str]]:
     lines = []
     for method in arguments["methods"][2:]:
@@ -183,24 +181,8 @@ def _verdicts(
         for (other, asked), difference in found.items():
             if other == method:
                 above, below = difference.low > 0, difference.high < 0
-                side = "undecided" if not (above or below) else "better" if above == rising else "worse"
+                side = "undecided" if not (above or below) else "better" if above == measure.rising else "worse"
                 sides[side].append(f"{asked:g}x")
         if any(sides.values()):
-            lines.append([name, method, *(", ".join(rates) or "-" for rates in sides.values())])
+            lines.append([measure.name, method, *(", ".join(rates) or "-" for rates in sides.values())])
     return lines
-
-
-def _by_rate(
-    caption: str,
-    cells: Mapping[tuple[str, Any], Estimate],
-    arguments: Mapping[str, Any],
-    show: Callable[[Estimate], str],
-) -> Table:
-    """A line per method, a column per compression."""
-    rates = arguments["compression"]
-    methods = [m for m in arguments["methods"] if m != FULL and any(method == m for method, _ in cells)]
-    lines = [
-        [method, *(show(cells[method, rate]) if (method, rate) in cells else "" for rate in rates)]
-        for method in methods
-    ]
-    return Table(caption, ["method", *(f"{rate:g}x" for rate in rates)], lines)

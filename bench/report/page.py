@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -14,6 +15,7 @@ from bench.report.kinds import fitting, parts, progress, read_run
 from bench.runs.benchmark import Table, benchmark
 from bench.runs.folder import TIMINGS
 from bench.runs.lines import RunError, lines
+from bench.runs.schema import number
 from restkv.files import write_text
 from restkv.saving.strict_json import parse
 
@@ -36,11 +38,7 @@ pre { white-space: pre-wrap; font-size: .8rem; background: #f4f4f4; padding: .6r
 
 
 def write_report(folder: Path) -> Path:
-    """Build DIR/report.html from the manifest and the rows alone, of a complete run or of what there is of one.
-
-    Raises:
-        RunError: no run in the folder. OutputError: matplotlib is missing, or the page cannot be written.
-    """
+    """Build DIR/report.html from the manifest and the rows alone, of a complete run or of what there is of one."""
     need_matplotlib()
     path = folder / "report.html"
     write_text(path, build(folder))
@@ -48,11 +46,7 @@ def write_report(folder: Path) -> Path:
 
 
 def markdown(folder: Path) -> str:
-    """The run's tables as Markdown, under a line that says how they were made.
-
-    Raises:
-        RunError: see build.
-    """
+    """The run's tables as Markdown, under a line that says how they were made."""
     run = as_json(folder)
     blocks = [_how_made(run)]
     for table in run["tables"]:
@@ -67,11 +61,7 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
 
 
 def as_json(folder: Path) -> dict[str, Any]:
-    """What bench/results keeps of a run: its manifest and tables, JSON-ready; the samples themselves are too many.
-
-    Raises:
-        RunError: see build.
-    """
+    """What bench/results keeps of a run: its manifest and tables, JSON-ready; the samples themselves are too many."""
     manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
     done, total = progress(kind, arguments, rows)
@@ -86,11 +76,7 @@ def _how_made(run: Mapping[str, Any]) -> str:
 
 
 def build(folder: Path) -> str:
-    """The page's text.
-
-    Raises:
-        RunError: no run in the folder, or of a kind that has no page.
-    """
+    """The page's text."""
     manifest, rows = read_run(folder)
     kind, arguments = manifest["kind"], manifest["arguments"]
     title = f"{benchmark(kind).title}: {manifest['model']['fingerprint']}"
@@ -145,23 +131,14 @@ def _plain(value: Any) -> str:
 
 
 def _hours(folder: Path) -> str:
-    """Time spent, summed over all sittings; a line that a kill has torn does not count."""
+    """Time spent, summed over all sittings; a line that a kill has torn, or that says nothing of the kind, does not count."""
     seconds = 0.0
     try:
         for line in lines(folder / TIMINGS):
-            seconds += _seconds(line)
+            with suppress(ValueError):
+                said = parse(line.decode())
+                if isinstance(said, dict) and number(0, 1e9)(said.get("seconds")):
+                    seconds += said["seconds"]
     except RunError:
         return "unknown"
     return f"{seconds / 3600:.2f} h"
-
-
-def _seconds(line: bytes) -> float:
-    """What a line says; 0 for one that says nothing of the kind."""
-    try:
-        said = parse(line.decode())
-    except ValueError:
-        return 0.0
-    spent = said.get("seconds") if isinstance(said, dict) else None
-    if isinstance(spent, bool) or not isinstance(spent, int | float):
-        return 0.0
-    return float(spent) if 0 <= spent < 1e9 else 0.0

@@ -31,11 +31,7 @@ Line = list[str]
 
 
 def quoted(text: str, results: Path) -> str:
-    """The document with its quoted tables as they are in `results` now.
-
-    Raises:
-        ValueError: a comment that names no table, column or line that is there.
-    """
+    """The document with its quoted tables as they are in `results` now."""
 
     def fresh(match: re.Match[str]) -> str:
         return match[1] + table(json.loads(match[2]), results) + "\n"
@@ -44,11 +40,7 @@ def quoted(text: str, results: Path) -> str:
 
 
 def table(wish: Mapping[str, Any], results: Path) -> str:
-    """One quoted table as Markdown; `wish` is what the comment says.
-
-    Raises:
-        ValueError: see quoted.
-    """
+    """One quoted table as Markdown; `wish` is what the comment says."""
     tables = {part["caption"]: part for part in json.loads((results / wish["from"]).read_text("utf-8"))["tables"]}
     begun = [caption for caption in tables if caption.startswith(wish["table"])]
     if wish["table"] not in tables and len(begun) != 1:

@@ -8,14 +8,15 @@ nothing about samples not seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 DRAWS = 2000
-Key = TypeVar("Key", bound=Hashable)
+INTERVAL = (0.025, 0.975)
+Values = Mapping[Any, Mapping[Any, float]]  # group -> sample -> value
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,21 @@ def mean_interval(*groups: Sequence[float], confidence: float = 0.95, draws: int
     return Estimate(mean, float(low), float(high), sum(array.size for array in arrays))
 
 
-def ratio_interval(
-    above: Sequence[float], below: Sequence[float], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
-) -> Estimate:
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Estimate:
     """sum(above) / sum(below) with a bootstrap interval that draws pairs: nats over words of texts of unequal length, say."""
     above_n, below_n = (np.asarray(values, dtype=np.float64) for values in (above, below))
     assert above_n.size and above_n.size == below_n.size, "a ratio needs pairs of values"
-    picked = np.random.default_rng(seed).integers(above_n.size, size=(draws, above_n.size))
-    ratios = above_n[picked].sum(1) / below_n[picked].sum(1)
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    picked = np.random.default_rng(0).integers(above_n.size, size=(DRAWS, above_n.size))
+    low, high = np.quantile(above_n[picked].sum(1) / below_n[picked].sum(1), INTERVAL)
     return Estimate(float(above_n.sum() / below_n.sum()), float(low), float(high), above_n.size)
 
 
-def paired_difference(
-    *pairs: tuple[Mapping[Key, float], Mapping[Key, float]], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
-) -> Estimate | None:
-    """Mean of ours - theirs over the keys both have, group by group; None where they have none in common."""
-    groups = []
-    for ours, theirs in pairs:
-        common = [key for key in ours if key in theirs]
-        if common:
-            groups.append([ours[key] - theirs[key] for key in common])
-    return mean_interval(*groups, confidence=confidence, draws=draws, seed=seed) if groups else None
+def paired_difference(ours: Values, theirs: Values) -> Estimate | None:
+    """Mean of ours - theirs over the samples both have, group by group; None where they have none in common."""
+    both = [(ours[group], theirs[group]) for group in ours if group in theirs]
+    differences = [[one[sample] - other[sample] for sample in one if sample in other] for one, other in both]
+    groups = [group for group in differences if group]
+    return mean_interval(*groups) if groups else None
 
 
 def grouped(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:

@@ -130,13 +130,11 @@ def open_run(
                 raise RunError(
                     f"{folder}: holds a run of format {manifest['format']}, this version writes {FORMAT}; choose another --out"
                 )
-            before, now = manifest.get("arguments", {}), json.loads(json.dumps(made))
-            grown = may_grow in before and _less(before[may_grow], now["arguments"][may_grow])
-            if grown:
-                manifest = {**manifest, "arguments": {**before, may_grow: now["arguments"][may_grow]}}
-            _require_same(folder, manifest, now)
-            _require_same_policies(folder, manifest.get("methods", {}), details.get("methods", {}))
-            if grown:
+            found, was = manifest, manifest.get("arguments", {}).get(may_grow)
+            if may_grow is not None and type(was) is int and was < arguments[may_grow]:
+                manifest = {**found, "arguments": {**found["arguments"], may_grow: arguments[may_grow]}}
+            _require_same(folder, manifest, json.loads(json.dumps({**made, "methods": details.get("methods", {})})))
+            if manifest is not found:
                 _write_manifest(path, manifest)
         else:
             lasting = {name: value for name, value in arguments.items() if name != may_grow}
@@ -211,11 +209,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def chosen_rows(count: int, fraction: float, limit: int | None) -> list[int]:
-    """Numbers of a file's rows that are run: a share of them spread evenly over it, at least one, and of these the first `limit`.
-
-    Raises:
-        PromptError: a share or a limit that leaves nothing.
-    """
+    """Numbers of a file's rows that are run: a share spread evenly over it, at least one, and of these the first `limit`."""
     if limit is not None and limit < 1:
         raise PromptError(f"limit {limit}: give at least 1")
     if not 0 < fraction <= 1:
@@ -260,29 +254,22 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _require_same(folder: Path, manifest: Mapping[str, Any], made: Mapping[str, Any]) -> None:
-    """Refuse to mix two runs in one folder, naming the first argument in which they differ."""
-
-    def flat(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {"kind": part.get("kind"), **part.get("arguments", {}), **part.get("versions", {})}
-
-    before, now = flat(manifest), flat(made)
-    for name in [*now, *before]:
-        if before.get(name) != now.get(name):
-            was, is_ = (json.dumps(part.get(name), ensure_ascii=False) for part in (before, now))
-            raise RunError(f"{folder}: holds a run with {name} {was}, this one has {is_}; choose another --out")
+def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to mix two runs in one folder, naming the first thing in which their manifests differ."""
+    was, is_ = _settings(before), _settings(now)
+    for name in [*is_, *was]:
+        if was.get(name) != is_.get(name):
+            old, new = (json.dumps(part.get(name), ensure_ascii=False) for part in (was, is_))
+            raise RunError(f"{folder}: holds a run with {name} {old}, this one has {new}; choose another --out")
 
 
-def _require_same_policies(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on where defaults or the code of a policy have changed: a plugin's version is not among the versions."""
-    for label, method in json.loads(json.dumps(now)).items():
-        was, is_ = (
-            {**part.get("policy", {}), "source": part.get("source")} for part in (before.get(label, {}), method)
-        )
-        for name, value in is_.items():
-            if label in before and was.get(name) != value:
-                pair = f"{json.dumps(was.get(name))}, this one has {json.dumps(value)}"
-                raise RunError(f"{folder}: holds a run with {label}'s {name} {pair}; choose another --out")
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What results depend on, by name. A policy's defaults or code may change: a plugin's version is not among the versions."""
+    found = {"kind": manifest.get("kind"), **manifest.get("arguments", {}), **manifest.get("versions", {})}
+    for label, method in manifest.get("methods", {}).items():
+        said = {**method.get("policy", {}), "source": method.get("source")}
+        found |= {f"{label}'s {name}": value for name, value in said.items()}
+    return found
 
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -291,10 +278,6 @@ def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     except OutputError as error:
         raise RunError(str(error)) from None
-
-
-def _less(was: Any, now: Any) -> bool:
-    return type(was) is int and was < now
 
 
 def _now() -> str:

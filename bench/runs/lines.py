@@ -16,7 +16,7 @@ from restkv.errors import RestKVError
 from restkv.files import reason, refusal
 from restkv.saving.strict_json import shown
 
-MOST_LINE, BLOCK = 16 << 20, 1 << 16  # bytes: of a line, read at a time
+MOST_LINE = 16 << 20  # bytes
 
 
 class RunError(RestKVError):
@@ -24,11 +24,7 @@ class RunError(RestKVError):
 
 
 def opened(path: Path) -> BinaryIO:
-    """A file to read from and to append to; made where there is none.
-
-    Raises:
-        RunError: it cannot be written to, or is a pipe, a device or a folder.
-    """
+    """A file to read from and to append to; made where there is none."""
     try:
         number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -40,11 +36,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def lock(folder: Path, file: BinaryIO) -> None:
-    """Keep other processes out of a folder until this one ends, however it does.
-
-    Raises:
-        RunError: another is writing there, or there can be no locks.
-    """
+    """Keep other processes out of a folder until this one ends, however it does."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -55,24 +47,14 @@ def lock(folder: Path, file: BinaryIO) -> None:
 
 def cut_unfinished_line(file: BinaryIO) -> None:
     """Drop what a kill left of the last line."""
-    end = whole = os.fstat(file.fileno()).st_size
-    while whole:
-        start = max(0, whole - BLOCK)
-        at = os.pread(file.fileno(), whole - start, start).rfind(b"\n")
-        if at >= 0:
-            whole = start + at + 1
-            break
-        whole = start
-    if whole < end:
+    text = file.read()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
         file.truncate(whole)
 
 
 def append_line(path: Path, file: BinaryIO, row: Mapping[str, Any], check: str | None = None) -> None:
-    """Append a line with its check value, if there are any; it is on the disk then, or not there at all.
-
-    Raises:
-        RunError: a number is not finite, or the file cannot be written.
-    """
+    """Append a line with its check value, if there are any; it is on the disk then, or not there at all."""
     if check is not None:
         row = {**row, "check": check_value(row, check)}
     try:

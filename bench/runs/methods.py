@@ -47,11 +47,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str, once: bool = False) -> Method:
-        """NAME[@PRESET][:OPTION=VALUE]...
-
-        Raises:
-            PolicyError: not of this form, or a budget, which the bench itself gives.
-        """
+        """NAME[@PRESET][:OPTION=VALUE]..."""
         head, *rest = text.split(":")
         name, at, preset = head.partition("@")
         options: dict[str, Any] = {}
@@ -74,9 +70,6 @@ class Method:
 
         A default window fits into it (Policy.window_within), and a pyramid spends it exactly, unless it is the preset's. What
         an option or a preset says stays as it is.
-
-        Raises:
-            PolicyError: unknown name, preset or option, or a budget they do not fit into.
         """
         if self.full:
             return get_policy(self.name, self.preset, **self.options)
@@ -110,12 +103,6 @@ def _source(cls: type[Policy]) -> str | None:
 def parse_methods(text: str, once: bool = False) -> list[Method]:
     """Methods separated by commas (those in brackets separate nothing), the full cache first, no method twice.
 
-    Args:
-        once: see Method.
-
-    Raises:
-        PolicyError: see Method.parse.
-
     >>> [method.label for method in parse_methods("restkv:gqa=max,snapkv@official")]
     ['full', 'restkv:gqa=max', 'snapkv@official']
     """
@@ -127,18 +114,12 @@ def parse_methods(text: str, once: bool = False) -> list[Method]:
             parts.append("")
         else:
             parts[-1] += letter
-    labels = dict.fromkeys([FULL, *(label.strip() for label in parts if label.strip())])
+    labels = dict.fromkeys([FULL, *filter(None, map(str.strip, parts))])
     return [Method.parse(label, once) for label in labels]
 
 
 def check(lm: LM, method: Method, entries: int, length: int, what: str) -> None:
-    """Refuse a budget that a method cannot work with, before anything is run.
-
-    Args:
-        what: where the budget comes from, for the message.
-    Raises:
-        PolicyError: names method, budget and mend.
-    """
+    """Refuse a budget that a method cannot work with, before anything is run. what: where it comes from, for the message."""
     try:
         Evictor(lm.model, method.policy(entries), lm.engine.roots, [length])
     except PolicyError as error:

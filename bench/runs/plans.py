@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 from bench.runs.methods import Method, equal_bytes
 from bench.runs.rows import Row
@@ -14,6 +15,7 @@ from restkv.lm import LM
 from restkv.policies import Policy
 
 QUESTIONS = {"aware": ("aware",), "agnostic": ("agnostic",), "both": ("aware", "agnostic")}
+One = TypeVar("One")
 Asked = int | float  # a budget as it was asked for: entries, a share of the prompt, or a compression
 Entries = Callable[[Asked, int], int]  # what that is for a prompt of so many tokens, in entries per KV head
 
@@ -58,7 +60,10 @@ def cells_of(methods: Sequence[Method], budgets: Sequence[Asked]) -> list[Cell]:
 
 def distinct(cells: Sequence[Cell], length: int) -> list[Cell]:
     """Without cells that come to as many entries of `length` tokens as an earlier one of their method."""
-    return list({(cell.method.label, share(cell.asked, length)): cell for cell in reversed(cells)}.values())[::-1]
+    first: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        first.setdefault((cell.method.label, share(cell.asked, length)), cell)
+    return list(first.values())
 
 
 def share(asked: Asked, length: int) -> int:
@@ -71,12 +76,20 @@ def compressed(asked: Asked, length: int) -> int:
     return max(1, round(length / asked))
 
 
-def check_compression(rates: Sequence[float], length: int) -> None:
-    """Refuse compressions that are none, or leave less than an entry of the shortest prompt.
+def by_turns(columns: Iterable[Sequence[One]]) -> list[One]:
+    """The first of each, then the second of each, and so on, so that a broken run has some of everything."""
+    return [one for some in zip_longest(*columns) for one in some if one is not None]
 
-    Raises:
-        PromptError: names the first.
-    """
+
+def at_least(plan: Any, **least: int) -> None:
+    """Refuse a plan with a number below what it needs."""
+    for name, bound in least.items():
+        if getattr(plan, name) < bound:
+            raise PromptError(f"{name} {getattr(plan, name)}: give at least {bound}")
+
+
+def check_compression(rates: Sequence[float], length: int) -> None:
+    """Refuse compressions that are none, or leave less than an entry of the shortest prompt."""
     for rate in rates:
         if not 1 <= rate <= length:
             raise PromptError(
@@ -91,11 +104,7 @@ def policy_of(lm: LM, cell: Cell, entries: int, prompt: Sequence[int], once: boo
 
 
 def modes_of(question: str) -> tuple[str, ...]:
-    """The modes that aware, agnostic or both stand for.
-
-    Raises:
-        PromptError: anything else.
-    """
+    """The modes that aware, agnostic or both stand for."""
     if question not in QUESTIONS:
         raise PromptError(f"question {question!r} is not known; choose from {', '.join(QUESTIONS)}")
     return QUESTIONS[question]

@@ -63,11 +63,7 @@ class Plan(Protocol):
 
 
 def run(lm: LM, plan: Plan, folder: Path, report: Report | None = None) -> Path:
-    """Run a plan, or what is missing of it, into a folder (bench/runs/folder.py).
-
-    Raises:
-        PolicyError, PromptError: see Plan.work. RunError: see open_run.
-    """
+    """Run a plan, or what is missing of it, into a folder (bench/runs/folder.py)."""
     kind, work = benchmark(plan.kind), plan.work(lm)
     total = sum(len(batch.keys) for batch in work.batches)
     counted = {} if kind.may_grow else {"results": total}

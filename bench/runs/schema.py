@@ -94,26 +94,24 @@ def require(fields: Fields, value: Mapping[str, Any], all_of_them: bool = True) 
     """Names, types and ranges of an object.
 
     Raises:
-        ValueError: names the first that is not as it should be.
+        ValueError: names the first that is missing (if they must all be there), or not as it should be.
     """
     for field, fits in fields.items():
-        if field not in value:
-            if all_of_them:
-                raise KeyError(field)
-        elif not fits(value[field]):
+        if field in value and not fits(value[field]):
             raise ValueError(f"{field} is {shown(value[field])}")
+        if field not in value and all_of_them:
+            raise ValueError(f"{field!r} is missing")
 
 
 def require_row(rows: Fields | Mapping[str, Fields], arguments: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """A result; `rows` and `arguments` are those of its benchmark and its run.
 
     Raises:
-        KeyError: it lacks a field. ValueError: a field is not as it should be.
+        ValueError: a field is missing, or not as it should be.
     """
     fields: Any = rows
     if all(isinstance(part, Mapping) for part in rows.values()):
-        if not one_of(*rows)(row["part"]):
-            raise ValueError(f"part is {shown(row['part'])}")
+        require({"part": one_of(*rows)}, row)
         fields = rows[row["part"]]
     fields = {**ROW, **fields}
     require(fields, row)

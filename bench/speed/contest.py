@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property
@@ -24,7 +25,7 @@ import torch
 
 from bench.runs.folder import machine as described_machine
 from bench.runs.methods import Method
-from bench.speed.floor import Machine, decode_floor, machine_rows, matrix_parameters, measure_machine, prefill_floor
+from bench.speed.floor import Machine, decode_floor, matrix_parameters, measure_machine, prefill_floor
 from bench.speed.workers import Process
 from modeling.config import ModelConfig
 from modeling.families.registry import config_from_dict, read_config
@@ -41,6 +42,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 WARM_UP = 256  # tokens of a prompt that goes before: memory, thread pools, compiled scorers
 Report = Callable[[str], None]
+Answer = dict[str, Any]  # of a process, see bench.speed.workers.serve
 Keep = Callable[[dict[str, Any]], None]
 
 
@@ -165,25 +167,20 @@ def measure_speed(
     starts: list[dict[str, Any]] = []
 
     def result() -> dict[str, Any]:
-        return _result("speed", contest, rows) | {"rates": machine_rows(machine), "start_up": starts}
+        return _result("speed", contest, rows) | {"rates": asdict(machine), "start_up": starts}
 
-    processes = {name: contest.start(name) for name in contestants}
-    try:
-        for context in contest.contexts:
-            for batch in contest.batches:
-                running = {name: process for name, process in processes.items() if contest.takes_part(name, context)}
-                for name in [name for name in running if not contest.fits(name, context, batch, memory)]:
-                    running.pop(name).ask("drop")
-                    report(
-                        f"{context} tokens, batch {batch}: {name} is left out, its cache would not fit into the device's memory"
-                    )
-                made = _round_robin(contest, machine, running, context, batch, report)
-                report(f"{context} tokens, batch {batch}: " + ", ".join(map(_brief, made)))
-                rows += made
-                keep(result())
-    finally:
-        for process in processes.values():
-            process.close()
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(closing(contest.start(name))) for name in contestants}
+        for context, batch in product(contest.contexts, contest.batches):
+            at = f"{context} tokens, batch {batch}"
+            running = {name: process for name, process in processes.items() if contest.takes_part(name, context)}
+            for name in [name for name in running if not contest.fits(name, context, batch, memory)]:
+                running.pop(name).ask("drop")
+                report(f"{at}: {name} is left out, its cache would not fit into the device's memory")
+            made = _round_robin(contest, machine, running, context, batch, report)
+            report(f"{at}: " + ", ".join(f"{row['contestant']} {row['tpot_ms']:.1f} ms" for row in made))
+            rows += made
+            keep(result())
     if start_up:
         starts += _start_ups(contest, report)
     return result()
@@ -198,13 +195,10 @@ def _start_ups(contest: Contest, report: Report) -> list[dict[str, Any]]:
             seconds = []
             for _ in ("cold", "warm"):
                 began = time.perf_counter()
-                process = contest.start(name, {"TORCHINDUCTOR_CACHE_DIR": folder})
-                try:
+                with closing(contest.start(name, {"TORCHINDUCTOR_CACHE_DIR": folder})) as process:
                     process.ask("prefill", context=WARM_UP, batch=1)
                     process.ask("decode", tokens=1)
                     seconds.append(time.perf_counter() - began)
-                finally:
-                    process.close()
         made.append({"contestant": name, "cold_s": seconds[0], "warm_s": seconds[1]})
         report(f"start-up of {name}: {seconds[0]:.1f} s, with kernels made before {seconds[1]:.1f} s")
     return made
@@ -213,69 +207,73 @@ def _start_ups(contest: Contest, report: Report) -> list[dict[str, Any]]:
 def _round_robin(
     contest: Contest, machine: Machine, running: Mapping[str, Process], context: int, batch: int, report: Report
 ) -> list[dict[str, Any]]:
-    laps: dict[str, list[float]] = {name: [] for name in running}
-    ttft: dict[str, list[float]] = {name: [] for name in running}
-    evicting: dict[str, list[float]] = {name: [] for name in running}
-    first: dict[str, dict[str, Any]] = {}
-    last: dict[str, dict[str, Any]] = {}
     for process in running.values():
         if contest.filled:
             process.ask("fill", context=context, batch=batch)
         else:
             process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+    prompts: dict[str, list[Answer]] = {name: [] for name in running}
+    turns: dict[str, list[Answer]] = {name: [] for name in running}
     for _ in range(0 if contest.filled else contest.prompts):
         for name, process in running.items():
             read = process.ask("prefill", context=context, batch=batch)
-            ttft[name] += read["seconds"]
-            if read.get("evicting_s") is not None:
-                evicting[name].append(read["evicting_s"])
-            report(f"{context} tokens, batch {batch}: {name} has read a prompt in {ttft[name][-1]:.1f} s")
-    for turn in range(contest.rounds + 1):
+            prompts[name].append(read)
+            report(f"{context} tokens, batch {batch}: {name} has read a prompt in {read['seconds'][0]:.1f} s")
+    for _ in range(contest.rounds + 1):
         for name, process in running.items():
-            last[name] = process.ask("decode", tokens=contest.tokens)
-            if turn == 0:
-                first[name] = last[name]
-            else:
-                laps[name] += last[name]["seconds"]
-    whole = {
-        name: _over_periods(process, last[name].get("period"), contest.tokens) for name, process in running.items()
+            turns[name].append(process.ask("decode", tokens=contest.tokens))
+    periods = {name: _over_periods(process, turns[name][-1], contest.tokens) for name, process in running.items()}
+    return [
+        {"contestant": name, "context": context, "batch": batch}
+        | _figures(contest, machine, context, batch, prompts[name], turns[name], periods[name])
+        for name in running
+    ]
+
+
+def _figures(
+    contest: Contest,
+    machine: Machine,
+    context: int,
+    batch: int,
+    prompts: Sequence[Answer],
+    turns: Sequence[Answer],
+    period: Answer | None,
+) -> dict[str, Any]:
+    """What a contestant's answers come to: to prompts, to the turns it took, and to whole periods of evictions."""
+    first, *rounds = turns
+    last = rounds[-1]
+    laps, ttft = _seconds(rounds), _seconds(prompts)
+    evicting = [read["evicting_s"] for read in prompts if read.get("evicting_s") is not None]
+    low, tpot, high = statistics.quantiles(laps if len(laps) > 1 else 2 * laps, n=4)
+    floor = decode_floor(contest.config, contest.dtype, machine, last["cache_bytes"], last["kept"], batch)
+    newest = period or last
+    return {
+        "ttft_s": statistics.median(ttft) if ttft else None,
+        "ttfts_s": ttft,
+        "ttft_floor_s": prefill_floor(contest.config, machine, context, batch),
+        "evicting_s": statistics.median(evicting) if evicting else None,
+        "tpot_ms": 1e3 * tpot,
+        "tpot_quartiles_ms": [1e3 * low, 1e3 * high],
+        "tpot_with_evictions_ms": period and 1e3 * statistics.fmean(period["seconds"]),
+        "tokens_per_s": batch / tpot,
+        "floor_ms": 1e3 * floor,
+        "share_of_floor": floor / tpot,
+        "kept": last["kept"],
+        "cache_bytes": last["cache_bytes"],
+        "first_round_s": sum(first["seconds"]),
+        "graphs": newest["graphs"],
+        "new_graphs": newest["graphs"] - first["graphs"],
     }
-    rows = []
-    for name in running:
-        low, tpot, high = _quartiles(laps[name])
-        cache, kept = last[name]["cache_bytes"], last[name]["kept"]
-        floor = decode_floor(contest.config, contest.dtype, machine, cache, kept, batch)
-        prefill = prefill_floor(contest.config, machine, context, batch)
-        period = whole[name]
-        newest = period or last[name]
-        rows.append(
-            {
-                "contestant": name,
-                "context": context,
-                "batch": batch,
-                "ttft_s": statistics.median(ttft[name]) if ttft[name] else None,
-                "ttfts_s": ttft[name],
-                "ttft_floor_s": prefill,
-                "evicting_s": statistics.median(evicting[name]) if evicting[name] else None,
-                "tpot_ms": 1e3 * tpot,
-                "tpot_quartiles_ms": [1e3 * low, 1e3 * high],
-                "tpot_with_evictions_ms": period and 1e3 * statistics.fmean(period["seconds"]),
-                "tokens_per_s": batch / tpot,
-                "floor_ms": 1e3 * floor,
-                "share_of_floor": floor / tpot,
-                "kept": kept,
-                "cache_bytes": cache,
-                "first_round_s": sum(first[name]["seconds"]),
-                "graphs": newest["graphs"],
-                "new_graphs": newest["graphs"] - first[name]["graphs"],
-            }
-        )
-    return rows
 
 
-def _over_periods(process: Process, period: int | None, least: int) -> dict[str, Any] | None:
+def _seconds(answers: Sequence[Answer]) -> list[float]:
+    return [lap for answer in answers for lap in answer["seconds"]]
+
+
+def _over_periods(process: Process, last: Answer, least: int) -> Answer | None:
     """Tokens between two compactions, `least` or more and whole periods of them, with their evictions, which a median of single
     tokens leaves out; None for a method that evicts nothing while it decodes."""
+    period = last.get("period")
     if not period:
         return None
     process.ask("decode", tokens=period)  # the first eviction of a process allocates what later ones find
@@ -288,35 +286,30 @@ def measure_memory(contest: Contest, report: Report = print, keep: Keep = lambda
     keep: called with the result so far after every row.
     """
     rows: list[dict[str, Any]] = []
-    for context in contest.contexts:
-        for batch in contest.batches:
-            for name in contest.contestants:
-                if not contest.takes_part(name, context):
-                    continue
-                process = contest.start(name)
-                try:
-                    process.ask("prefill", context=min(context, WARM_UP), batch=batch)
-                    process.ask("decode", tokens=2)
-                    base = process.ask("drop")["after_bytes"]
-                    prefill = process.ask("prefill", context=context, batch=batch)
-                    decode = process.ask("decode", tokens=contest.tokens)
-                finally:
-                    process.close()
-                rows.append(
-                    {
-                        "contestant": name,
-                        "context": context,
-                        "batch": batch,
-                        "loaded_bytes": base,
-                        "prefill_peak_bytes": prefill["before_bytes"] + prefill["peak_above"] - base,
-                        "after_prefill_bytes": prefill["after_bytes"] - base,
-                        "decode_peak_bytes": decode["before_bytes"] + decode["peak_above"] - base,
-                        "cache_bytes": decode["cache_bytes"],
-                        "kept": decode["kept"],
-                    }
-                )
-                report(f"{context} tokens, batch {batch}, {name}: {rows[-1]['prefill_peak_bytes'] / 1e6:.1f} MB")
-                keep(_result("memory", contest, rows))
+    for context, batch, name in product(contest.contexts, contest.batches, contest.contestants):
+        if not contest.takes_part(name, context):
+            continue
+        with closing(contest.start(name)) as process:
+            process.ask("prefill", context=min(context, WARM_UP), batch=batch)
+            process.ask("decode", tokens=2)
+            base = process.ask("drop")["after_bytes"]
+            prefill = process.ask("prefill", context=context, batch=batch)
+            decode = process.ask("decode", tokens=contest.tokens)
+        rows.append(
+            {
+                "contestant": name,
+                "context": context,
+                "batch": batch,
+                "loaded_bytes": base,
+                "prefill_peak_bytes": prefill["before_bytes"] + prefill["peak_above"] - base,
+                "after_prefill_bytes": prefill["after_bytes"] - base,
+                "decode_peak_bytes": decode["before_bytes"] + decode["peak_above"] - base,
+                "cache_bytes": decode["cache_bytes"],
+                "kept": decode["kept"],
+            }
+        )
+        report(f"{context} tokens, batch {batch}, {name}: {rows[-1]['prefill_peak_bytes'] / 1e6:.1f} MB")
+        keep(_result("memory", contest, rows))
     return _result("memory", contest, rows)
 
 
@@ -335,14 +328,3 @@ def _result(kind: str, contest: Contest, rows: Sequence[Mapping[str, Any]]) -> d
         "date": date.today().isoformat(),
         "rows": list(rows),
     }
-
-
-def _quartiles(laps: Sequence[float]) -> tuple[float, float, float]:
-    if len(laps) < 2:
-        return laps[0], laps[0], laps[0]
-    low, middle, high = statistics.quantiles(laps, n=4)
-    return low, middle, high
-
-
-def _brief(row: Mapping[str, Any]) -> str:
-    return f"{row['contestant']} {row['tpot_ms']:.1f} ms"

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,38 +24,34 @@ class Machine:
     """Rates measured in this run.
 
     Attributes:
-        read: bytes per second at which a compiled matrix-vector product reads weights, the best of all tries and dtypes.
-        multiply: floating-point operations per second of a large matrix product, the best of the dtype and float32 (a CPU may
-            have no instructions for the dtype, and widen it).
+        read_bytes_per_s: of a compiled matrix-vector product that reads weights, the best of all tries and dtypes.
+        operations_per_s: in floating point, of a large matrix product, the best of the dtype and float32 (a CPU may have no
+            instructions for the dtype, and widen it).
     """
 
-    read: float
-    multiply: float
+    read_bytes_per_s: float
+    operations_per_s: float
 
 
 def measure_machine(device: str, threads: int, dtype: str, megabytes: int = 256) -> Machine:
-    """Rates of this machine now. The matrix is larger than any cache.
-
-    Raises:
-        CompileError: nothing can be compiled here.
-    """
+    """Rates of this machine now. The matrix is larger than any cache."""
     check_compiler(torch.device(device))
     if device == "cpu":
         torch.set_num_threads(threads)
     product = compiled(_product)
-    columns, best = 1024, 0.0
-    for kind in dict.fromkeys((dtype, "float32")):
-        made = getattr(torch, kind)
-        rows = megabytes * (1 << 20) // (made.itemsize * columns)
-        matrix = torch.randn(rows, columns, device=device).to(made)
-        vector = torch.randn(columns, device=device).to(made)
-        best = max(best, matrix.nbytes / _least(partial(product, vector, matrix), device))
     rows, size = (512, 2048) if device == "cpu" else (8192, 8192)
-    most = 0.0
-    for kind in dict.fromkeys((dtype, "float32")):
-        x, weight = (torch.randn(shape, size, device=device).to(getattr(torch, kind)) for shape in (rows, size))
-        most = max(most, 2 * rows * size**2 / _least(partial(F.linear, x, weight), device, tries=4))
-    return Machine(best, most)
+    reads, multiplies = [], []
+    for kind in {getattr(torch, dtype), torch.float32}:
+        entries = megabytes * (1 << 20) // kind.itemsize
+        vector, matrix = _random(device, kind, 1024), _random(device, kind, entries // 1024, 1024)
+        reads.append(matrix.nbytes / _least(partial(product, vector, matrix), device))
+        x, weight = _random(device, kind, rows, size), _random(device, kind, size, size)
+        multiplies.append(2 * rows * size**2 / _least(partial(F.linear, x, weight), device, tries=4))
+    return Machine(max(reads), max(multiplies))
+
+
+def _random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -85,18 +80,13 @@ def decode_floor(config: ModelConfig, dtype: str, machine: Machine, cache_bytes:
     """Seconds one decode step takes at least: all weights and the live cache are read, every row multiplied with them."""
     layers, head = matrix_parameters(config)
     size: int = getattr(torch, dtype).itemsize
-    reading = ((layers + head) * size + cache_bytes) / machine.read
+    reading = ((layers + head) * size + cache_bytes) / machine.read_bytes_per_s
     attended = 4 * kept * config.num_heads * config.head_dim * config.num_layers
-    return max(reading, batch * (2 * (layers + head) + attended) / machine.multiply)
+    return max(reading, batch * (2 * (layers + head) + attended) / machine.operations_per_s)
 
 
 def prefill_floor(config: ModelConfig, machine: Machine, context: int, batch: int) -> float:
     """Seconds a dense prefill takes at least: its matrix products, and half a square of attention per head and layer."""
     layers, head = matrix_parameters(config)
     attended = 2 * context**2 * config.num_heads * config.head_dim * config.num_layers
-    return batch * (2 * (layers * context + head) + attended) / machine.multiply
-
-
-def machine_rows(machine: Machine) -> dict[str, Any]:
-    """JSON-ready."""
-    return {"read_bytes_per_s": machine.read, "operations_per_s": machine.multiply}
+    return batch * (2 * (layers * context + head) + attended) / machine.operations_per_s

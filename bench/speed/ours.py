@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from bench.speed.workers import Worker, serve
 from modeling.checkpoint.loading import load_model
@@ -96,17 +97,15 @@ class Ours(Worker):
         session = self._session = Session(self._engine, self._policy, [context] * batch, self._tokens)
         config = model.config
         observed = min(context, max(self._policy.observed_prompt, session.cache.ring_size, 1))
+
+        def random(heads: int, length: int) -> Tensor:
+            return torch.randn(heads, length, config.head_dim, device=model.device).to(model.dtype)
+
         for row in range(batch):
             cache, evictor = session.cache.row(row), session.evictor.row(row)
             for layer in range(config.num_layers):
-                q_HWD, k_KLD, v_KLD = (
-                    torch.randn(heads, length, config.head_dim, device=model.device).to(model.dtype)
-                    for heads, length in (
-                        (config.num_heads, observed),
-                        (config.num_kv_heads, context),
-                        (config.num_kv_heads, context),
-                    )
-                )
+                q_HWD = random(config.num_heads, observed)
+                k_KLD, v_KLD = (random(config.num_kv_heads, context) for _ in range(2))
                 raw_KLD = k_KLD if self._policy.slot_positions else None
                 _, mass_XL = evictor.watch_prompt(layer, context)
                 evictor.store_prompt(cache, layer, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)

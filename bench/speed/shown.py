@@ -71,17 +71,16 @@ def figure(result: Mapping[str, Any]) -> Figure:
         lines = []
         for name in names:
             rows = [row for row in result["rows"] if (row["contestant"], row["batch"]) == (name, batch)]
-            values = [_tpot(row) if speed else _exact(row["prefill_peak_bytes"] / 1e6) for row in rows]
-            lines.append(Line(name, [row["context"] for row in rows], values))
+            lines.append(Line(name, [row["context"] for row in rows], list(map(_estimate, rows))))
         panels.append(Panel(f"batch {batch}", lines))
     y_name = "TPOT, ms" if speed else "peak above the weights, MB"
     return line_panels(panels, names, "context, tokens", y_name, log_x=True, log_y=True)
 
 
-def _tpot(row: Mapping[str, Any]) -> Estimate:
-    low, high = row["tpot_quartiles_ms"]
-    return Estimate(row["tpot_ms"], low, high, 1)
-
-
-def _exact(value: float) -> Estimate:
-    return Estimate(value, value, value, 1)
+def _estimate(row: Mapping[str, Any]) -> Estimate:
+    """Time of a token with its quartiles, or a peak of memory."""
+    if "tpot_ms" in row:
+        low, high = row["tpot_quartiles_ms"]
+        return Estimate(row["tpot_ms"], low, high, 1)
+    peak = row["prefill_peak_bytes"] / 1e6
+    return Estimate(peak, peak, peak, 1)

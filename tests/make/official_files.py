@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.published import wording
-from bench.published.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
-from bench.published.longbench import METRICS as LONGBENCH_TASKS
+from bench.published.infinitebench import TASKS as INFINITEBENCH_TASKS
+from bench.published.longbench import TASKS as LONGBENCH_TASKS
 from bench.published.ruler import NEW_TOKENS as RULER_TASKS
 
 CLASSES = ["Place", "Number of days", "Number"]

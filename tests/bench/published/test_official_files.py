@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 
 import restkv
-from bench.published import templates, wording
-from bench.published.data import DataError, Rows
+from bench.published import wording
 from bench.published.haystack import BUFFER, haystack, insert
-from bench.published.infinitebench import NEW_TOKENS as INFINITEBENCH_TASKS
+from bench.published.haystack import HASHES as NEEDLE_HASHES
+from bench.published.infinitebench import TASKS as INFINITEBENCH_TASKS
 from bench.published.infinitebench import infinitebench
-from bench.published.longbench import METRICS, longbench
+from bench.published.longbench import TASKS as LONGBENCH_TASKS
+from bench.published.longbench import longbench
 from bench.published.ruler import NEW_TOKENS as RULER_TASKS
 from bench.published.ruler import ruler
 from bench.published.suite import OFFICIAL, PAPER, Suite
 from bench.published.templates import OWN, RECOGNISED, UNKNOWN, Template, find_templates, sha12
+from bench.runs.jsonl import DataError, Rows
 from make.official_files import (
     STORY,
     infinitebench_row,
@@ -37,6 +39,9 @@ from make.official_files import (
 from restkv.cli.options import RECALL
 from restkv.errors import PromptError
 
+LONGBENCH_HASHES = {name: digest for name, (_, _, digest) in LONGBENCH_TASKS.items()}
+INFINITEBENCH_HASHES = {name: rule.template for name, rule in INFINITEBENCH_TASKS.items()}
+
 
 @pytest.fixture(scope="module")
 def lm() -> restkv.LM:
@@ -53,7 +58,7 @@ def tasks(suite: Suite) -> dict[str, Any]:
 def test_longbench_as_its_repository_runs_it(lm: restkv.LM, tmp_path: Path) -> None:
     suite = longbench(lm, write_longbench(tmp_path), None, OFFICIAL, None)
     known = tasks(suite)
-    assert list(known) == list(METRICS) and len(known) == 16
+    assert list(known) == list(LONGBENCH_TASKS) and len(known) == 16
     assert all(source.count == 2 and source.wording == OWN for source in suite.sources)
     assert {name for name, task in known.items() if not task.chat} == {
         "trec", "triviaqa", "samsum", "lcc", "repobench-p",
@@ -210,7 +215,7 @@ def test_odd_rows_are_refused_by_file_and_line(
 
 def test_every_field_of_every_task_is_missed_by_file_line_and_name(lm: restkv.LM, tmp_path: Path) -> None:
     fields: dict[str, dict[str, tuple[str, ...]]] = {
-        "longbench": dict.fromkeys(METRICS, ("input", "context", "answers")),
+        "longbench": dict.fromkeys(LONGBENCH_TASKS, ("input", "context", "answers")),
         "infinitebench": dict.fromkeys(INFINITEBENCH_TASKS, ("input", "context", "answer")),
         "ruler": dict.fromkeys(RULER_TASKS, ("input", "outputs")),
     }
@@ -267,7 +272,9 @@ def test_files_that_are_none_are_refused(lm: restkv.LM, tmp_path: Path) -> None:
 def test_templates_come_from_a_clone_and_are_never_run(lm: restkv.LM, tmp_path: Path) -> None:
     """The stand-in files would end the process if they were run, or imported."""
     data = write_longbench(tmp_path / "longbench")
-    clone = write_longbench_clone(tmp_path / "clone", dict.fromkeys(METRICS, "Text: {context} Q: {input} {{A}}:"))
+    clone = write_longbench_clone(
+        tmp_path / "clone", dict.fromkeys(LONGBENCH_TASKS, "Text: {context} Q: {input} {{A}}:")
+    )
     suite = longbench(lm, data, ["qasper"], OFFICIAL, clone)
     assert suite.sources[0].wording == UNKNOWN
     assert suite.sources[0].item(0).prompt == f"Text: {STORY} Q: What did Lily see, number 0? {{A}}:"
@@ -304,21 +311,19 @@ def test_published_texts_are_recognised_by_their_hash(tmp_path: Path, monkeypatc
 def test_the_hashes_are_those_of_the_sources() -> None:
     text = (Path(restkv.__file__).parents[1] / "docs" / "sources.md").read_text(encoding="utf-8")
     listed = [
-        templates.LONGBENCH,
-        templates.INFINITEBENCH,
-        {k: templates.NEEDLE[k] for k in ("needle", "retrieval_question")},
+        LONGBENCH_HASHES,
+        INFINITEBENCH_HASHES,
+        {k: NEEDLE_HASHES[k] for k in ("needle", "retrieval_question")},
     ]
     for table in listed:
         for name, digest in table.items():
             assert digest in text, name
-    assert set(templates.LONGBENCH) == set(wording.LONGBENCH) == set(METRICS)
+    assert set(wording.LONGBENCH) == set(LONGBENCH_TASKS) and set(wording.INFINITEBENCH) == set(INFINITEBENCH_TASKS)
     own = {
         sha12(text) for text in (*wording.LONGBENCH.values(), *wording.INFINITEBENCH.values(), *wording.NEEDLE.values())
     }
-    known = {*templates.LONGBENCH.values(), *templates.INFINITEBENCH.values(), *templates.NEEDLE.values()}
-    assert own & known == {
-        templates.INFINITEBENCH["math_find"]
-    }  # three fields and line breaks: there is no wording in it
+    known = {*LONGBENCH_HASHES.values(), *INFINITEBENCH_HASHES.values(), *NEEDLE_HASHES.values()}
+    assert own & known == {INFINITEBENCH_HASHES["math_find"]}  # three fields and line breaks: there is no wording in it
 
 
 @pytest.mark.parametrize(
@@ -341,12 +346,12 @@ def test_templates_that_cannot_be_used_are_refused(name: str, content: str, mess
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        found, _ = find_templates("longbench", path, {"lcc": templates.LONGBENCH["lcc"]}, {})
+        found, _ = find_templates("longbench", path, {"lcc": LONGBENCH_HASHES["lcc"]}, {})
         found["lcc"].fill({"context": "c", "input": "i"})
     with pytest.raises(DataError, match=r"no dataset2prompt.json or run_longbench.py in this folder"):
-        find_templates("longbench", tmp_path, templates.LONGBENCH, {})
+        find_templates("longbench", tmp_path, LONGBENCH_HASHES, {})
     with pytest.raises(DataError, match="cannot be read"):
-        find_templates("longbench", tmp_path / "none.json", templates.LONGBENCH, {})
+        find_templates("longbench", tmp_path / "none.json", LONGBENCH_HASHES, {})
 
 
 def test_rows_are_read_where_they_are(tmp_path: Path) -> None:

@@ -88,12 +88,13 @@ def test_the_name_of_the_readme_is_taken_too_and_empty_lines_are_none(tmp_path: 
     ("line", "message"),
     [
         ("{", "not JSON"),
-        ("[]", r"not an object with premise \(or context\)"),
-        ('{"hypothesis": "h", "label": "e"}', r"no text in premise \(or context\)"),
-        ('{"context": " ", "hypothesis": "h", "label": "e"}', r"no text in premise \(or context\)"),
-        ('{"context": "p", "hypothesis": ["h"], "label": "e"}', "no text in hypothesis"),
-        ('{"context": "p", "hypothesis": "h"}', "label None is not one of e, n, c"),
-        ('{"context": "p", "hypothesis": "h", "label": 0}', "label 0 is not one of e, n, c"),
+        ("[]", r"\[\] is not an object with fields"),
+        ('{"hypothesis": "h", "label": "e"}', "no field 'premise'; the row has hypothesis, label"),
+        ('{"context": " ", "hypothesis": "h", "label": "e"}', "no text in premise or hypothesis"),
+        ('{"context": "p", "hypothesis": ["h"], "label": "e"}', r"""field 'hypothesis' is \["h"\], not text"""),
+        ('{"context": "p", "hypothesis": "h"}', "no field 'label'; the row has context, hypothesis"),
+        ('{"context": "p", "hypothesis": "h", "label": 0}', "field 'label' is 0, not text"),
+        ('{"context": "p", "hypothesis": "h", "label": "x"}', "label 'x' is none of e, n, c"),
     ],
 )
 def test_odd_rows_of_anli_are_named_with_file_and_line(tmp_path: Path, line: str, message: str) -> None:

@@ -298,9 +298,9 @@ def test_documents_are_pages_or_joined_texts_or_files(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         (['{"text": "a"}', "{"], r"x\.jsonl, line 2: not JSON"),
-        (['{"text": "a"}', "[1]"], r"x\.jsonl, line 2: has neither page nor text"),
-        (['{"texts": "a"}'], r"x\.jsonl, line 1: has neither page nor text"),
-        (['{"text": "a"}', '{"text": null}'], r"x\.jsonl, line 2: text is null, not a text"),
+        (['{"text": "a"}', "[1]"], r"x\.jsonl, line 2: \[1\] is not an object"),
+        (['{"texts": "a"}'], r"x\.jsonl, line 1: no field 'text'; the row has texts"),
+        (['{"text": "a"}', '{"text": null}'], r"x\.jsonl, line 2: field 'text' is null, not text"),
         (['{"text": "a"}', '{"page": "b"}'], r"x\.jsonl: some rows have a page and some a text"),
         (['{"text": ""}'], r"x\.jsonl: no text in it"),
     ],

@@ -182,7 +182,7 @@ def test_a_result_that_lacks_something_is_named(folder: Callable[..., Path]) -> 
     run = folder("ruler", 0.5)
     whole = (run / SAMPLES).read_text().rpartition("\n")[0]
     (run / SAMPLES).write_text(f'{whole}\n{{"key": "foo"}}\n')
-    with pytest.raises(RunError, match=r"result 'foo' has no '\w+'; delete its line of samples\.jsonl"):
+    with pytest.raises(RunError, match=r"in the result 'foo', '\w+' is missing, .*; delete its line of samples\.jsonl"):
         build(run)
 
 
@@ -256,9 +256,7 @@ def test_no_two_methods_look_alike_without_colour() -> None:
 
 
 def test_maps_darken_with_the_value_and_tell_what_is_missing(tmp_path: Path) -> None:
-    figure = heat_maps(
-        [Grid("a", ["0%", "100%"], ["8", "16"], [[0.0, 1.0], [None, 0.5]])], "r", "c", "v", limits=(0, 1)
-    )
+    figure = heat_maps([Grid("a", ["0%", "100%"], ["8", "16"], [[0.0, 1.0], [None, 0.5]])], "r", "c", "v")
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["0", "1", "·", "0.5"]
     mapped = axes.images[0].cmap(np.linspace(0, 1, 9))[:, :3] @ [0.2126, 0.7152, 0.0722]

@@ -234,13 +234,13 @@ def test_pairing_removes_what_both_have_in_common() -> None:
     hard = rng.normal(size=50)
     full = {f"{i}": 5 * x for i, x in enumerate(hard)}
     ours = {key: value - 0.1 for key, value in full.items()}
-    difference = paired_difference((ours, full))
+    difference = paired_difference({"a": ours}, {"a": full})
     assert difference and difference.high - difference.low < 1e-9 and difference.mean == pytest.approx(-0.1)
     apart = mean_interval(list(ours.values()))
     assert apart.high - apart.low > 1
-    partial = paired_difference(({"a": 1.0, "b": 2.0}, {"b": 1.0, "c": 9.0}), ({}, {"z": 1.0}))
+    partial = paired_difference({"x": {"a": 1.0, "b": 2.0}, "y": {}}, {"x": {"b": 1.0, "c": 9.0}, "y": {"z": 1.0}})
     assert partial and (partial.mean, partial.n) == (1.0, 1)
-    assert paired_difference(({"a": 1.0}, {"b": 1.0})) is None
+    assert paired_difference({"x": {"a": 1.0}}, {"x": {"b": 1.0}}) is None
 
 
 def test_grouping_keeps_the_order_of_rows() -> None:

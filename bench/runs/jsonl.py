@@ -1,4 +1,4 @@
-"""JSON-lines files of the published benchmarks: read row by row, refused with file, line and field."""
+"""JSON-lines files of the user's: read row by row, refused with file, line and field."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from modeling.text.characters import fault
-from restkv.errors import RestKVError
+from restkv.cli.options import read_text
+from restkv.errors import PromptError
 
 
-class DataError(RestKVError):
+class DataError(PromptError):
     """A file of a benchmark that is missing, or not as the benchmark's files are."""
 
 
@@ -24,8 +25,15 @@ class Row:
     values: Mapping[str, Any]
     place: str
 
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
+    @classmethod
+    def parse(cls, line: str | bytes, place: str) -> Row:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{place}: {_show(values)} is not an object with fields")
+        return cls(values, place)
 
     def get(self, name: str) -> Any:
         if name not in self.values:
@@ -86,18 +94,16 @@ class Rows:
         number, offset = self._starts[index]
         with self.path.open("rb") as file:
             file.seek(offset)
-            line = file.readline()
-        place = f"{self.path}: line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place}: not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{place}: {_show(values)} is not an object with fields")
-        return Row(values, place)
+            return Row.parse(file.readline(), f"{self.path}: line {number}")
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
+
+
+def text_rows(path: Path) -> list[tuple[int, Row]]:
+    """(line number, row) of a file that is read whole, by the rule for all texts (restkv.cli.options.read_text)."""
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [(number, Row.parse(line, f"{path}, line {number}")) for number, line in lines if line.strip()]
 
 
 def _show(value: Any) -> str:
