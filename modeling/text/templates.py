@@ -22,6 +22,12 @@ LONGEST = 1 << 20  # bytes of a template; known ones have some 20,000
 DEEPEST = 100  # lists and objects within each other in what a template is given
 MOST_BITS = 14_000  # of a whole number; Python reads no more digits than 4,300
 RESERVED = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")  # what a template always has
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # what a message's reasoning is called; templates read the first
+OBJECTS = ("tools", "documents")  # variables that are a list of objects, or nothing
 LFS = b"version https://git-lfs"
 
 Source = str | TokenizerError  # a template's text, or why there is none
@@ -126,14 +132,16 @@ class ChatTemplates:
             raise TokenizerError(
                 f"chat messages {brief(messages)} are no list of messages, each with a 'role' and a 'content'"
             )
-        said = []
+        said = []  # messages without what is None, and with their reasoning under its other names, as in transformers
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise TokenizerError(
                     f"chat message {number} is {brief(message)}; it must have a 'role' and a 'content'"
                 )
             plain = _plain(message, f"chat message {number}")
-            said.append({key: value for key, value in plain.items() if value is not None})  # as transformers does
+            said.append(_named_alike({key: value for key, value in plain.items() if value is not None}))
+        if not said:
+            raise TokenizerError(f"{self._place}: a chat without a message cannot be rendered; give at least one")
         return renderer.text(
             {
                 "tools": None,
@@ -182,11 +190,23 @@ class ChatTemplates:
         return DEFAULT if DEFAULT in self._sources else None
 
 
+def _named_alike(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its reasoning, if any, as `reasoning_content`, and as `thinking` where it has none.
+
+    The order of keys, which a template can show, is that of transformers.
+    """
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of a template as JSON holds them.
 
     Raises:
-        TokenizerError: JSON does not hold one; or a name that is no name, or that says what the template always gets.
+        TokenizerError: JSON does not hold one; a name that is no name, or that says what the template always gets; or tools or
+            documents that are no list of objects, which transformers refuses as well.
     """
     if not isinstance(variables, Mapping):
         raise TokenizerError(
@@ -199,7 +219,12 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name in RESERVED:
             raise TokenizerError(f"template variable {name!r}: is what the chat itself says; choose another name")
-    return {name: _plain(value, f"template variable {name!r}") for name, value in variables.items()}
+    plain = {name: _plain(value, f"template variable {name!r}") for name, value in variables.items()}
+    for name in OBJECTS:
+        given = plain.get(name)
+        if given is not None and not (isinstance(given, list) and all(isinstance(one, dict) for one in given)):
+            raise TokenizerError(f"template variable {name!r} is {brief(given)}; it must be a list of objects")
+    return plain
 
 
 def _plain(value: Any, place: str, depth: int = 0) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from make.template_folders import HELLO, folder_with
 from modeling.errors import RestKVWarning, TokenizerError
 from modeling.text import renderer
+from modeling.text.templates import REASONING
 from modeling.text.tokenizer import Tokenizer
 
 # -- limits
@@ -192,6 +194,61 @@ def test_nothing_in_a_message_is_nothing(tmp_path):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     want = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert Tokenizer.from_folder(folder).render(messages) == want
+
+
+REASONED = (
+    "{% for m in messages %}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}|"
+    "{{ m.thinking }}|{{ m.reasoning }}|{{ m | tojson }}{% endfor %}"
+)
+SAID = st.none() | st.text(max_size=3) | st.booleans() | st.lists(st.text(max_size=2), max_size=2)
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_reasoning_has_all_its_names_as_in_transformers(data, reasoned):
+    """Whatever names a message has it under, in whatever order, with other keys in between."""
+    ours, theirs = reasoned
+    messages = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        names = ["content", *data.draw(st.lists(st.sampled_from([*REASONING, "tool_calls"]), unique=True))]
+        said = {name: data.draw(SAID) for name in data.draw(st.permutations(names))}
+        messages.append({"role": data.draw(st.sampled_from(["user", "assistant"])), **said})
+    before = copy.deepcopy(messages)
+    assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert messages == before
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_a_template_reads_reasoning_whatever_it_is_called(name, reasoned):
+    ours, theirs = reasoned
+    messages = [*HELLO, {"role": "assistant", "content": "4", name: "easy"}, *HELLO]
+    said = ours.render(messages)
+    assert "<think>easy</think>4|easy" in said
+    assert said == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.fixture(scope="module")
+def reasoned(tmp_path_factory):
+    folder = folder_with(tmp_path_factory.mktemp("reasoned"), {}, chat_template=REASONED)
+    return Tokenizer.from_folder(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+@pytest.mark.parametrize("value", ["get_weather", ["get_weather"], {"name": "f"}, [{"name": "f"}, None], 3, True])
+def test_tools_and_documents_are_objects_as_in_transformers(name, value, reasoned):
+    ours, theirs = reasoned
+    with pytest.raises(TokenizerError, match=f"^template variable '{name}' is .*; it must be a list of objects"):
+        ours.render(HELLO, template_args={name: value})
+    with pytest.raises((ValueError, TypeError)):
+        theirs.apply_chat_template(HELLO, tokenize=False, **{name: value})
+
+
+def test_a_chat_without_a_message_is_refused_as_in_transformers(reasoned):
+    ours, theirs = reasoned
+    with pytest.raises(TokenizerError, match="a chat without a message cannot be rendered; give at least one"):
+        ours.render([])
+    with pytest.raises(ValueError, match="empty conversation"):
+        theirs.apply_chat_template([], tokenize=False)
 
 
 def circle() -> list:
