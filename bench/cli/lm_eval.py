@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from restkv.cli.groups import spread
 from restkv.errors import OutputError, PromptError, RestKVError, RestKVWarning
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # context settings of the command
 
 
+@spread
 def lm_eval(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="restkv, or any other of the harness's model types.")] = "restkv",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.runs.benchmark import EAGER
-from restkv.cli.options import RECALL, LoadOptions, ModelArgument
+from restkv.cli.options import FILE_NAME, RECALL, LoadOptions, ModelArgument
 from restkv.errors import PromptError
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ class ModelChoice:
 
     model: ModelArgument = str(RECALL)
     named: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument.")
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="The model, where it is not given as the argument."),
+        FILE_NAME,
     ] = None
 
     @property

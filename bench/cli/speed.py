@@ -13,6 +13,7 @@ import typer
 
 from bench.cli.options import METHODS_FORM, parse_numbers, print_table, split_names
 from restkv.cli.groups import spread
+from restkv.cli.options import FILE_NAME
 from restkv.cli.terminal import put_line
 from restkv.errors import PromptError
 from restkv.files import refusal, write_text
@@ -30,7 +31,9 @@ OutOption = Annotated[Path | None, typer.Option(help="Write the JSON here, and a
 class ContestOptions:
     """Who is measured on what."""
 
-    model: Annotated[str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset.")] = None
+    model: Annotated[
+        str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset."), FILE_NAME
+    ] = None
     preset: Annotated[
         str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")
     ] = None
@@ -47,6 +50,7 @@ class ContestOptions:
     peer_python: Annotated[
         str | None,
         typer.Option(help="Interpreter that has the peers (bench/speed/peers/README.md).", show_default="this one"),
+        FILE_NAME,
     ] = None
     backend: Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")] = "flex"
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None

@@ -88,7 +88,7 @@ def chat(
         conversation = Chat(
             lm,
             policy,
-            None if system is None else given_text(system, "--system"),
+            None if system is None else given_text(system),
             template=template,
             template_name=template_name,
             template_args=template_args,

@@ -153,7 +153,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise PromptError("two prompts: give --prompt or --prompt-file, not both")
     if prompt is not None:
         note_escapes("--prompt", prompt, ", --prompt-file, or stdin")
-        return given_text(prompt, "--prompt")
+        return given_text(prompt)
     if file is None and sys.stdin.isatty():
         raise PromptError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
     return read_text(file).removesuffix("\n")

@@ -52,6 +52,7 @@ sample_option = partial(typer.Option, rich_help_panel="How to sample")
 model_option = partial(typer.Option, rich_help_panel="Model")
 text_option = partial(typer.Option, rich_help_panel="Prompt and output")
 
+FILE_NAME = "file name"  # marks an option that is no text: its bytes are those of a name on the disk
 WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
 
 ModelArgument = Annotated[
@@ -61,6 +62,7 @@ ModelArgument = Annotated[
         help="A Hugging Face checkpoint folder, or org/name[@revision] to download it (extra: hub).",
         show_default="recall-mini, which comes with restkv",
     ),
+    FILE_NAME,
 ]
 BudgetOption = Annotated[
     float | None,
@@ -184,14 +186,9 @@ def read_text(file: Path | None) -> str:
         return decoded(sys.stdin.read().encode() if stream is None else stream.read())
 
 
-def given_text(text: str, option: str) -> str:
-    """A text of the command line, as read_text gives one of a file.
-
-    Raises:
-        PromptError: it is not UTF-8.
-    """
-    with reading(option):
-        return decoded(text.encode(errors="surrogatepass"))  # as which bytes that are no text arrive
+def given_text(text: str) -> str:
+    """A text of the command line, as read_text gives one of a file."""
+    return decoded(text.encode())
 
 
 def parse_template_args(texts: Sequence[str] | None) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modeling.errors import RestKVWarning
+from restkv.cli.groups import spread
 from restkv.cli.options import (
+    FILE_NAME,
     RECALL,
     BudgetOption,
     ContextOption,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from restkv.policies import Policy
 
 
+@spread
 def warmup(
     model: ModelArgument = str(RECALL),
     method: MethodOption = "restkv",
@@ -65,9 +68,12 @@ def warmup(
     )
 
 
+@spread
 def methods(
     sizes_of: Annotated[
-        str | None, typer.Option("--bytes", metavar="MODEL", help="Show what each method's cache of this model holds.")
+        str | None,
+        typer.Option("--bytes", metavar="MODEL", help="Show what each method's cache of this model holds."),
+        FILE_NAME,
     ] = None,
     context: ContextOption = None,
     budget: BudgetOption = None,
@@ -105,6 +111,7 @@ def methods(
     table_console().print(bytes_table(sizes_of, outline, context, [*policies, FullCache()]))
 
 
+@spread
 def inspect(
     model: ModelArgument = str(RECALL),
     context: ContextOption = None,

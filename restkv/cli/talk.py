@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import signal
 import sys
@@ -111,10 +112,10 @@ class Talk:
             self._last = None
             self._say_stats()
         elif name == "save" and len(words) == 1:
-            self._chat.save(words[0])
+            self._chat.save(_file_name(words[0]))
             say(f"saved to {words[0]}")
         elif name == "load" and len(words) == 1:
-            self._go_on_with(Chat.load(words[0], self._chat.lm))
+            self._go_on_with(Chat.load(_file_name(words[0]), self._chat.lm))
             self._say_stats()
         elif name == "new" and not words:
             self._go_on_with(self._chat.anew())
@@ -153,6 +154,14 @@ def _words(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise PromptError(f"/{text}: {error}; close the quotation, or put a backslash before the mark") from None
+
+
+def _file_name(word: str) -> str:
+    """A name in a line as Python has those of files: as of its bytes in the locale."""
+    try:
+        return os.fsdecode(word.encode(getattr(sys.stdin, "encoding", None) or "utf-8"))
+    except UnicodeEncodeError:
+        return word  # which no file can have; whoever opens it says so
 
 
 def _lines() -> Iterator[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from bench.published.haystack import _essays
 from bench.quality import anli, corpus
 from modeling.text.characters import decoded
 from restkv.cli import main
+from restkv.cli.app import _command
 from restkv.cli.options import read_text
 from restkv.errors import PromptError
 
@@ -64,6 +67,90 @@ def test_a_pipe_gives_a_process_the_same(rambler, tokens):
     ran = subprocess.run(command, input=raw, capture_output=True, check=True, env={"LC_ALL": "C", **environment})
     said = json.loads(ran.stdout)
     assert (said["stats"]["prompt_tokens"][0], said["tokens"]) == tokens(stdin=raw)
+
+
+LATIN = "en_US.ISO-8859-1"
+
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory) -> dict[str, str]:
+    """The environment of somebody whose letters are one byte each."""
+    folder = tmp_path_factory.mktemp("locales")
+    made = shutil.which("localedef") and subprocess.run(
+        ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / LATIN)], capture_output=True, check=False
+    )
+    if not made or not (folder / LATIN).is_dir():
+        pytest.skip("no such locale can be made here")
+    return {"LOCPATH": str(folder), "LC_ALL": LATIN, "PYTHONUTF8": "0"}
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def in_locale(locale: dict[str, str], arguments: list[str], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    environment = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "PATH") if name in os.environ}
+    command = [os.fsencode(word) for word in (sys.executable, "-m", "restkv")] + [word.encode() for word in arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, env={**environment, **locale}, check=False)
+
+
+@pytest.mark.parametrize("which", ["ascii", "latin"])
+def test_the_command_line_is_utf8_whatever_the_locale_says(which, rambler, tokens, tmp_path, request):
+    locale = ASCII if which == "ascii" else request.getfixturevalue("latin")
+    expected = tokens("-p", "Tom é Łucja")
+    common = ["generate", str(rambler), "-n", "6", "--method", "full", "--json"]
+    for words, stdin in ((["-p", "Tom é Łucja"], b""), ([], "Tom é Łucja".encode())):
+        ran = in_locale(locale, [*common, *words], stdin)
+        assert ran.returncode == 0, ran.stderr
+        said = json.loads(ran.stdout)
+        assert (said["stats"]["prompt_tokens"][0], said["tokens"]) == expected
+    # Names of files are bytes, from the command line and in a chat.
+    saved, model = tmp_path / "été.chat", tmp_path / "modèle"
+    model.symlink_to(rambler)
+    ran = in_locale(locale, ["chat", str(model), "-n", "3"], f"Tom is\n/save {saved}\n".encode())
+    assert ran.returncode == 0 and saved.is_file(), ran.stderr
+    ran = in_locale(locale, ["chat", str(model), "-n", "3", "--load", str(saved)], f"/load {saved}\n".encode())
+    assert ran.returncode == 0 and b"error" not in ran.stderr
+
+
+def test_other_texts_are_utf8_whatever_the_locale_says(latin):
+    seen = in_locale(latin, ["generate", "-p", "Tom", "--template-arg", "größe=1", "-n", "3"])
+    assert seen.returncode == 2 and "größe".encode("latin-1") in seen.stderr
+
+
+def text_options() -> list[tuple[str, str]]:
+    """Every option of every command that takes a text which is no file's name, as it is typed."""
+    found = []
+
+    def walk(command: Any, words: str) -> None:
+        for name, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{words} {name}")
+        for one in () if hasattr(command, "commands") else command.params:
+            kind = one.type_descriptor.annotation
+            if kind in (str, list[str]) and one.type_descriptor.parameter_info.parser is None:
+                long = [name for name in one.opts if name.startswith("--")]
+                if long and (words, long[0]) not in FILES:
+                    found.append((words, long[0]))
+
+    walk(_command(), "")
+    return found
+
+
+# Those whose texts are names of files, or of checkpoints.
+FILES = {
+    (" methods", "--bytes"),
+    (" bench anli", "--model"),
+    (" bench perplexity", "--model"),
+    (" bench speed", "--peer-python"),
+    (" bench memory", "--peer-python"),
+    *((f" bench {name}", "--model") for name in ("longbench", "infinitebench", "ruler-official", "needle-official")),
+}
+
+
+@pytest.mark.parametrize(("words", "option"), text_options())
+def test_every_text_of_the_command_line_is_refused_where_it_is_no_text(words, option, capsys):
+    needed = {"anli", "longbench", "infinitebench", "ruler-official", "needle-official"} & set(words.split())
+    assert main([*words.split(), *(["--data", "nowhere"] if needed else []), option, "a\udcff"]) == 2
+    assert capsys.readouterr().err == f"restkv: error: {option}: not UTF-8 text (byte 1); convert it first\n"
 
 
 @pytest.mark.parametrize("raw", [b"Lily \xff", b"\xff\xfeL\x00"])
