@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from modeling.errors import TooLargeError
+from modeling.free import free_bytes, size_text
 
 LARGE = 1 << 26  # bytes; less is not worth a look at what is free
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def require(count: int, device: torch.device) -> None:
@@ -26,21 +25,6 @@ def require(count: int, device: torch.device) -> None:
     free = free_bytes()
     if free is not None and count > free:
         raise MemoryError(f"tried to allocate {count} bytes of {free} that are free")
-
-
-def free_bytes() -> int | None:
-    """Memory that the host, or the container, can still give; None where nobody says."""
-    try:
-        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE))
-        free = 1024 * (int(fields["MemAvailable"]) + int(fields.get("SwapFree", 0)))
-    except (OSError, KeyError):
-        return None
-    try:
-        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        cached = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
-        return min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0))  # "max" is no number
-    except (OSError, ValueError):
-        return free
 
 
 def lacking(error: BaseException) -> str | None:
@@ -59,7 +43,7 @@ def lacking(error: BaseException) -> str | None:
         return ""
     if asked[2] != "bytes":
         return f" ({asked[1]} {asked[2]} were asked for)"
-    return f" ({int(asked[1]) / 1e9:.1f} GB were asked for)" if int(asked[1]) >= 1e8 else ""
+    return f" ({size_text(int(asked[1]))} were asked for)" if int(asked[1]) >= 1e8 else ""
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from modeling.config import DTYPES, ModelConfig
 from modeling.errors import CheckpointError, ConfigError, TooLargeError
 from modeling.families.registry import read_config
 from modeling.files import reason, shortened
+from modeling.free import free_bytes, free_text, size_text
 from modeling.layers import Decoder
-from modeling.room import free_bytes, lacking
+from modeling.room import lacking
 
 __all__ = ["INDEX", "SINGLE", "load_model", "load_outline", "resolve", "tensor_slots"]
 
@@ -103,9 +104,9 @@ def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
         if (asked := lacking(error)) is None:
             raise
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        there = "" if free is None else f", {free / 1e9:,.1f} GB are free"
+        there = "" if free is None else f", {free_text()}"
         raise TooLargeError(
-            f"{folder}: not enough memory, the weights take {size / 1e9:,.1f} GB as {dtype}{there}{asked}; "
+            f"{folder}: not enough memory, the weights take {size_text(size)} as {dtype}{there}{asked}; "
             "ask for a narrower dtype than that, or free memory"
         ) from None
 

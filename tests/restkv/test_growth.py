@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import restkv
 from make.places import environment
 from make.policies import FOUR, POLICY, SOME
 from make.small import eagerly, small_ids, small_lm, small_model
-from modeling import room
+from modeling import free, room
+from modeling.checkpoint.loading import load_model
 from modeling.pool import PagePool, pool_size
 from restkv import sizing
 from restkv.chat import Chat
@@ -254,24 +257,109 @@ def test_a_chat_stays(scarce, monkeypatch, rambler, tmp_path):
     assert "".join(chat.send("three", max_new_tokens=8)) == "".join(same.send("three", max_new_tokens=8))
 
 
-def test_what_is_free_is_known_or_nobody_says(monkeypatch, tmp_path):
-    free = room.free_bytes()
-    assert free is None or free > 1 << 20
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(room, "MEMINFO", meminfo)
-    monkeypatch.setattr(room, "CGROUP", tmp_path)
-    assert room.free_bytes() is None
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A folder for what Linux says of memory, with nothing in it."""
+    for name, file in (("MEMINFO", "meminfo"), ("STATUS", "status"), ("CGROUPS", "cgroups"), ("CGROUP", "cgroup")):
+        monkeypatch.setattr(free, name, tmp_path / file)
+    return tmp_path
+
+
+MEMINFO = "MemTotal:       8000 kB\nMemAvailable:    4000 kB\nSwapFree:         1000 kB\n"
+
+
+def test_what_is_free_is_known_or_nobody_says(machine):
+    assert free.free_bytes() is None and free.free_text() == ""
     room.require(1 << 60, torch.device("cpu"))  # the allocator has the last word
-    meminfo.write_text("MemTotal:       8000 kB\nMemAvailable:    4000 kB\nSwapFree:         1000 kB\n")
-    assert room.free_bytes() == 5000 * 1024
-    (tmp_path / "memory.current").write_text("1000000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300000\n")
-    for limit, free in (("max\n", 5000 * 1024), ("2000000\n", 1_300_000)):
-        (tmp_path / "memory.max").write_text(limit)
-        assert room.free_bytes() == free
+    (machine / "meminfo").write_text(MEMINFO)
+    assert free.free_bytes() == 5000 * 1024
     with pytest.raises(MemoryError):
         room.require(1 << 40, torch.device("cpu"))
     room.require(1 << 40, torch.device("meta"))
+
+
+def test_this_machine_says_what_is_free():
+    known = free.free_bytes()
+    assert known is None or known > 1 << 20
+
+
+def write_files(folder: Path, **files: int | str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("memory_", "memory.")).write_text(f"{content}\n")
+
+
+@pytest.mark.parametrize("path", ["/", "/outer/inner", "/elsewhere/than/in/this/container"])
+@pytest.mark.parametrize(
+    ("most", "high", "want"),
+    [("max", "max", None), (2_000_000, "max", 1_300_000), (2_000_000, 1_500_000, 800_000), (10, "max", 0)],
+)
+def test_the_limits_of_a_cgroup_count_where_it_is_mounted(machine, path, most, high, want):
+    (machine / "meminfo").write_text(MEMINFO)
+    (machine / "cgroups").write_text(f"5:cpu:/x\n0::{path}\n")
+    own = machine / "cgroup" / ("outer/inner" if "outer" in path else "")
+    stat = "anon 5\ninactive_file 300000"
+    write_files(own, memory_max=most, memory_high=high, memory_current=1_000_000, memory_stat=stat)
+    assert free.free_bytes() == (5000 * 1024 if want is None else want)
+    assert ("in its cgroup" in free.free_text()) == (want is not None)
+
+
+def test_the_tightest_of_all_cgroups_above_counts_and_version_1_too(machine):
+    (machine / "meminfo").write_text(MEMINFO)
+    (machine / "cgroups").write_text("0::/a/b\n4:cpuset,memory:/c\n")
+    for folder, limit in (("a/b", 4_000_000), ("a", 3_000_000)):
+        write_files(machine / "cgroup" / folder, memory_max=limit, memory_current=1_000_000, memory_stat="")
+    assert free.free_bytes() == 2_000_000
+    write_files(
+        machine / "cgroup" / "memory" / "c",
+        memory_limit_in_bytes=1_500_000,
+        memory_usage_in_bytes=1_000_000,
+        memory_stat="inactive_file 9\ntotal_inactive_file 100000",
+    )
+    assert free.free_bytes() == 600_000
+
+
+@pytest.mark.parametrize(("limit", "used", "name"), free.ULIMITS)
+def test_the_limits_of_the_process_count(machine, monkeypatch, limit, used, name):
+    (machine / "meminfo").write_text(MEMINFO)
+    (machine / "status").write_text(f"Name:\tpython\n{used}:\t    1000 kB\nThreads:\t1\n")
+    limits = {limit: 3000 * 1024}
+    monkeypatch.setattr(resource, "getrlimit", lambda one: (limits.get(one, resource.RLIM_INFINITY), 0))
+    assert (free.free_bytes(), free.free_text()) == (2000 * 1024, f"2.0 MB are free under {name}")
+    limits[limit] = 10 * 1024  # it can be lowered below what is there
+    assert free.free_bytes() == 0
+    limits.clear()
+    assert free.free_bytes() == 5000 * 1024
+
+
+def test_weights_beyond_a_limit_of_the_process_are_refused_by_its_name(tiny, monkeypatch):
+    used = free._kilobytes(free.STATUS)["VmSize"]
+    limits = {resource.RLIMIT_AS: used + 1000}
+    monkeypatch.setattr(resource, "getrlimit", lambda one: (limits.get(one, resource.RLIM_INFINITY), 0))
+    with pytest.raises(TooLargeError) as error:
+        load_model(tiny("llama2").folder)
+    one_line(error, " MB as ", ", 0.0 MB are free under ulimit -v;")
+
+
+UNDER_ULIMIT = """
+import resource
+import torch
+from modeling import free, room
+
+soft = free._kilobytes(free.STATUS)["VmSize"] + (150 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+assert free.free_bytes() <= 150 << 20 and "under ulimit -v" in free.free_text()
+room.require(100 << 20, torch.device("cpu"))
+try:
+    room.require(200 << 20, torch.device("cpu"))
+except MemoryError as error:
+    print(error)
+"""
+
+
+def test_a_real_limit_of_the_process_is_seen():
+    ran = subprocess.run([sys.executable, "-c", UNDER_ULIMIT], env=environment(), capture_output=True, text=True)
+    assert ran.returncode == 0 and f"tried to allocate {200 << 20} bytes" in ran.stdout, ran.stderr[-3000:]
 
 
 LIMITED = """
