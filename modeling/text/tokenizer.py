@@ -22,11 +22,13 @@ from modeling.errors import RestKVWarning, TokenizerError
 from modeling.text.characters import fault
 from modeling.text.file import TokenizerFile, joins_bytes, read_tokenizer
 from modeling.text.guard import guarded
+from modeling.text.outlook import outlook
 from modeling.text.special_tokens import SideFiles, complete, id_of
 from modeling.text.stream import Stream
 from modeling.text.templates import DEFAULT, ChatTemplates, Source, find_templates, plain_variables
 
-BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a single byte
+# SentencePiece's spelling of a single byte; the library reads small letters and a sign as well.
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
 
 
 class Tokenizer:
@@ -60,6 +62,7 @@ class Tokenizer:
             self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
             self._added = frozenset(done.tokenizer.get_added_tokens_decoder())
             self._joins_bytes = joins_bytes(done.tokenizer)
+            self.outlook = outlook(done.tokenizer)
         self._entries: dict[int, tuple[str | None, bool]] = {}
 
     @classmethod
@@ -160,12 +163,16 @@ class Tokenizer:
         if known is None:
             with guarded(self._place, "looking up a token id"):
                 text = self._tokenizer.id_to_token(token)
-                shown, all_shown = (
-                    self._tokenizer.decode([token], skip_special_tokens=skip) if token in self._added else ""
-                    for skip in (True, False)
-                )
+            shown, all_shown = (self._alone(token, skip) if token in self._added else "" for skip in (True, False))
             known = self._entries[token] = text, shown != all_shown
         return known
+
+    def _alone(self, token: int, skip_special: bool) -> str | None:
+        """Its text without others; None where the library fails, as on a Strip of more than there is."""
+        try:
+            return self.decode([token], skip_special)
+        except TokenizerError:
+            return None
 
     def stream(self, skip_special: bool = True) -> Stream:
         """A decoder that is given one id at a time."""
