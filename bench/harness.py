@@ -32,7 +32,8 @@ from restkv.errors import OutputError, PromptError, RestKVWarning
 from restkv.lm import load
 from restkv.patterns import parse_prefill
 from restkv.policies import Policy
-from restkv.saving.store import fingerprint, policy_to_dict
+from restkv.saving.fingerprint import fingerprint
+from restkv.saving.store import policy_to_dict
 
 NAME = "restkv"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
