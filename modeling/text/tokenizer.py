@@ -30,6 +30,8 @@ from modeling.text.templates import DEFAULT, ChatTemplates, Source, find_templat
 # SentencePiece's spelling of a single byte; the library reads small letters and a sign as well.
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
 
+GOES_ON = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark of where a message is gone on with
+
 
 class Tokenizer:
     """A folder's tokenizer. Make it with from_folder()."""
@@ -213,6 +215,25 @@ class Tokenizer:
             raise TokenizerError(f"template variable {name!r}: given twice; drop one of them")
         given |= variables
         return self._templates.render(messages, self.special_tokens, add_generation_prompt, given, template_name)
+
+    def render_open(self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None = None) -> str:
+        """render() up to the end of the last message's content, which is to be gone on with.
+
+        As with transformers' continue_final_message: spaces at its end stay, unless the template drops them.
+
+        Raises:
+            TokenizerError: as of render(); or the last message has no text, or the template does not show it as it is.
+        """
+        content = messages[-1].get("content") if messages else None
+        if not isinstance(content, str):
+            raise TokenizerError(f"{self._place}: the last chat message has no text to go on with; give it a 'content'")
+        text = self.render([*messages[:-1], {**messages[-1], "content": content + GOES_ON}], False, template_args)
+        at = text.rfind(GOES_ON.strip())
+        if at < 0 or content.strip() not in text:
+            raise TokenizerError(
+                f"{self._place}: the chat template does not show the last message as it is; end with a question"
+            )
+        return text[:at] if text.startswith(GOES_ON, at) else text[:at].rstrip()
 
     def check_template(self, template_args: Mapping[str, Any], template_name: str | None = None) -> None:
         """Warn of variables that the chat template never reads, such as misspelt ones; they change nothing.
