@@ -32,7 +32,8 @@ from restkv.errors import OutputError, PromptError, RestKVWarning
 from restkv.lm import load
 from restkv.patterns import parse_prefill
 from restkv.policies import Policy
-from restkv.saving.store import fingerprint, policy_to_dict
+from restkv.saving.fingerprint import fingerprint
+from restkv.saving.store import policy_to_dict
 
 NAME = "restkv"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -138,11 +139,9 @@ class RestKVHarness(TemplateLM):
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without `add_generation_prompt` it ends with the last message, to be gone on with."""
-        text = self.tok.render(chat_history, add_generation_prompt, self._template_args)
-        if not add_generation_prompt:
-            last = chat_history[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)]
-        return text
+        if add_generation_prompt:
+            return self.tok.render(chat_history, True, self._template_args)
+        return self.tok.render_open(chat_history, self._template_args)
 
     @property
     def tokenizer_name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modeling.errors import TokenizerError
 from modeling.text.stream import Stream
 from modeling.text.tokenizer import Tokenizer
 
@@ -38,6 +39,9 @@ class StopSearch:
         self._tokenizer, self._stops, self._shown = tokenizer, stops, shown
         self._full = Stream(tokenizer, skip_special=False)
         self._parts: list[_Part] = []  # what has been held back
+        # For decoders that must see all tokens: what there has been of tokens and certain text, and how much of it was given out.
+        self._ids: list[int] = []
+        self._texts, self._said = {"full": "", "shown": ""}, 0
 
     def push(self, token: int, shown: str, last: bool, eos: bool) -> tuple[str, bool]:
         """Take one token.
@@ -50,6 +54,8 @@ class StopSearch:
             the text that is certain to come before any stop string, and whether one was found, right behind that text.
         """
         part = _Part(self._full.push(token) + (self._full.flush() if last else ""), shown)
+        if not self._tokenizer.outlook.piecewise:
+            return self._push_whole(token, part, last, eos)
         if eos or self._tokenizer.spelling(token) is None:
             part.lead = len(part.full.removesuffix(self._tokenizer.spelling(token, skip_special=False) or ""))
             part.owed = shown or self._shown.held()
@@ -66,6 +72,38 @@ class StopSearch:
         sure = min(len(self._shown_before(free)), len(all_shown) - self._beginning(all_shown), len(all_shown))
         self._drop(free, sure)
         return all_shown[:sure], False
+
+    def _push_whole(self, token: int, part: _Part, last: bool, eos: bool) -> tuple[str, bool]:
+        """As push, for a decoder whose texts come late: places in them are found by decoding all tokens anew."""
+        self._ids.append(token)
+        full, shown = self._texts["full"] + part.full, self._texts["shown"] + part.shown
+        self._texts = {"full": full, "shown": shown}
+        latest = self._length(len(self._ids) - 1) - 1 if eos else len(full)
+        found = self._places(shown) + [self._place_shown(at, eos) for at in self._places(full) if at <= latest]
+        said = self._said
+        if found:
+            whole = self._tokenizer.decode(self._ids[:-1] if eos else self._ids)
+            return whole[said : max(said, min(found))], True
+        free = self._place_shown(len(full) - self._beginning(full), eos)
+        sure = len(shown) if last else min(free, len(shown) - self._beginning(shown))
+        self._said = max(said, min(sure, len(shown)))
+        return shown[said : self._said], False
+
+    def _place_shown(self, place: int, eos: bool) -> int:
+        """A place in the text with special tokens as one in the text without."""
+        hidden = 0
+        for number, token in enumerate(self._ids):
+            if (eos and number == len(self._ids) - 1) or self._tokenizer.spelling(token) is None:
+                begin, end = self._length(number), self._length(number + 1)
+                hidden += max(0, min(place, end) - begin)
+        return place - hidden
+
+    def _length(self, count: int) -> int:
+        """Characters of so many tokens, special ones too."""
+        try:
+            return len(self._tokenizer.decode(self._ids[:count], skip_special=False))
+        except TokenizerError:  # a Strip of more than there is
+            return 0
 
     def _places(self, text: str) -> list[int]:
         return [at for at in (text.find(stop) for stop in self._stops) if at >= 0]

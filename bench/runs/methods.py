@@ -27,7 +27,8 @@ from restkv.evict import Evictor
 from restkv.lm import LM
 from restkv.patterns import Pattern
 from restkv.policies import Policy, get_policy, policy_class
-from restkv.saving.store import fingerprint, policy_to_dict
+from restkv.saving.fingerprint import fingerprint
+from restkv.saving.store import policy_to_dict
 from restkv.session import Session
 
 

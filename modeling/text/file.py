@@ -96,7 +96,12 @@ def before_texts(tokenizer: tokenizers.Tokenizer, place: str) -> list[int]:
 
 def joins_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether its decoder makes characters of SentencePiece's byte tokens."""
-    return any(rule["type"] == "ByteFallback" for rule in _rules(_state(tokenizer.decoder)))
+    return any(rule["type"] == "ByteFallback" for rule in rules_of(tokenizer.decoder))
+
+
+def rules_of(part: Any) -> list[Mapping[str, Any]]:
+    """The rules of a normalizer, pre-tokenizer or decoder as tokenizer.json spells them, in their order."""
+    return list(_rules(_state(part)))
 
 
 def _before(state: Mapping[str, Any]) -> list[int]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
-UNSURE = "\ufffd"  # what bytes decode to that are no character, or not yet
+from modeling.errors import TokenizerError
+from modeling.text.outlook import UNSURE, Outlook
+
 LONGEST = 4  # bytes of a character, and so tokens that can be parts of one
 UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Decoding(Protocol):
     """What a stream asks a tokenizer (modeling/text/tokenizer.py)."""
+
+    outlook: Outlook
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
     def spelling(self, token: int, skip_special: bool = True) -> str | None: ...
@@ -25,6 +30,9 @@ class Stream:
     Text is held back while it may still change, which is in two cases. It ends in the middle of a UTF-8 character: then the last
     U+FFFD waits, for as many as three more tokens. Or it ends in a run of SentencePiece byte tokens, which decode together or, if
     one of them does not fit, each to a U+FFFD: then the run waits until it ends or fits no more.
+
+    A decoder that looks further (modeling/text/outlook.py) is asked for the whole text at every token, and what may still change
+    waits; where nothing can be said of that, all text waits for flush().
     """
 
     def __init__(self, tokenizer: Decoding, skip_special: bool = True):
@@ -46,6 +54,8 @@ class Stream:
         if self._tokenizer.spelling(token, self._skip_special) is None:
             return ""
         self._ids.append(token)
+        if not self._tokenizer.outlook.piecewise:
+            return self._settled(token)
         byte = self._tokenizer.byte(token)
         if byte is None:
             self._utf8.reset()
@@ -63,13 +73,34 @@ class Stream:
 
     def flush(self) -> str:
         """All text held back; the stream can go on after it as if new."""
-        piece = self.held()
+        piece = self._behind()
         self._reset()
         return piece
 
     def held(self) -> str:
         """The text held back, as it would be if nothing came after it."""
+        try:
+            return self._behind()
+        except TokenizerError:
+            if self._tokenizer.outlook.piecewise:
+                raise
+            return ""
+
+    def _behind(self) -> str:
         return self._text(self._ids)[self._already() :]
+
+    def _settled(self, token: int) -> str:
+        """The new text that no token can change, of a decoder that must see all tokens."""
+        unsettled = self._tokenizer.outlook.unsettled
+        if math.isinf(unsettled) or self._tokenizer.byte(token) is not None:
+            return ""
+        try:
+            text = self._text(self._ids)
+        except TokenizerError:  # the library fails on a text shorter than what a Strip may take off; more may come
+            return ""
+        given = self._already()
+        self._given = max(given, len(text) - int(unsettled))
+        return text[given : self._given]
 
     def _certain(self) -> str:
         """The new text but for a last U+FFFD."""
@@ -86,7 +117,7 @@ class Stream:
 
     def _rest(self) -> str:
         """All the new text."""
-        piece = self.held()
+        piece = self._behind()
         self._start_after(1)
         return piece
 

@@ -22,11 +22,15 @@ from modeling.errors import RestKVWarning, TokenizerError
 from modeling.text.characters import fault
 from modeling.text.file import TokenizerFile, joins_bytes, read_tokenizer
 from modeling.text.guard import guarded
+from modeling.text.outlook import outlook
 from modeling.text.special_tokens import SideFiles, complete, id_of
 from modeling.text.stream import Stream
 from modeling.text.templates import DEFAULT, ChatTemplates, Source, find_templates, plain_variables
 
-BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a single byte
+# SentencePiece's spelling of a single byte; the library reads small letters and a sign as well.
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
+
+GOES_ON = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark of where a message is gone on with
 
 
 class Tokenizer:
@@ -60,6 +64,7 @@ class Tokenizer:
             self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
             self._added = frozenset(done.tokenizer.get_added_tokens_decoder())
             self._joins_bytes = joins_bytes(done.tokenizer)
+            self.outlook = outlook(done.tokenizer)
         self._entries: dict[int, tuple[str | None, bool]] = {}
 
     @classmethod
@@ -160,12 +165,16 @@ class Tokenizer:
         if known is None:
             with guarded(self._place, "looking up a token id"):
                 text = self._tokenizer.id_to_token(token)
-                shown, all_shown = (
-                    self._tokenizer.decode([token], skip_special_tokens=skip) if token in self._added else ""
-                    for skip in (True, False)
-                )
+            shown, all_shown = (self._alone(token, skip) if token in self._added else "" for skip in (True, False))
             known = self._entries[token] = text, shown != all_shown
         return known
+
+    def _alone(self, token: int, skip_special: bool) -> str | None:
+        """Its text without others; None where the library fails, as on a Strip of more than there is."""
+        try:
+            return self.decode([token], skip_special)
+        except TokenizerError:
+            return None
 
     def stream(self, skip_special: bool = True) -> Stream:
         """A decoder that is given one id at a time."""
@@ -206,6 +215,25 @@ class Tokenizer:
             raise TokenizerError(f"template variable {name!r}: given twice; drop one of them")
         given |= variables
         return self._templates.render(messages, self.special_tokens, add_generation_prompt, given, template_name)
+
+    def render_open(self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None = None) -> str:
+        """render() up to the end of the last message's content, which is to be gone on with.
+
+        As with transformers' continue_final_message: spaces at its end stay, unless the template drops them.
+
+        Raises:
+            TokenizerError: as of render(); or the last message has no text, or the template does not show it as it is.
+        """
+        content = messages[-1].get("content") if messages else None
+        if not isinstance(content, str):
+            raise TokenizerError(f"{self._place}: the last chat message has no text to go on with; give it a 'content'")
+        text = self.render([*messages[:-1], {**messages[-1], "content": content + GOES_ON}], False, template_args)
+        at = text.rfind(GOES_ON.strip())
+        if at < 0 or content.strip() not in text:
+            raise TokenizerError(
+                f"{self._place}: the chat template does not show the last message as it is; end with a question"
+            )
+        return text[:at] if text.startswith(GOES_ON, at) else text[:at].rstrip()
 
     def check_template(self, template_args: Mapping[str, Any], template_name: str | None = None) -> None:
         """Warn of variables that the chat template never reads, such as misspelt ones; they change nothing.

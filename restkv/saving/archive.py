@@ -24,7 +24,7 @@ from restkv.errors import OutputError, PromptError
 from restkv.files import reason, replaced
 from restkv.saving.strict_json import parse
 
-FORMAT = "2"  # of the file; other versions are refused
+FORMAT = "3"  # of the file; other versions are refused: 1 has no digests, 2 does not tell all models apart
 MOST_HEADER = 16 << 20  # bytes: the remarks of a conversation of a million tokens
 MOST_DIMENSIONS = 8
 BLOCK = 1 << 20  # bytes read at a time

@@ -9,7 +9,6 @@ in saved.py before a session is made of it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.layers import Decoder
 from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.engine import Engine
 from restkv.errors import PolicyError, PromptError, RestKVError, TooLargeError
@@ -37,23 +35,12 @@ from restkv.saving.checks import (
     revived_states,
     state_fields,
 )
+from restkv.saving.fingerprint import fingerprint
 from restkv.saving.strict_json import shown
 from restkv.session import Saved, Session
 
 MOST_NAME = 100  # letters of a policy's name
 MOST_SAID = 300  # letters of what is wrong with a file
-
-
-def fingerprint(model: Decoder) -> str:
-    """A name for exactly these weights: family, shape, dtype, and a hash over config and a sample of every tensor."""
-    config = model.config
-    digest = hashlib.sha256(repr(config).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 1024)].float().cpu()  # sync: once per model
-        digest.update(name.encode() + sample.numpy().tobytes())
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{config.family}-{config.num_layers}x{config.hidden_size}-{dtype}-{digest.hexdigest()[:16]}"
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from restkv.errors import OutputError, PolicyError, PromptError
 from restkv.lm import LM
 from restkv.policies import H2O, POLICIES, FullCache, LaCache, ReSTKV
 from restkv.saving import store
+from restkv.saving.fingerprint import fingerprint
 from restkv.session import Session
 
 CONTEXT, FIRST, SECOND = small_ids(70, 1), small_ids(5, 2), small_ids(20, 3)
@@ -205,18 +206,21 @@ def test_half_precision_survives(tmp_path):
 def test_a_context_belongs_to_its_model(lm, tmp_path):
     place = tmp_path / "context"
     lm.compress(CONTEXT, ReSTKV(20, window=4)).save(place)
-    ours = store.fingerprint(lm.model)
+    ours = fingerprint(lm.model)
     tweaked = small_model(4, windows=FOUR)
     tweaked.blocks[2].o_proj.weight[0, 0] += 1e-3
+    retrained = small_model(4, windows=FOUR)  # in a few rows, which no sample of its numbers need touch
+    retrained.embed_tokens.weight[-3:] += 1
     others: list[Decoder] = [
         small_model(5, windows=FOUR),
         small_model(4, windows=(None, 9, None, None)),
         small_model(4, windows=FOUR).bfloat16(),
         tweaked,
+        retrained,
     ]
     for other in others:
         with pytest.raises(
-            PromptError, match=f"made with the model {ours}, this one is {store.fingerprint(other)};"
+            PromptError, match=f"made with the model {ours}, this one is {fingerprint(other)};"
         ) as error:
             CompressedContext.load(place, LM(other, None))
         assert str(place) in str(error.value)
@@ -246,7 +250,7 @@ DAMAGE = {
     ),
     "a flipped bit": (lambda place: place.write_bytes(flipped(place.read_bytes(), -200)), "damaged since it was saved"),
     "weights": (lambda place: save_file({"w": torch.ones(3)}, place), "not written by restkv"),
-    "a later format": (lambda place: edited(place, restkv="7"), "has format '7', this version of restkv reads 2"),
+    "a later format": (lambda place: edited(place, restkv="7"), "has format '7', this version of restkv reads 3"),
     "edited": (lambda place: edited(place, about=json.dumps({"model": "mine"})), "damaged since it was saved"),
     "gone": (lambda place: place.unlink(), "no such file"),
     "a folder": (lambda place: place.unlink() or place.mkdir(), "is a folder"),

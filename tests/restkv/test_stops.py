@@ -10,6 +10,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 import restkv
 from make.toy_tokenizers import KINDS, TOKENS
@@ -235,3 +236,39 @@ def test_byte_tokens_without_a_decoder_of_bytes_are_text():
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<0x41>": 0, "b": 1}, unk_token="b"))
     stream = Tokenizer(made, {}, None, "test").stream()
     assert [stream.push(0), stream.push(0)] == ["<0x41>", " <0x41>"]
+
+
+LATE = {
+    "one character late": [decoders.Fuse(), decoders.Replace("xy", "z")],
+    "all at the end": [decoders.Fuse(), decoders.Replace(tokenizers.Regex("x+"), "z")],
+}
+
+
+@pytest.mark.parametrize("rules", LATE.values(), ids=LATE)
+@given(data=st.data())
+@settings(max_examples=150)
+def test_stops_cut_text_that_comes_late_where_they_cut_any_other(rules, data):
+    """Decoders that look across tokens, on texts that they change nothing in, against one that does not."""
+
+    def made(rules: list) -> Tokenizer:
+        one = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "ab": 2, "c": 3}, unk_token="a"))
+        one.add_special_tokens(["<e>", "<c>"])
+        one.decoder = decoders.Sequence(rules)
+        return Tokenizer(one, {}, None, "test")
+
+    late, usual = made(rules), made([decoders.Fuse()])
+    assert usual.outlook.piecewise and not late.outlook.piecewise
+    ids = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+    stops = data.draw(st.lists(st.text("abce<>", min_size=1, max_size=4), min_size=1, max_size=1))
+    said = []
+    for tokenizer in (late, usual):
+        options = Decoding(len(ids), stop=stops)
+        row = Row(tokenizer, options, (5,))
+        pieces = []
+        for token in ids:
+            pieces.append(row.push(token))
+            if row.reason:
+                break
+        assert "".join(pieces) == row.text
+        said.append(row.text)
+    assert said[0] == said[1]

@@ -251,6 +251,22 @@ def test_a_chat_without_a_message_is_refused_as_in_transformers(reasoned):
         theirs.apply_chat_template([], tokenize=False)
 
 
+@pytest.mark.parametrize("shown", ["m.content", "m.content | trim", "m.content | upper", "m.role", "'x' ~ m.content"])
+@pytest.mark.parametrize("content", ["It was", "It was ", " \n It\n", "", " ", "end", "</end>", "user", None, "is: "])
+def test_a_message_is_gone_on_with_as_in_transformers(shown, content, tmp_path):
+    template = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ {shown} }}}}</end>\n{{% endfor %}}"
+    folder = folder_with(tmp_path, {}, chat_template=template)
+    messages = [*HELLO, {"role": "assistant", "content": content}]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        want = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    except ValueError:
+        with pytest.raises(TokenizerError, match=r"last (chat )?message"):
+            Tokenizer.from_folder(folder).render_open(messages)
+    else:
+        assert Tokenizer.from_folder(folder).render_open(messages) == want
+
+
 def circle() -> list:
     turning: list = []
     turning.append(turning)

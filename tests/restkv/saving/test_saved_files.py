@@ -317,11 +317,13 @@ def test_names_dtypes_and_shapes_are_covered_by_the_digest(change, lm, contexts,
     assert "damaged since it was saved" in refusal(tmp_path / "context", lm)
 
 
-def test_the_format_before_is_refused_in_one_line(lm, contexts, tmp_path):
+@pytest.mark.parametrize("before", [1, 2])
+def test_formats_before_are_refused_in_one_line(before, lm, contexts, tmp_path):
     path = tmp_path / "context"
     sign(path, contexts["full"])
-    save_file(load_file(path), path, {"restkv": "1", "about": "{}", "checksum": "00000000"})
-    assert "has format '1', this version of restkv reads 2" in refusal(path, lm)
+    labels = {1: {"about": "{}", "checksum": "00000000"}, 2: {"about": "{}", "digests": "{}", "digest": "00"}}
+    save_file(load_file(path), path, {"restkv": str(before), **labels[before]})
+    assert f"has format '{before}', this version of restkv reads 3; save it again" in refusal(path, lm)
 
 
 def test_a_saved_file_is_one_that_safetensors_reads(contexts, tmp_path):
