@@ -13,12 +13,14 @@ import ssl
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from modeling.checkpoint.folders import find_shards
+from modeling.environment import first_line, mend
 from modeling.errors import CheckpointError, RestKVWarning
 from modeling.files import shortened
 
@@ -51,13 +53,16 @@ def download(name: HubName) -> Path:
     Raises CheckpointError when huggingface_hub is not installed or the download fails.
     """
     try:
-        from huggingface_hub import snapshot_download
+        with redirect_stdout(StringIO()):  # it prints there why it cannot be imported
+            from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
             f'{name.repo}: no such folder; to download it as a hub name, pip install "restkv[hub]" first'
         ) from None
     except Exception as error:  # it reads its environment variables when imported
-        raise CheckpointError(f"{name.repo}: huggingface_hub cannot be used ({shortened(str(error), 300)})") from None
+        raise CheckpointError(
+            f"{name.repo}: huggingface_hub cannot be used ({first_line(error)}); {mend('huggingface_hub', error)}"
+        ) from None
     revision = {} if name.revision is None else {"revision": name.revision}
 
     def folder(**options: Any) -> Path:
@@ -70,7 +75,7 @@ def download(name: HubName) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # of huggingface_hub, requests, httpx, the file system, by version
-        what, mend, cached = _explained(error, name)
+        what, remedy, cached = _explained(error, name)
         if cached:
             try:
                 kept = folder(local_files_only=True)
@@ -78,9 +83,9 @@ def download(name: HubName) -> Path:
             except Exception:
                 pass
             else:
-                warnings.warn(f"{name.repo}: taken from the cache ({what}; {mend})", RestKVWarning, stacklevel=3)
+                warnings.warn(f"{name.repo}: taken from the cache ({what}; {remedy})", RestKVWarning, stacklevel=3)
                 return kept
-        raise CheckpointError(f"{name.repo}: no such folder, and not downloaded ({what}); {mend}") from None
+        raise CheckpointError(f"{name.repo}: no such folder, and not downloaded ({what}); {remedy}") from None
 
 
 # -- time limits
