@@ -187,6 +187,8 @@ class _Impatient:
 
     def _in_time(self, request: Any, options: dict[str, Any]) -> Any:
         """The answer, from a thread of its own: only that can be left when single bytes come for ever."""
+        extensions = getattr(request, "extensions", None) or {}
+        seconds = WHOLE * extensions.get("timeout", {}).get("read", self._seconds)  # less where the library waits less
         answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         context = contextvars.copy_context()
 
@@ -198,10 +200,10 @@ class _Impatient:
 
         threading.Thread(target=ask, daemon=True).start()
         try:
-            response, error = answers.get(timeout=WHOLE * self._seconds)
+            response, error = answers.get(timeout=seconds)
         except queue.Empty:
             self.abandoned = True
-            raise _TooSlow(f"the server did not come to an end of its answer in {WHOLE * self._seconds:g} s") from None
+            raise _TooSlow(f"the server did not come to an end of its answer in {seconds:g} s") from None
         if error is not None:
             raise error
         if not options.get("stream"):
