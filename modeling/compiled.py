@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from modeling.environment import blamed, first_line
 from modeling.errors import CompileError, TooManyShapes
 
 Result = TypeVar("Result")
@@ -96,8 +97,10 @@ def _before_it_ran(error: Exception) -> bool:
 
 def cannot_compile(name: str, error: Exception) -> CompileError:
     """`error`, said in a line; `name` is what was to be compiled."""
+    variables = " and ".join(f"{name}={os.environ[name]}" for name in blamed("torch", error))
+    mend = f"correct or unset {variables}" if variables else "mend that"
     return CompileError(
-        f"{name!r} cannot be compiled here: {_reason(error)}; mend that, or use the backend sdpa, which compiles nothing"
+        f"{name!r} cannot be compiled here: {_reason(error)}; {mend}, or use the backend sdpa, which compiles nothing"
     )
 
 
@@ -105,9 +108,7 @@ def _reason(error: Exception) -> str:
     """What failed, in a line: the message holds whole graphs and traces."""
     if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
         return "there is no working C++ compiler (g++)"
-    cause = getattr(error, "inner_exception", error)  # torch's own first line says only which backend raised
-    lines = [line.strip() for line in f"{type(cause).__name__}: {cause}".splitlines() if line.strip()]
-    return lines[0][:200]
+    return first_line(getattr(error, "inner_exception", error))  # torch's own first line says only which backend raised
 
 
 def not_compiled() -> CompileError:

@@ -27,6 +27,12 @@ def free_text() -> str:
     return "" if free is None else f"{size_text(free)} are free{place}"
 
 
+def free_addresses() -> int | None:
+    """What `ulimit -v` leaves this process; None where there is no such limit."""
+    most, used = resource.getrlimit(resource.RLIMIT_AS)[0], _kilobytes(STATUS).get("VmSize")
+    return None if most == resource.RLIM_INFINITY or used is None else max(0, most - used)
+
+
 def size_text(count: int) -> str:
     """
     >>> size_text(8_100_000_000), size_text(1_040_000)

@@ -46,7 +46,9 @@ def check_compiler(device: torch.device) -> None:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
-    except (OSError, RuntimeError) as error:  # inductor's InvalidCxxCompiler is a RuntimeError
+    except CompileError:
+        raise
+    except Exception as error:  # whatever a variable that it cannot parse makes of its import
         raise cannot_compile("decode", error) from error
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.report.stats import Estimate
+from modeling.environment import cannot_import
 from restkv.errors import OutputError
 from restkv.files import replaced
 
@@ -52,12 +53,18 @@ class Panel:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches."""
+    """An empty figure in inches.
+
+    Raises:
+        OutputError: matplotlib is not installed, or cannot be imported.
+    """
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
-    except ImportError:
+    except ModuleNotFoundError:
         raise OutputError("figures need matplotlib; install it with: pip install 'restkv[plot]'") from None
+    except Exception as error:  # MPLBACKEND is looked at
+        raise OutputError(cannot_import("matplotlib", error)) from None
     rcParams["svg.hashsalt"] = "restkv"  # the same figure gives the same file
     rcParams["text.parse_math"] = False  # a method's name is no formula
     return Figure(figsize=(width, height), layout="constrained")

@@ -6,25 +6,37 @@ here: no request waits for ever, and whatever it raises, in any of its versions,
 
 from __future__ import annotations
 
+import contextvars
 import errno
+import importlib
 import os
+import queue
 import re
 import ssl
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from modeling.checkpoint.folders import find_shards
+from modeling.environment import first_line, mend
 from modeling.errors import CheckpointError, RestKVWarning
 from modeling.files import shortened
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 IGNORED = ["*/*", "consolidated*"]  # Mistral's folders hold all weights a second time in their own layout
 PATIENCE = 3  # requests in a row that may go unanswered
+WHOLE = 6  # times the wait for one byte, HF_HUB_DOWNLOAD_TIMEOUT: for a whole answer, and for a look at how fast a file comes
+LEAST = 1000  # bytes a second
+LISTING = 32 << 20  # bytes of an answer that is no file
+PACKED = 64 << 10  # bytes of one that came compressed
+QUESTIONS = 10_000  # in one download
+BODY = "restkv.body"  # the extension of a request that holds its _Body
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>\w[\w.+/-]*))?", re.ASCII)
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -51,13 +63,16 @@ def download(name: HubName) -> Path:
     Raises CheckpointError when huggingface_hub is not installed or the download fails.
     """
     try:
-        from huggingface_hub import snapshot_download
+        with redirect_stdout(StringIO()):  # it prints there why it cannot be imported
+            from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
             f'{name.repo}: no such folder; to download it as a hub name, pip install "restkv[hub]" first'
         ) from None
     except Exception as error:  # it reads its environment variables when imported
-        raise CheckpointError(f"{name.repo}: huggingface_hub cannot be used ({shortened(str(error), 300)})") from None
+        raise CheckpointError(
+            f"{name.repo}: huggingface_hub cannot be used ({first_line(error)}); {mend('huggingface_hub', error)}"
+        ) from None
     revision = {} if name.revision is None else {"revision": name.revision}
 
     def folder(**options: Any) -> Path:
@@ -70,7 +85,7 @@ def download(name: HubName) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # of huggingface_hub, requests, httpx, the file system, by version
-        what, mend, cached = _explained(error, name)
+        what, remedy, cached = _explained(error, name)
         if cached:
             try:
                 kept = folder(local_files_only=True)
@@ -78,17 +93,17 @@ def download(name: HubName) -> Path:
             except Exception:
                 pass
             else:
-                warnings.warn(f"{name.repo}: taken from the cache ({what}; {mend})", RestKVWarning, stacklevel=3)
+                warnings.warn(f"{name.repo}: taken from the cache ({what}; {remedy})", RestKVWarning, stacklevel=3)
                 return kept
-        raise CheckpointError(f"{name.repo}: no such folder, and not downloaded ({what}); {mend}") from None
+        raise CheckpointError(f"{name.repo}: no such folder, and not downloaded ({what}); {remedy}") from None
 
 
-# -- time limits
+# -- limits of time and size
 
 
 @contextmanager
 def _patiently() -> Iterator[None]:
-    """The library's HTTP client gets time limits where it sets none: it lists repositories without.
+    """The library's HTTP client gets limits of time and size where it sets none: it lists repositories without.
 
     Both of its clients, that of requests before version 1 and that of httpx since, hand every request to `send`.
     """
@@ -96,7 +111,11 @@ def _patiently() -> Iterator[None]:
     from huggingface_hub.utils import get_session, logging
 
     client: Any = get_session()
-    client.send = _Impatient(client.send, constants.HF_HUB_DOWNLOAD_TIMEOUT)  # on this object, while it downloads
+    impatient = _Impatient(client.send, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    client.send = impatient  # on this object, while it downloads
+    hooks = getattr(client, "event_hooks", None)
+    if hooks is not None:  # httpx: every response, of redirects too, before its body is read
+        client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _limit_body]}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it tells of every single attempt in several lines
     try:
@@ -104,18 +123,32 @@ def _patiently() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         del client.send
+        if hooks is not None:
+            client.event_hooks = hooks
+        if impatient.abandoned:
+            getattr(
+                client, "close", lambda: None
+            )()  # ends the thread that still reads; the library makes another client
+            getattr(importlib.import_module("huggingface_hub"), "close_session", lambda: None)()
 
 
 class _Impatient:
     """`send` of an HTTP client that waits at most `seconds` for a byte, and repeats a request in vain PATIENCE times.
 
-    The library by itself repeats some requests for minutes. One that goes on with a file asks for another range.
+    The library by itself repeats some requests for minutes. One that goes on with a file asks for another range. An answer,
+    or the head of a file, has to be there in WHOLE times `seconds`, and what follows is bounded by _Body.
+
+    Attributes:
+        abandoned: a request has been given up that still runs.
     """
 
     def __init__(self, send: Callable[..., Any], seconds: float) -> None:
         self._send = send
         self._seconds = seconds
         self._last = threading.local()  # files are downloaded in threads
+        self._largest = 0  # of the sizes of files that the server has named
+        self._asked = 0
+        self.abandoned = False
 
     def __call__(self, request: Any, **options: Any) -> Any:
         extensions = getattr(request, "extensions", None)
@@ -125,6 +158,7 @@ class _Impatient:
             asked = extensions.get("timeout", {})
             parts = ("connect", "read", "write", "pool")
             extensions["timeout"] = {part: min(asked.get(part) or self._seconds, self._seconds) for part in parts}
+            extensions[BODY] = self._body(request, options)
         last, this = self._last, (request.method, str(request.url), request.headers.get("Range"))
         last.times = last.times + 1 if getattr(last, "request", None) == this else 1
         last.request = this
@@ -132,11 +166,100 @@ class _Impatient:
             raise _GivenUp(last.response) from last.error
         last.response = last.error = None
         try:
-            last.response = self._send(request, **options)
+            last.response = self._in_time(request, options)
         except Exception as error:
             last.error = error
             raise
         return last.response
+
+    def _body(self, request: Any, options: dict[str, Any]) -> _Body:
+        """The limits of what a request brings. A file goes on with its own when the connection has dropped."""
+        if not options.get("stream"):
+            self._asked += 1
+            if self._asked > QUESTIONS:
+                raise _TooMuch("more pages of its list of files than any repository has")
+            request.headers["Accept-Encoding"] = "identity"
+            return _Body(LISTING)
+        last, url = self._last, str(request.url)
+        if getattr(last, "url", None) != url:
+            last.url, last.body = url, _Body(self._largest or None, WHOLE * self._seconds)
+        return last.body
+
+    def _in_time(self, request: Any, options: dict[str, Any]) -> Any:
+        """The answer, from a thread of its own: only that can be left when single bytes come for ever."""
+        extensions = getattr(request, "extensions", None) or {}
+        seconds = WHOLE * extensions.get("timeout", {}).get("read", self._seconds)  # less where the library waits less
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        context = contextvars.copy_context()
+
+        def ask() -> None:
+            try:
+                answers.put((context.run(self._send, request, **options), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            response, error = answers.get(timeout=seconds)
+        except queue.Empty:
+            self.abandoned = True
+            raise _TooSlow(f"the server did not come to an end of its answer in {seconds:g} s") from None
+        if error is not None:
+            raise error
+        if not options.get("stream"):
+            self._note_sizes(request, response)
+        return response
+
+    def _note_sizes(self, request: Any, response: Any) -> None:
+        named = [response.headers.get(name, "") for name in ("X-Linked-Size", "Content-Length")]
+        if request.method != "HEAD":
+            named = re.findall(r'"size"\s*:\s*(\d{1,18})\b', response.text)
+        self._largest = max([self._largest, *(int(size) for size in named if re.fullmatch(r"\d{1,18}", size))])
+
+
+class _Body:
+    """How much may come, and how slowly: less than LEAST bytes a second in every `window` seconds is too slow."""
+
+    def __init__(self, limit: int | None, window: float | None = None) -> None:
+        self.limit, self._window = limit, window
+        self._start, self._come = time.monotonic(), 0
+
+    def check(self, total: int, count: int) -> None:
+        """`count` bytes more have come, `total` in this response."""
+        if self.limit is not None and total > self.limit:
+            raise _TooMuch(f"more than {self.limit:,} bytes for a file or list that has to be smaller")
+        self._come += count
+        if self._window is not None and (passed := time.monotonic() - self._start) >= self._window:
+            if self._come < LEAST * passed:
+                raise _TooSlow(f"the server sends less than {LEAST:,} bytes a second")
+            self._start, self._come = time.monotonic(), 0
+
+
+def _limit_body(response: Any) -> None:
+    """A hook of httpx's clients: what comes is counted as it comes."""
+    body: _Body | None = response.request.extensions.get(BODY)
+    if body is None:
+        return
+    stream = response.stream
+    if body.limit == LISTING and response.headers.get("Content-Encoding", "identity") != "identity":
+        body = _Body(PACKED)  # not asked for, and a thousand times as large when it is unpacked
+    check = body.check
+
+    class Counted(type(stream)):  # type: ignore[misc]  # the client wants a stream of its own kind
+        def __init__(self) -> None:
+            pass
+
+        def __iter__(self) -> Iterator[bytes]:
+            total = 0
+            for piece in stream:
+                total += len(piece)
+                check(total, len(piece))
+                yield piece
+
+        def close(self) -> None:
+            stream.close()
+
+    response.stream = Counted()
 
 
 class _GivenUp(Exception):
@@ -145,6 +268,14 @@ class _GivenUp(Exception):
     def __init__(self, response: Any) -> None:
         super().__init__("no progress")
         self.response = response
+
+
+class _TooSlow(Exception):
+    """Nor is this one. Says what took too long."""
+
+
+class _TooMuch(Exception):
+    """Nor this one. Says what came."""
 
 
 # -- why it failed
@@ -166,6 +297,10 @@ def _explained(error: BaseException, name: HubName) -> tuple[str, str, bool]:
     network = "the network" + (f" and HF_ENDPOINT ({constants.ENDPOINT})" if "HF_ENDPOINT" in os.environ else "")
     log_in = "log in (`hf auth login`, or set HF_TOKEN)"
 
+    if slow := next((one for one in chain if isinstance(one, _TooSlow)), None):
+        return str(slow), f"check {network} and {again}; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer", True
+    if much := next((one for one in chain if isinstance(one, _TooMuch)), None):
+        return f"the server sends {much}", f"check {network}", True
     if numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in text:
         return "the disk is full", f"free space or set HF_HOME to a folder on another disk, and {again}", False
     if place := next((one for one in chain if isinstance(one, OSError) and one.errno and one.filename), None):

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
+from importlib.machinery import ModuleSpec
 from typing import Annotated, Any
 
 import typer
 
-from modeling.errors import RestKVError, RestKVWarning
+from modeling.environment import cannot_import, first_line, lacks_memory, more_memory
+from modeling.errors import RestKVError, RestKVWarning, TooLargeError
+from modeling.free import free_addresses, size_text
 from modeling.shown import one_line, shown
 from restkv import __version__
 from restkv.cli.chat import chat
@@ -25,6 +30,11 @@ from restkv.cli.sizes import inspect, methods, warmup
 from restkv.cli.terminal import announcing, prepare, put_line, say, silence, status, writing
 from restkv.files import described
 from restkv.plugins import entry_points
+
+# What is imported while a command runs, and reads environment variables when it is.
+PACKAGES = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "matplotlib", "huggingface_hub"}
+
+TORCH_TAKES = 600_000_000  # bytes of addresses, of the smallest of its builds
 
 app = typer.Typer(
     name="restkv",
@@ -41,7 +51,7 @@ def execute(arguments: list[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
     if arguments[:1] == ["inspect"] and "--kept" in arguments:  # only the other command knows what may follow
         arguments = ["bench", "kept", *(word for word in arguments[1:] if word != "--kept")]
-    with warnings.catch_warnings(), announcing():
+    with warnings.catch_warnings(), announcing(), _roomy():
         warnings.simplefilter("always", RestKVWarning)
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         try:
@@ -57,12 +67,55 @@ def execute(arguments: list[str]) -> int:
             return 141
         except OSError as error:  # a full disk, a checkpoint that vanishes
             return _fail(described(error))
+        except Exception as error:
+            if (reason := _not_ours(error)) is None:
+                raise
+            return _fail(reason)
         finally:
             status.clear()
             try:
                 sys.stdout.flush()
             except OSError:
                 silence(sys.stdout)  # the interpreter would try once more, and complain
+
+
+class _Roomy:
+    """A finder that finds nothing: it sees that torch is about to be imported, and whether there are addresses for it.
+
+    With too few, the libraries that torch loads end the process themselves.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        free = free_addresses() if name == "torch" else None
+        if free is not None and free < TORCH_TAKES:
+            raise TooLargeError(
+                f"torch cannot be imported: it takes {size_text(TORCH_TAKES)} of addresses, {size_text(free)} are free under "
+                "ulimit -v; raise that"
+            )
+        return None
+
+
+@contextmanager
+def _roomy() -> Iterator[None]:
+    """Inside, torch is not imported where it cannot be."""
+    finder: Any = _Roomy
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def _not_ours(error: Exception) -> str | None:
+    """The line for what the environment or lack of memory did, wherever it happened: mostly to an import. None: a bug."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name == "<module>" and package in PACKAGES:
+            return cannot_import(package, error)
+    if lacks_memory(error):
+        return f"not enough memory ({first_line(error)}); {more_memory()}"
+    return None
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,10 @@ class Hub:
         files: commit -> name -> content.
         revisions: branch or tag -> commit.
         silent: stages that are never answered: "info", "tree", "head", "body" (which stops halfway).
+        drips: stages that are answered in pieces of so many bytes, 20 of them a second: "info", "tree", "body", and "start" for
+            the headers of every answer.
+        floods: stages that never come to an end, as fast as they can: "info", "tree", "body", and "pages" for the list of files;
+            "packed" floods "info" with what is a thousand times as large when it is unpacked.
         drops: how many more bodies break off halfway.
         status: of every answer to a question about the repository, when it is not None; `error` goes along as
             the header by which the hub tells kinds of refusals apart.
@@ -32,6 +38,8 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {BRANCH: {}, TAG: {}}
         self.revisions = {"main": BRANCH, "v1": TAG, "refs/pr/7": TAG}
         self.silent: set[str] = set()
+        self.drips: dict[str, int] = {}
+        self.floods: set[str] = set()
         self.drops = 0
         self.status: int | None = None
         self.error = ""
@@ -107,7 +115,36 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, content in files.items()
             ],
         }
-        self._send(200, json.dumps(answers[stage]).encode(), {"Content-Type": "application/json"})
+        content, headers = json.dumps(answers[stage]).encode(), {"Content-Type": "application/json"}
+        if stage == "tree" and "pages" in hub.floods:
+            headers["Link"] = f'<{hub.url}{self.path.partition("?")[0]}?cursor={time.monotonic_ns()}>; rel="next"'
+        elif stage == "info" and "packed" in hub.floods:
+            content = gzip.compress(content + b" " * (100 << 20), compresslevel=1)
+            headers["Content-Encoding"] = "gzip"
+        self._answer_as(stage, content, headers)
+
+    def _answer_as(self, stage: str, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        """An answer that drips or never ends, where it is to be so; else as it should be."""
+        hub = self.hub
+        if stage in hub.drips and self.command != "HEAD":
+            self._start(status, len(content), headers)
+            self._drip(content, hub.drips[stage])
+        elif stage in hub.floods and self.command != "HEAD":
+            self.close_connection = True
+            self._start(status, None, {**headers, "Connection": "close"})
+            with suppress(OSError):
+                while not hub.closing.is_set():
+                    self.wfile.write(b"[" + b"1," * 50_000)
+        else:
+            self._send(status, content, headers)
+
+    def _drip(self, content: bytes, size: int) -> None:
+        with suppress(OSError):
+            for first in range(0, len(content), size):
+                self.wfile.write(content[first : first + size])
+                self.wfile.flush()
+                if self.hub.closing.wait(0.05):
+                    break
 
     def _file(self, revision: str, name: str, body: bool) -> None:
         hub = self.hub
@@ -126,6 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
             first = int(match[1])
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         rest = content[first:]
+        if "body" in hub.drips or "body" in hub.floods:
+            if not body:
+                self._start(200, len(rest), headers)
+            else:
+                self._answer_as("body", rest, headers, 206 if first else 200)
+            return
         self._start(206 if first else 200, len(rest), headers)
         if not body:
             return
@@ -146,8 +189,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _start(self, status: int, length: int, headers: dict[str, str]) -> None:
+    def _start(self, status: int, length: int | None, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(length)}.items():
+        for key, value in headers.items():
             self.send_header(key, value)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        if "start" in self.hub.drips:
+            self.flush_headers()
+            self._drip(b"".join(b"X-%d: y\r\n" % number for number in range(1000)), self.hub.drips["start"])
         self.end_headers()

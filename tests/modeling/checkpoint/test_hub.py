@@ -180,6 +180,68 @@ def test_a_server_that_falls_silent_is_met_with_the_cache(hub, monkeypatch):
     assert resolve("org/name") == folder
 
 
+SLOWLY = 0.3 * modeling.checkpoint.hub.WHOLE  # seconds for a whole answer, where IMPATIENT
+
+
+@pytest.mark.parametrize("stage", ["info", "tree", "start"])
+def test_a_server_that_drips_an_answer_is_left(hub, stage, monkeypatch):
+    if stage == "tree" and not _lists_trees():
+        pytest.skip("this version of huggingface_hub asks for no tree")
+    hub.drips = {stage: 1}
+    wait_for(IMPATIENT, monkeypatch)
+    threads = threading.active_count()
+    message = failure("org/name", within=SLOWLY + 5)
+    assert "did not come to an end of its answer in 1.8 s" in message and "HF_HUB_DOWNLOAD_TIMEOUT" in message
+    until = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < until:
+        threading.Event().wait(0.05)  # the thread that was left ends, as its connection is closed
+    assert threading.active_count() <= threads
+
+
+def test_a_server_that_drips_is_met_with_the_cache(hub, monkeypatch):
+    folder = resolve("org/name")
+    hub.drips = {"info": 1}
+    wait_for(IMPATIENT, monkeypatch)
+    with pytest.warns(RestKVWarning, match="taken from the cache .*did not come to an end"):
+        assert resolve("org/name") == folder
+
+
+def test_a_file_that_drips_is_left_and_a_rerun_goes_on(hub, monkeypatch):
+    hub.drips = {"body": 1}
+    wait_for(IMPATIENT, monkeypatch)
+    message = failure("org/name", within=SLOWLY + 10)
+    assert "sends less than 1,000 bytes a second" in message and "run again" in message
+    hub.drips = {}
+    assert (resolve("org/name") / "model.safetensors").stat().st_size == 1_000_000
+
+
+def test_a_slow_download_goes_on_while_it_lives(hub, monkeypatch):
+    hub.files[BRANCH]["model.safetensors"] = bytes(range(250)) * 120
+    hub.drips = {"body": 500}  # 10 kB a second: three seconds
+    wait_for(IMPATIENT, monkeypatch)
+    start = time.monotonic()
+    assert (resolve("org/name") / "model.safetensors").stat().st_size == 30_000
+    assert time.monotonic() - start > SLOWLY
+
+
+@pytest.mark.parametrize("stage", ["info", "tree", "body", "packed"])
+def test_a_server_that_floods_is_left(hub, stage, monkeypatch, tmp_path):
+    if stage == "tree" and not _lists_trees():
+        pytest.skip("this version of huggingface_hub asks for no tree")
+    monkeypatch.setattr(modeling.checkpoint.hub, "LISTING", 1 << 20)
+    hub.floods = {stage}
+    assert "the server sends more than" in failure("org/name")
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 4_000_000
+
+
+def test_a_list_of_files_without_end_is_left(hub, monkeypatch):
+    if not _lists_trees():
+        pytest.skip("this version of huggingface_hub asks for no tree")
+    monkeypatch.setattr(modeling.checkpoint.hub, "QUESTIONS", 20)
+    hub.floods = {"pages"}
+    assert "the server sends more pages of its list of files" in failure("org/name")
+
+
 @pytest.mark.parametrize("status", [500, 502, 503, 429])
 def test_a_server_that_fails_is_met_with_the_cache_or_one_line(hub, status):
     hub.status = status
