@@ -17,6 +17,7 @@ import typer
 
 from modeling.text.characters import brief, decoded
 from restkv.errors import PolicyError, PromptError, RestKVWarning
+from restkv.files import reason
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -159,7 +160,8 @@ def reading(place: str | Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
-        raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
+        mend = "give it a file or a pipe to read from" if place == "stdin" else "give another file"
+        raise PromptError(f"{place}: cannot be read ({reason(error)}); {mend}") from None
 
 
 def note_escapes(option: str, text: str, other_ways: str = "") -> None:

@@ -16,6 +16,7 @@ from modeling.shown import one_line
 from restkv.chat import Chat
 from restkv.cli import interrupts
 from restkv.cli.display import holdings, pace
+from restkv.cli.options import reading
 from restkv.cli.terminal import put, put_line, say, status
 from restkv.errors import OutputError, PromptError, RestKVError
 from restkv.policies import Policy
@@ -179,7 +180,8 @@ def _lines() -> Iterator[str]:
         say("/help lists the commands, Ctrl-D ends the chat")
     while True:
         try:
-            line = input("> ") if terminal else sys.stdin.readline()
+            with reading("stdin"):
+                line = input("> ") if terminal else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
             put_line("")
             return
