@@ -15,9 +15,8 @@ from bench.published.metrics import needle_rouge, rouge_version, words_found
 from bench.published.suite import OFFICIAL, Item, Source, Suite, Task, check_protocol, end_ids
 from bench.published.templates import NEEDLE, OWN, RECOGNISED, UNKNOWN, Template, find_templates
 from bench.runs.folder import digest
-from modeling.files import reason
-from modeling.text.characters import decoded
 from modeling.text.tokenizer import Tokenizer
+from restkv.cli.options import read_text
 from restkv.errors import PromptError
 from restkv.lm import LM
 
@@ -92,9 +91,10 @@ def _essays(folder: Path) -> list[str]:
     essays = []
     for path in sorted(folder.glob("*.txt")):
         try:
-            essays.append(decoded(path.read_bytes()))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({reason(error)}); give UTF-8 text files") from None
+            essays.append(read_text(path))
+        except PromptError as error:
+            why = str(error).removeprefix(f"{path}: ").removeprefix("cannot be read ")
+            raise DataError(f"{path}: cannot be read ({why}); give UTF-8 text files") from None
     if not "".join(essays).strip():
         raise DataError(f"{folder}: no *.txt with text; give a folder of essays")
     return essays

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from modeling.errors import RestKVError, RestKVWarning
+from modeling.room import lacking
 from modeling.shown import one_line, shown
 from restkv import __version__
 from restkv.cli.chat import chat
@@ -55,8 +56,12 @@ def execute(arguments: list[str]) -> int:
             return _fail(error.format_message())
         except BrokenPipeError:
             return 141
-        except OSError as error:  # a full disk, a checkpoint that vanishes
-            return _fail(described(error))
+        except (MemoryError, RuntimeError, ImportError, OSError) as error:
+            if (asked := lacking(error)) is not None:
+                return _fail(f"not enough memory{asked}; ask for less (lengths, rows, --dtype), or free some")
+            if not isinstance(error, OSError):
+                raise
+            return _fail(described(error))  # a full disk, a checkpoint that vanishes
         finally:
             status.clear()
             try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from modeling.text.characters import brief, decoded
-from restkv.errors import PolicyError, PromptError, RestKVWarning
+from restkv.errors import PolicyError, PromptError, RestKVWarning, TooLargeError
 from restkv.files import reason
 
 if TYPE_CHECKING:
@@ -148,15 +150,21 @@ class LoadOptions:
         return load(model, **vars(self), check_weights=check_weights, progress=progress)
 
 
+TEXT_LIMIT = 1 << 30  # bytes of a file or a stream that is read as one text
+PIECE = 1 << 20  # bytes of it that are read at once
+
+
 @contextmanager
 def reading(place: str | Path) -> Iterator[None]:
     """Around whatever reads a text from there.
 
     Raises:
-        PromptError: it cannot be read, or is not UTF-8.
+        PromptError: it cannot be read, or is not UTF-8. TooLargeError: there is not enough memory for it.
     """
     try:
         yield
+    except MemoryError:
+        raise TooLargeError(f"{place}: not enough memory to read it; give a shorter text") from None
     except UnicodeDecodeError as error:
         raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
@@ -179,13 +187,37 @@ def read_text(file: Path | None) -> str:
     """The text of a file, or of stdin for None: the same from both (see modeling.text.characters.decoded).
 
     Raises:
-        PromptError: see reading.
+        PromptError: see reading; or it is a device, which may never end, or longer than TEXT_LIMIT.
     """
-    with reading("stdin" if file is None else file):
+    place = "stdin" if file is None else file
+    with reading(place):
         if file is not None:
-            return decoded(file.read_bytes())
+            with file.open("rb") as opened:
+                return decoded(_content(opened, place))
         stream = getattr(sys.stdin, "buffer", None)
-        return decoded(sys.stdin.read().encode() if stream is None else stream.read())
+        return decoded(sys.stdin.read().encode() if stream is None else _content(stream, place))
+
+
+def _content(stream: BinaryIO, place: str | Path) -> bytearray:
+    """All bytes of a file or a pipe."""
+    try:
+        status = os.fstat(stream.fileno())
+    except OSError:  # some streams of tests have no descriptor
+        size = 0
+    else:
+        endless = (
+            stat.S_ISCHR(status.st_mode) and not stream.isatty() and not os.path.samestat(status, os.stat(os.devnull))
+        )
+        if endless or stat.S_ISBLK(status.st_mode):
+            raise PromptError(f"{place}: is a device, not a text; give a file or a pipe")
+        size = status.st_size
+    content = bytearray()
+    while size <= TEXT_LIMIT and (piece := stream.read(PIECE)):
+        content += piece
+        size = max(size, len(content))
+    if size > TEXT_LIMIT:
+        raise PromptError(f"{place}: has more than the {TEXT_LIMIT:,} bytes that a text may have; give a shorter one")
+    return content
 
 
 def given_text(text: str) -> str:
