@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from bench.quality.prose import require_room
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.quality.teacher_forcing import score_choices
 from bench.runs import schema as must
@@ -86,6 +87,7 @@ def told_items(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> li
     Raises:
         PromptError: a length too short for a task.
     """
+    require_room(samples * len(TOLD_TASKS) * length, length)
     frame, items = Frame(tokenizer), []
     for index in range(samples):
         for task, source in TOLD_TASKS.items():

@@ -22,12 +22,14 @@ from bench.runs.plans import Cell, cells_of, check_compression, compressed, mode
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, answer_all, pattern_of
+from modeling.room import enough_memory, require
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.patterns import Pattern
 from restkv.policies import Policy
 from restkv.results import Decoding
 
+PER_KEY, PER_BATCH = 150, 500  # bytes, about, of what is planned
 FULL_STOP = "."  # ends every answer
 
 
@@ -102,6 +104,9 @@ class Plan:
                 for cell, made, (held, said) in zip(self.cells, policies, answers, strict=True)
             ]
 
+        count = self.samples * len(self.places) * len(self.modes)
+        with enough_memory(f"plan {count:,} questions", "ask for fewer samples, or add to them by later runs"):
+            require(count * (len(self.cells) * PER_KEY + PER_BATCH))
         batches = []
         for index in range(self.samples):
             for length, task, depth in self.places:

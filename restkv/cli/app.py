@@ -17,6 +17,7 @@ import typer
 from modeling.errors import RestKVError, RestKVWarning
 from modeling.room import lacking
 from modeling.shown import one_line, shown
+from modeling.text.characters import brief
 from restkv import __version__
 from restkv.cli.chat import chat
 from restkv.cli.commands import add_commands
@@ -53,7 +54,7 @@ def execute(arguments: list[str]) -> int:
         except RestKVError as error:
             return _fail(str(error))
         except typer.TyperException as error:
-            return _fail(error.format_message())
+            return _fail(error.format_message() + _value(error))
         except BrokenPipeError:
             return 141
         except (MemoryError, RuntimeError, ImportError, OSError) as error:
@@ -94,6 +95,14 @@ def _command() -> Any:
 def _fail(text: str) -> int:
     say(f"restkv: error: {one_line(text)}")
     return 2
+
+
+def _value(error: Exception) -> str:
+    """The value that typer has refused as a number, which it does not name when it says the bound."""
+    cause = error.__cause__
+    found: list[Any] = getattr(cause, "errors", list)()
+    given = found[0].get("input") if found else None
+    return "" if given is None or str(given) in str(error) else f", not {brief(given)}"
 
 
 def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:

@@ -55,6 +55,13 @@ sample_option = partial(typer.Option, rich_help_panel="How to sample")
 model_option = partial(typer.Option, rich_help_panel="Model")
 text_option = partial(typer.Option, rich_help_panel="Prompt and output")
 
+# The most that a command line may count: more than any honest use, and little enough to be computed with.
+MOST_TOKENS = (1 << 31) - 1  # positions and entries are int32
+MOST_TEXT = 1 << 24  # tokens of a text that is made
+MOST_SAMPLES = 1_000_000  # of anything that is repeated
+MOST_ROWS = 1 << 16  # of a batch
+MOST_DEPTHS = 1001  # of a needle
+MOST_THREADS = 1 << 12
 FILE_NAME = "file name"  # marks an option that is no text: its bytes are those of a name on the disk
 WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
 
@@ -77,7 +84,7 @@ BudgetOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
+    int | None, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of context.", show_default="the model's positions")
 ]
 MethodOption = Annotated[str, keep_option(help=WHAT_STAYS)]
 PresetOption = Annotated[str | None, keep_option(help="A published setting; other options override it.")]
@@ -93,7 +100,9 @@ PrefillOption = Annotated[
         "only a part of its attention: flexprefill, vertical-slash, a-shape, with options as in flexprefill:gamma=0.95.",
     ),
 ]
-LengthOption = Annotated[int, sample_option("--max-new-tokens", "-n", help="Length of the answer, at most.")]
+LengthOption = Annotated[
+    int, sample_option("--max-new-tokens", "-n", max=MOST_TOKENS, help="Length of the answer, at most.")
+]
 DtypeOption = Annotated[str, model_option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, model_option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[
@@ -119,7 +128,7 @@ class SamplingOptions:
 
     max_new_tokens: LengthOption = 128
     temperature: Annotated[float, sample_option(help="0 takes the likeliest token.")] = 0.0
-    top_k: Annotated[int, sample_option(help="Sample from the k likeliest; 0: from all.")] = 0
+    top_k: Annotated[int, sample_option(max=MOST_TOKENS, help="Sample from the k likeliest; 0: from all.")] = 0
     top_p: Annotated[float, sample_option(help="Sample from this much of the mass.")] = 1.0
     min_p: Annotated[float, sample_option(help="Drop tokens less likely than this fraction of the likeliest.")] = 0.0
     seed: Annotated[int | None, sample_option(help="Makes sampling repeatable.")] = None
