@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from modeling.errors import TooLargeError
 from modeling.free import free_bytes, size_text
 
+if TYPE_CHECKING:
+    import torch
+
 LARGE = 1 << 26  # bytes; less is not worth a look at what is free
+LACKS = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
+    r"|failed to map segment",  # of a library that is to be imported
+    re.IGNORECASE,
+)
 
 
-def require(count: int, device: torch.device) -> None:
+def require(count: int, device: torch.device | None = None) -> None:
     """Refuse to begin what takes more memory of the host than is free. Linux would grant it, and end the process later.
 
     Raises:
         MemoryError: `count` bytes are not free.
     """
-    if device.type != "cpu" or count < LARGE:
+    if (device is not None and device.type != "cpu") or count < LARGE:
         return
     free = free_bytes()
     if free is not None and count > free:
@@ -30,11 +38,11 @@ def require(count: int, device: torch.device) -> None:
 def lacking(error: BaseException) -> str | None:
     """How much memory an error is about, in words such as " (8.1 GB were asked for)", or ""; None if it is another error."""
     said = str(error)
-    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and re.search(
-            r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed", said
-        )
+    lacks = (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be imported
+        or (isinstance(error, RuntimeError | ImportError) and LACKS.search(said))
+        or (isinstance(error, OSError) and (error.errno == errno.ENOMEM or LACKS.search(said)))
     )
     if not lacks:
         return None

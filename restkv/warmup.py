@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modeling.modes import own_modes
+from modeling.room import enough_memory, require
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.meter import Meter
 from restkv.policies import Policy
 from restkv.session import Session
+
+PER_TOKEN = 40  # bytes of a number in a list
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ def warm_up(
     for name, value in (("prompt_tokens", prompt_tokens), ("max_new_tokens", max_new_tokens), ("rows", rows)):
         if value < 1:
             raise PromptError(f"{name} {value}: give at least 1")
+    with enough_memory(f"draw {rows} prompts of {prompt_tokens} tokens", "lower prompt_tokens or rows"):
+        require(rows * prompt_tokens * PER_TOKEN)
     draw = random.Random(0)
     prompts = [[draw.randrange(lm.config.vocab_size) for _ in range(prompt_tokens)] for _ in range(rows)]
     meter = Meter(lm.device)

@@ -18,7 +18,7 @@ from bench.cli.options import EAGERLY, METHODS_FORM, PrefillOption
 from modeling.shown import shown
 from restkv.cli.console import table_console
 from restkv.cli.groups import spread
-from restkv.cli.options import RECALL, LoadOptions, ModelArgument
+from restkv.cli.options import MOST_TEXT, RECALL, LoadOptions, ModelArgument
 
 if TYPE_CHECKING:
     from bench.quality.tasks import Frame, Sample
@@ -46,7 +46,9 @@ class Contender:
 def demo(
     *,
     model: ModelArgument = str(RECALL),
-    context: Annotated[int, typer.Option(min=256, help="Tokens of text, question and answer together.")] = 4096,
+    context: Annotated[
+        int, typer.Option(max=MOST_TEXT, min=256, help="Tokens of text, question and answer together.")
+    ] = 4096,
     compression: Annotated[float, typer.Option(min=1, help="Context over entries kept per KV head.")] = 32.0,
     methods: Annotated[
         str,

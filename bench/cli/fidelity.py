@@ -21,7 +21,7 @@ from bench.cli.options import (
     split_names,
 )
 from restkv.cli.groups import spread
-from restkv.cli.options import RECALL, LoadOptions, ModelArgument, read_text
+from restkv.cli.options import MOST_SAMPLES, MOST_TEXT, MOST_TOKENS, RECALL, LoadOptions, ModelArgument, read_text
 from restkv.cli.terminal import put_line
 from restkv.errors import OutputError, PromptError
 
@@ -44,13 +44,16 @@ def fidelity(
     ] = None,
     methods: MethodsOption = RIVALS,
     budgets: Annotated[str, typer.Option(help="Entries per KV head, or fractions of the context.")] = "32,64,128",
-    context: Annotated[int, typer.Option(help="Tokens before the eviction.")] = 384,
-    tail: Annotated[int, typer.Option(help="Tokens compared after it; of questions, the answer's.")] = 64,
+    context: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens before the eviction.")] = 384,
+    tail: Annotated[
+        int, typer.Option(max=MOST_TEXT, help="Tokens compared after it; of questions, the answer's.")
+    ] = 64,
     windows: Annotated[
-        int, typer.Option(help="Pieces of the text, spread evenly over it; or questions of each task.")
+        int,
+        typer.Option(max=MOST_SAMPLES, help="Pieces of the text, spread evenly over it; or questions of each task."),
     ] = 16,
-    oracle: Annotated[int, typer.Option(help="So many of them also against greedy elimination.")] = 4,
-    oracle_context: Annotated[int, typer.Option(help="Tokens of context for that.")] = 128,
+    oracle: Annotated[int, typer.Option(max=MOST_SAMPLES, help="So many of them also against greedy elimination.")] = 4,
+    oracle_context: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens of context for that.")] = 128,
     evict: EvictOption = "prompt",
     prefill: PrefillOption = "dense",
     seed: SeedOption = 0,
@@ -91,12 +94,12 @@ def kept(
     prompt_file: Annotated[Path | None, typer.Option(help="The prompt; without one, a sample of --task.")] = None,
     mark: Annotated[list[str] | None, typer.Option(help="Point out this part of the prompt; may be repeated.")] = None,
     task: Annotated[str, typer.Option(help="A task of `restkv bench ruler`.")] = "niah_single",
-    length: Annotated[int, typer.Option("--length", "--context", help="Its tokens.")] = 512,
+    length: Annotated[int, typer.Option("--length", "--context", max=MOST_TEXT, help="Its tokens.")] = 512,
     depth: Annotated[float | None, typer.Option(help="Where its needle is, from 0 to 1.")] = None,
     seed: SeedOption = 0,
     question: Annotated[bool, typer.Option("--question/--no-question", help="With the question in sight.")] = True,
     methods: MethodsOption = "restkv,snapkv,h2o,streamingllm",
-    budget: Annotated[int, typer.Option(help="Entries per KV head.")] = 64,
+    budget: Annotated[int, typer.Option(max=MOST_TOKENS, help="Entries per KV head.")] = 64,
     prefill: PrefillOption = "dense",
     out: Annotated[Path | None, typer.Option(help="Also draw a picture, PNG.")] = None,
     where: LoadOptions = EAGERLY,

@@ -25,13 +25,15 @@ from bench.cli.options import (
     run_plan,
 )
 from restkv.cli.groups import spread
-from restkv.cli.options import RECALL, LoadOptions, ModelArgument
+from restkv.cli.options import MOST_SAMPLES, MOST_TEXT, RECALL, LoadOptions, ModelArgument
 from restkv.errors import PromptError
 
 LIKELY = "restkv,snapkv,h2o,tova,streamingllm"
 
 AnliOption = Annotated[Path, typer.Option("--data", help="The folder anli_v1.0 of the published archive.")]
-ShotsOption = Annotated[int, typer.Option(help="Worked examples before each premise, from the round's train.jsonl.")]
+ShotsOption = Annotated[
+    int, typer.Option(max=MOST_SAMPLES, help="Worked examples before each premise, from the round's train.jsonl.")
+]
 
 
 @spread
@@ -46,7 +48,7 @@ def anli(
     rounds: Annotated[str, typer.Option(help="Of 1, 2 and 3.")] = "1,2,3",
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     shots: ShotsOption = 0,
-    limit: Annotated[int | None, typer.Option(help="Samples per round.", show_default="all")] = None,
+    limit: Annotated[int | None, typer.Option(max=MOST_SAMPLES, help="Samples per round.", show_default="all")] = None,
     fraction: Annotated[float, typer.Option(help="Of each round's samples, spread evenly over them.")] = 1.0,
     question: QuestionOption = "both",
     seed: SeedOption = 0,
@@ -87,10 +89,10 @@ def perplexity(
     budgets: Annotated[
         str, typer.Option(help="Entries per KV head, or shares of the context (prefill) or of the tokens.")
     ] = "0.5,0.25,0.125",
-    tokens: Annotated[int, typer.Option(help="Scored per window of the text.")] = 128,
-    context: Annotated[int, typer.Option(help="Prefilled before them (prefill).")] = 256,
-    chunk: Annotated[int, typer.Option(help="Tokens between two evictions (chunked).")] = 64,
-    windows: Annotated[int, typer.Option(help="Of the text, at most; they share no token.")] = 16,
+    tokens: Annotated[int, typer.Option(max=MOST_TEXT, help="Scored per window of the text.")] = 128,
+    context: Annotated[int, typer.Option(max=MOST_TEXT, help="Prefilled before them (prefill).")] = 256,
+    chunk: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens between two evictions (chunked).")] = 64,
+    windows: Annotated[int, typer.Option(max=MOST_SAMPLES, help="Of the text, at most; they share no token.")] = 16,
     out: OutOption = Path("bench-perplexity"),
     where: LoadOptions = EAGERLY,
 ) -> None:
@@ -131,10 +133,12 @@ def smoothing(
         ),
     ] = None,
     compression: CompressionOption = "2,4,8,16,32,64",
-    length: Annotated[int, typer.Option(help="Tokens of a context.")] = 1024,
-    tail: Annotated[int, typer.Option(help="Tokens scored after the context of a text.")] = 128,
-    windows: Annotated[int, typer.Option(help="Of the text, at most.")] = 48,
-    samples: Annotated[int, typer.Option(help="Questions of each task, or ANLI samples per round.")] = 100,
+    length: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens of a context.")] = 1024,
+    tail: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens scored after the context of a text.")] = 128,
+    windows: Annotated[int, typer.Option(max=MOST_SAMPLES, help="Of the text, at most.")] = 48,
+    samples: Annotated[
+        int, typer.Option(max=MOST_SAMPLES, help="Questions of each task, or ANLI samples per round.")
+    ] = 100,
     question: QuestionOption = "both",
     seed: SeedOption = 0,
     out: OutOption = Path("bench-smoothing"),

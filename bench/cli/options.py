@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.runs.benchmark import EAGER
-from restkv.cli.options import FILE_NAME, RECALL, LoadOptions, ModelArgument
+from modeling.text.characters import brief
+from restkv.cli.options import FILE_NAME, MOST_TEXT, MOST_TOKENS, RECALL, LoadOptions, ModelArgument
 from restkv.errors import PromptError
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
 
 
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1.
+def parse_numbers(text: str, option: str, most: int = MOST_TEXT) -> tuple[int, ...]:
+    """Whole numbers from 1 to `most`.
 
     Raises:
         PromptError: names the option.
@@ -87,7 +88,9 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise PromptError(f"--{option} {text!r}: give whole numbers of at least 1, separated by commas")
+        raise PromptError(f"--{option} {brief(text)}: give whole numbers of at least 1, separated by commas")
+    if max(numbers) > most:
+        raise PromptError(f"--{option} {max(numbers)}: give whole numbers of at most {most}")
     return numbers
 
 
@@ -119,6 +122,8 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
         budgets = ()
     if not all(0 < budget <= 1 if isinstance(budget, float) else budget > 0 for budget in budgets) or not budgets:
         raise PromptError(f"--budgets {text!r}: give whole numbers, or fractions in (0, 1], separated by commas")
+    if max(budgets) > MOST_TOKENS:
+        raise PromptError(f"--budgets {max(budgets)}: give whole numbers of at most {MOST_TOKENS}")
     return budgets
 
 

@@ -22,8 +22,9 @@ from bench.cli.options import (
     run_plan,
     split_names,
 )
+from modeling.text.characters import brief
 from restkv.cli.groups import spread
-from restkv.cli.options import LoadOptions
+from restkv.cli.options import MOST_DEPTHS, MOST_SAMPLES, MOST_TEXT, MOST_TOKENS, LoadOptions
 from restkv.errors import PromptError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from bench.published.suite import Suite
 
 RIVALS = "restkv,snapkv,pyramidkv,adakv,h2o,tova,streamingllm"
+MOST_LENGTHS = 10_000  # of a range
 NEEDLE_LENGTHS = "1000:32000:200"  # as in the paper's script
 DataOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder with the benchmark's own files.")]
 TasksOption = Annotated[str, typer.Option(help="Names separated by commas; all takes those that there are files of.")]
@@ -52,11 +54,15 @@ TemplatesOption = Annotated[
 class PartOptions:
     """How much of a benchmark is run."""
 
-    limit: Annotated[int | None, typer.Option(help="Rows per file at most.")] = None
+    limit: Annotated[int | None, typer.Option(max=MOST_SAMPLES, help="Rows per file at most.")] = None
     fraction: Annotated[float, typer.Option(help="Of each file's rows, spread evenly over it.")] = 1.0
     max_length: Annotated[
         int | None,
-        typer.Option(help="Longest prompt in tokens; longer ones lose their middle.", show_default="the protocol's"),
+        typer.Option(
+            max=MOST_TOKENS,
+            help="Longest prompt in tokens; longer ones lose their middle.",
+            show_default="the protocol's",
+        ),
     ] = None
 
 
@@ -127,7 +133,9 @@ def needle_official(
     lengths: Annotated[
         str, typer.Option(help="Tokens, 200 of them left free: numbers separated by commas, or FIRST:LAST:STEP.")
     ] = NEEDLE_LENGTHS,
-    depths: Annotated[int, typer.Option(help="Depths of the needle, evenly from beginning to end.")] = 10,
+    depths: Annotated[
+        int, typer.Option(max=MOST_DEPTHS, help="Depths of the needle, evenly from beginning to end.")
+    ] = 10,
     methods: MethodsOption = RIVALS,
     budgets: BudgetsOption = "128,1024",
     protocol: ProtocolOption = "restkv-paper",
@@ -154,7 +162,14 @@ def _range(text: str) -> tuple[int, ...]:
     if len(parts) != 3:
         return parse_numbers(text, "lengths")
     try:
-        lengths = tuple(range(int(parts[0]), int(parts[1]) + 1, int(parts[2])))
+        first, last, step = map(int, parts)
+        if last > MOST_TEXT or len(range(first, last + 1, step)) > MOST_LENGTHS:
+            raise PromptError(
+                f"--lengths {brief(text)}: give lengths of at most {MOST_TEXT}, and no more than {MOST_LENGTHS}"
+            )
+        lengths = tuple(range(first, last + 1, step))
+    except PromptError:
+        raise
     except ValueError:
         lengths = ()
     if not lengths or min(lengths) < 1:

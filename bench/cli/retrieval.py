@@ -25,7 +25,7 @@ from bench.cli.options import (
     split_names,
 )
 from restkv.cli.groups import spread
-from restkv.cli.options import RECALL, LoadOptions, ModelArgument
+from restkv.cli.options import MOST_DEPTHS, MOST_SAMPLES, RECALL, LoadOptions, ModelArgument
 
 if TYPE_CHECKING:
     from bench.runs.methods import Method
@@ -66,7 +66,9 @@ def ruler(
     lengths: LengthsOption = "1024",
     methods: MethodsOption = RIVALS,
     compression: CompressionOption = "8,16,32",
-    samples: Annotated[int, typer.Option(help="Per task and length; a rerun with more adds to what is there.")] = 20,
+    samples: Annotated[
+        int, typer.Option(max=MOST_SAMPLES, help="Per task and length; a rerun with more adds to what is there.")
+    ] = 20,
     asking: AskOptions,
     out: OutOption = Path("bench-ruler"),
     where: LoadOptions = EAGERLY,
@@ -92,10 +94,14 @@ def needle(
     *,
     model: ModelArgument = str(RECALL),
     lengths: LengthsOption = "256,512,1024",
-    depths: Annotated[int, typer.Option(help="Depths of the needle, evenly from beginning to end.")] = 5,
+    depths: Annotated[
+        int, typer.Option(max=MOST_DEPTHS, help="Depths of the needle, evenly from beginning to end.")
+    ] = 5,
     methods: MethodsOption = RIVALS,
     compression: Annotated[float, typer.Option(help="Length over entries per KV head.")] = 16.0,
-    samples: Annotated[int, typer.Option(help="Per depth and length; a rerun with more adds to what is there.")] = 4,
+    samples: Annotated[
+        int, typer.Option(max=MOST_SAMPLES, help="Per depth and length; a rerun with more adds to what is there.")
+    ] = 4,
     asking: AskOptions,
     out: OutOption = Path("bench-needle"),
     where: LoadOptions = EAGERLY,

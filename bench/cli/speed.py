@@ -13,7 +13,7 @@ import typer
 
 from bench.cli.options import METHODS_FORM, parse_numbers, print_table, split_names
 from restkv.cli.groups import spread
-from restkv.cli.options import FILE_NAME
+from restkv.cli.options import FILE_NAME, MOST_ROWS, MOST_SAMPLES, MOST_TEXT, MOST_THREADS, MOST_TOKENS
 from restkv.cli.terminal import put_line
 from restkv.errors import PromptError
 from restkv.files import refusal, write_text
@@ -42,7 +42,7 @@ class ContestOptions:
     contexts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "2048,8192"
     batches: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1"
     methods: Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")] = "restkv,full"
-    budget: Annotated[int, typer.Option(help="Entries per KV head.")] = 512
+    budget: Annotated[int, typer.Option(max=MOST_TOKENS, help="Entries per KV head.")] = 512
     peers: Annotated[
         str,
         typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody."),
@@ -53,7 +53,7 @@ class ContestOptions:
         FILE_NAME,
     ] = None
     backend: Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")] = "flex"
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None
+    threads: Annotated[int | None, typer.Option(max=MOST_THREADS, help="CPU threads.", show_default="all cores")] = None
 
     def contest(self, **more: Any) -> Contest:
         """The contest; `more` are fields of it that these options do not name."""
@@ -62,7 +62,7 @@ class ContestOptions:
         read = {
             "preset": self.preset or (None if self.model else next(iter(PRESETS))),
             "contexts": parse_numbers(self.contexts, "contexts"),
-            "batches": parse_numbers(self.batches, "batches"),
+            "batches": parse_numbers(self.batches, "batches", MOST_ROWS),
             "methods": split_names(self.methods),
             "peers": tuple(peer for peer in split_names(self.peers) if peer != "none"),
             "threads": self.threads or os.cpu_count() or 1,
@@ -77,15 +77,17 @@ LONGER = ContestOptions(contexts="2048,8192,32768")
 def speed(
     *,
     options: ContestOptions,
-    rounds: Annotated[int, typer.Option(help="Turns each takes, after one that warms up.")] = 5,
-    tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
+    rounds: Annotated[int, typer.Option(max=MOST_SAMPLES, help="Turns each takes, after one that warms up.")] = 5,
+    tokens: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens per turn.")] = 16,
     prefills: Annotated[
         str,
         typer.Option(
             "--prefill", metavar="dense|chunked|PATTERN,...", help="How ours read their prompts: every method each way."
         ),
     ] = "dense",
-    prompts: Annotated[int, typer.Option(help="Prompts each reads of every length; TTFT is the median.")] = 1,
+    prompts: Annotated[
+        int, typer.Option(max=MOST_SAMPLES, help="Prompts each reads of every length; TTFT is the median.")
+    ] = 1,
     filled: Annotated[
         bool,
         typer.Option(
@@ -122,7 +124,7 @@ def speed(
 def memory(
     *,
     options: ContestOptions = LONGER,
-    tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 16,
+    tokens: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens decoded after the prompt.")] = 16,
     out: OutOption = None,
 ) -> None:
     """Peak memory above the weights, phase by phase."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.runs.jsonl import DataError
+from modeling.files import read_bytes
 
 RECOGNISED, UNKNOWN, OWN = "official (recognised)", "given (not recognised)", "own wording"
 
@@ -64,11 +65,11 @@ def find_templates(
         return {name: Template(name, own[name], OWN) for name in hashes}, None
     file = _find(path, FILES[kind])
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, DataError)
         texts = _from_json(content) if file.suffix == ".json" else _from_python(content)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, SyntaxError) as error:
+    except DataError:
+        raise
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: brackets within each other
         raise DataError(f"{file}: neither JSON nor Python ({error}); name the file with the templates") from None
     found = {}
     for name, digest in hashes.items():

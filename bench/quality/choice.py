@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from bench.quality.prose import require_room
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.quality.teacher_forcing import score_choices
 from bench.runs import schema as must
@@ -79,6 +80,7 @@ def told_items(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> li
     They are samples of bench/quality/tasks.py (TOLD_TASKS), `length` tokens long, `samples` of each task, by turns. Guessing is
     right once in three times, and so is a model that has seen which values there are but not which of them is asked for.
     """
+    require_room(samples * len(TOLD_TASKS) * length, length)
     frame, items = Frame(tokenizer), []
     for index in range(samples):
         for task, source in TOLD_TASKS.items():

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.quality.prose import sentences
+from bench.quality.prose import require_room, sentences
 from bench.runs.jsonl import text_rows
 from modeling.text.tokenizer import Tokenizer
 from restkv.cli.options import read_text, reading
@@ -96,6 +96,7 @@ def _read(path: Path) -> list[Document]:
 
 def prose(tokenizer: Tokenizer, tokens: int, seed: int) -> Document:
     """Prose of bench/quality/prose.py, of at least so many tokens."""
+    require_room(tokens)
     told, count, source = [], 0, sentences(random.Random(f"prose/{seed}"))
     while count < tokens:
         some = " ".join(next(source) for _ in range(100))

@@ -31,6 +31,7 @@ from torch import Tensor
 from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle
 from bench.quality.outputs import LayerTrace, full_pass, observation, tail_error
+from bench.quality.prose import require_room
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.report.fidelity import SETS, fidelity_parts
 from bench.runs import schema as must
@@ -56,6 +57,7 @@ class Questions:
 
     def windows(self, lm: LM, length: int, number: int) -> list[Passage]:
         """The first `number` samples of every task, by turns."""
+        require_room(number * len(self.tasks) * length, length)
         frame, made = Frame(lm.tokenizer), []
         for index in range(number):
             for task in self.tasks:

@@ -10,6 +10,12 @@ import random
 import re
 from collections.abc import Iterator
 
+from modeling.room import enough_memory, require
+from restkv.errors import PromptError
+
+MOST_MADE = 1 << 26  # tokens of all texts that a run makes before it begins
+PER_TOKEN = 256  # bytes that a text takes at the least while it is made and encoded
+
 # Things with names: they furnish the scenes, are what a needle marks, and are the words of the long lists.
 NOUNS = (
     "anchor apron arrow axe bag barrel basket bell belt bench blanket boat book boot bottle bowl box brick bridge "
@@ -187,3 +193,15 @@ def sentences(rng: random.Random) -> Iterator[str]:
 def listing(words: list[str] | tuple[str, ...]) -> str:
     """The words as a sentence lists them: a, b and c."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def require_room(tokens: int, at_once: int | None = None) -> None:
+    """Refuse at once to make texts of so many tokens, `at_once` of them a single text (None: all).
+
+    Raises:
+        PromptError: nobody would wait for them. TooLargeError: there is not enough memory.
+    """
+    if tokens > MOST_MADE:
+        raise PromptError(f"texts of {tokens} tokens would have to be made first, at most {MOST_MADE}; ask for less")
+    with enough_memory(f"make texts of {tokens:,} tokens", "ask for shorter ones, or for fewer"):
+        require(PER_TOKEN * (tokens if at_once is None else at_once))

@@ -23,12 +23,14 @@ from bench.runs.plans import Cell, at_least, cells_of, check_compression, compre
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
 from bench.runs.together import Held, answer_all, pattern_of
+from modeling.room import enough_memory, require
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.patterns import Pattern
 from restkv.policies import Policy
 from restkv.results import Decoding
 
+PER_KEY, PER_BATCH = 150, 500  # bytes, about, of what is planned
 FULL_STOP = "."  # ends every answer
 
 
@@ -95,9 +97,13 @@ class Plan:
                 for cell, made, (held, said) in zip(self.cells, policies, answers, strict=True)
             ]
 
+        questions = list(product(self.lengths, self.tasks, self.depths, modes_of(self.question)))
+        count = self.samples * len(questions)
+        with enough_memory(f"plan {count:,} questions", "ask for fewer samples, or add to them by later runs"):
+            require(count * (len(self.cells) * PER_KEY + PER_BATCH))
         batches = []
         for index in range(self.samples):
-            for length, task, depth, mode in product(self.lengths, self.tasks, self.depths, modes_of(self.question)):
+            for length, task, depth, mode in questions:
                 at = "" if depth is None else f"@{depth:g}"
                 keys = [f"{mode}/{task}{at}/{length}/{index}/{cell.key}" for cell in self.cells]
                 batches.append(Batch(keys, partial(rows, length, task, depth, mode, index)))

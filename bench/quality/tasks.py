@@ -26,7 +26,7 @@ from functools import cached_property
 from itertools import accumulate, combinations, islice, pairwise
 from typing import Any
 
-from bench.quality.prose import ADJECTIVES, CODED_WORDS, NOUNS, PADS, listing, sentences
+from bench.quality.prose import ADJECTIVES, CODED_WORDS, NOUNS, PADS, listing, require_room, sentences
 from modeling.text.tokenizer import Tokenizer
 from restkv.errors import PromptError
 
@@ -140,6 +140,7 @@ def make_sample(task: str, length: int, seed: int, index: int, frame: Frame, dep
         raise PromptError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
     if depth is not None and (task not in DEPTH_TASKS or not 0 <= depth <= 1):
         raise PromptError(f"task {task}: depth {depth}: give one in [0, 1], and only to {', '.join(DEPTH_TASKS)}")
+    require_room(length)
     key = f"{task}/{length}/{seed}/{index}"
     draft = TASKS[task](random.Random(key), key, depth)
     room = frame.count(draft.target) + ANSWER_ROOM

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modeling.text.characters import fault
 from restkv.cli.options import read_text
 from restkv.errors import PromptError
+
+LONGEST_ROW = 1 << 28  # bytes; the longest known have some 5 MB
 
 
 class DataError(PromptError):
@@ -76,7 +79,9 @@ class Rows:
         offset = 0
         try:
             with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), 1):
+                    if len(line) > LONGEST_ROW:
+                        raise DataError(f"{path}: line {number} has more than {LONGEST_ROW:,} bytes; mend or delete it")
                     digest.update(line)
                     if line.strip():
                         self._starts.append((number, offset))

@@ -1,7 +1,7 @@
 """What is text and what is not: bytes of files and streams, and strings that no file could hold."""
 
 
-def decoded(raw: bytes) -> str:
+def decoded(raw: bytes | bytearray) -> str:
     """The text of a file or a stream: UTF-8, less a byte-order mark, every line ending in a line feed.
 
     Carriage returns, alone or before a line feed, become line feeds, so that a text is the same from wherever it was written and

@@ -26,12 +26,12 @@ def guarded(place: str, doing: str) -> Iterator[None]:
     Args:
         place: the folder or file in question, and `doing`, what is being done there: both are named in errors.
     Raises:
-        TokenizerError: the library refused or panicked. An interrupt or an exit passes through.
+        TokenizerError: the library refused or panicked. An interrupt, an exit or a lack of memory passes through.
     """
     try:
         with _quiet():
             yield
-    except RestKVError:
+    except (RestKVError, MemoryError):
         raise
     except BaseException as error:
         if isinstance(error, Exception) or _is_panic(error):

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from modeling.errors import RestKVWarning, TokenizerError
+from modeling.room import enough_memory, require
 from modeling.text.characters import fault
 from modeling.text.file import TokenizerFile, joins_bytes, read_tokenizer
 from modeling.text.guard import guarded
@@ -27,6 +28,8 @@ from modeling.text.special_tokens import SideFiles, complete, id_of
 from modeling.text.stream import Stream
 from modeling.text.templates import DEFAULT, ChatTemplates, Source, find_templates, plain_variables
 
+LONG = 1 << 20  # characters; less is not worth a look at what is free
+PER_CHARACTER = 64  # bytes that encoding takes at the least; measured: 100 to 220
 # SentencePiece's spelling of a single byte; the library reads small letters and a sign as well.
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
 
@@ -125,6 +128,9 @@ class Tokenizer:
         return [end for _, end in self._encoded(text).offsets]
 
     def _encoded(self, text: str) -> tokenizers.Encoding:
+        if isinstance(text, str) and len(text) > LONG:  # tokenizers would end the process
+            with enough_memory(f"encode a text of {len(text):,} characters", "give a shorter one"):
+                require(len(text) * PER_CHARACTER)
         with guarded(self._place, "encoding a text"):
             try:
                 return self._tokenizer.encode(text, add_special_tokens=False)

@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return execute(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return interrupts.CODE
+    except MemoryError:  # before anybody could say it better
+        print("restkv: error: not enough memory to begin; free some", file=sys.stderr)
+        return 2
 
 
 def run() -> NoReturn:

@@ -17,10 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
-from modeling.environment import cannot_import, first_line, lacks_memory, more_memory
+from modeling.environment import cannot_import, more_memory
 from modeling.errors import RestKVError, RestKVWarning, TooLargeError
 from modeling.free import free_addresses, size_text
+from modeling.room import lacking
 from modeling.shown import one_line, shown
+from modeling.text.characters import brief
 from restkv import __version__
 from restkv.cli.chat import chat
 from restkv.cli.commands import add_commands
@@ -62,11 +64,9 @@ def execute(arguments: list[str]) -> int:
         except RestKVError as error:
             return _fail(str(error))
         except typer.TyperException as error:
-            return _fail(error.format_message())
+            return _fail(error.format_message() + _value(error))
         except BrokenPipeError:
             return 141
-        except OSError as error:  # a full disk, a checkpoint that vanishes
-            return _fail(described(error))
         except Exception as error:
             if (reason := _not_ours(error)) is None:
                 raise
@@ -108,14 +108,14 @@ def _roomy() -> Iterator[None]:
 
 
 def _not_ours(error: Exception) -> str | None:
-    """The line for what the environment or lack of memory did, wherever it happened: mostly to an import. None: a bug."""
+    """The line for what the environment, a disk or lack of memory did, wherever it happened. None: a bug."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if frame.f_code.co_name == "<module>" and package in PACKAGES:
             return cannot_import(package, error)
-    if lacks_memory(error):
-        return f"not enough memory ({first_line(error)}); {more_memory()}"
-    return None
+    if (asked := lacking(error)) is not None:
+        return f"not enough memory{asked}; ask for less (lengths, rows, --dtype), or {more_memory()}"
+    return described(error) if isinstance(error, OSError) else None  # a full disk, a checkpoint that vanishes
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -142,6 +142,14 @@ def _command() -> Any:
 def _fail(text: str) -> int:
     say(f"restkv: error: {one_line(text)}")
     return 2
+
+
+def _value(error: Exception) -> str:
+    """The value that typer has refused as a number, which it does not name when it says the bound."""
+    cause = error.__cause__
+    found: list[Any] = getattr(cause, "errors", list)()
+    given = found[0].get("input") if found else None
+    return "" if given is None or str(given) in str(error) else f", not {brief(given)}"
 
 
 def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:

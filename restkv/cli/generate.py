@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from restkv.cli.groups import spread
 from restkv.cli.options import (
+    MOST_TOKENS,
     RECALL,
     BudgetOption,
     LoadOptions,
@@ -55,9 +56,10 @@ class KeepOptions:
         keep_option(help="How layers and heads share the budget: uniform, pyramid, adakv, global (restkv's default)."),
     ] = None
     window: Annotated[
-        int | None, keep_option(help="Newest entries always kept; their queries are the ones observed.")
+        int | None,
+        keep_option(max=MOST_TOKENS, help="Newest entries always kept; their queries are the ones observed."),
     ] = None
-    sinks: Annotated[int | None, keep_option(help="First entries always kept.")] = None
+    sinks: Annotated[int | None, keep_option(max=MOST_TOKENS, help="First entries always kept.")] = None
     protect: Annotated[
         list[str] | None,
         keep_option(metavar="START:END", help="Positions START to END - 1 are always kept. May be repeated."),
@@ -107,7 +109,7 @@ def generate(
     keep: KeepOptions,
     field: SetOption = None,
     prefill: PrefillOption = "dense",
-    chunk: Annotated[int | None, keep_option(help="Tokens per chunk of a chunked prefill.")] = None,
+    chunk: Annotated[int | None, keep_option(max=MOST_TOKENS, help="Tokens per chunk of a chunked prefill.")] = None,
     sampling: SamplingOptions,
     where: LoadOptions,
     check_weights: Annotated[

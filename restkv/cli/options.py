@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from modeling.text.characters import brief, decoded
-from restkv.errors import PolicyError, PromptError, RestKVWarning
+from restkv.errors import PolicyError, PromptError, RestKVWarning, TooLargeError
+from restkv.files import reason
 
 if TYPE_CHECKING:
     from restkv.lm import LM
@@ -52,6 +55,13 @@ sample_option = partial(typer.Option, rich_help_panel="How to sample")
 model_option = partial(typer.Option, rich_help_panel="Model")
 text_option = partial(typer.Option, rich_help_panel="Prompt and output")
 
+# The most that a command line may count: more than any honest use, and little enough to be computed with.
+MOST_TOKENS = (1 << 31) - 1  # positions and entries are int32
+MOST_TEXT = 1 << 24  # tokens of a text that is made
+MOST_SAMPLES = 1_000_000  # of anything that is repeated
+MOST_ROWS = 1 << 16  # of a batch
+MOST_DEPTHS = 1001  # of a needle
+MOST_THREADS = 1 << 12
 FILE_NAME = "file name"  # marks an option that is no text: its bytes are those of a name on the disk
 WHAT_STAYS = "What decides which entries stay; see `restkv methods`."
 
@@ -74,7 +84,7 @@ BudgetOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of context.", show_default="the model's positions")
+    int | None, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of context.", show_default="the model's positions")
 ]
 MethodOption = Annotated[str, keep_option(help=WHAT_STAYS)]
 PresetOption = Annotated[str | None, keep_option(help="A published setting; other options override it.")]
@@ -90,7 +100,9 @@ PrefillOption = Annotated[
         "only a part of its attention: flexprefill, vertical-slash, a-shape, with options as in flexprefill:gamma=0.95.",
     ),
 ]
-LengthOption = Annotated[int, sample_option("--max-new-tokens", "-n", help="Length of the answer, at most.")]
+LengthOption = Annotated[
+    int, sample_option("--max-new-tokens", "-n", max=MOST_TOKENS, help="Length of the answer, at most.")
+]
 DtypeOption = Annotated[str, model_option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, model_option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[
@@ -116,7 +128,7 @@ class SamplingOptions:
 
     max_new_tokens: LengthOption = 128
     temperature: Annotated[float, sample_option(help="0 takes the likeliest token.")] = 0.0
-    top_k: Annotated[int, sample_option(help="Sample from the k likeliest; 0: from all.")] = 0
+    top_k: Annotated[int, sample_option(max=MOST_TOKENS, help="Sample from the k likeliest; 0: from all.")] = 0
     top_p: Annotated[float, sample_option(help="Sample from this much of the mass.")] = 1.0
     min_p: Annotated[float, sample_option(help="Drop tokens less likely than this fraction of the likeliest.")] = 0.0
     seed: Annotated[int | None, sample_option(help="Makes sampling repeatable.")] = None
@@ -147,19 +159,26 @@ class LoadOptions:
         return load(model, **vars(self), check_weights=check_weights, progress=progress)
 
 
+TEXT_LIMIT = 1 << 30  # bytes of a file or a stream that is read as one text
+PIECE = 1 << 20  # bytes of it that are read at once
+
+
 @contextmanager
 def reading(place: str | Path) -> Iterator[None]:
     """Around whatever reads a text from there.
 
     Raises:
-        PromptError: it cannot be read, or is not UTF-8.
+        PromptError: it cannot be read, or is not UTF-8. TooLargeError: there is not enough memory for it.
     """
     try:
         yield
+    except MemoryError:
+        raise TooLargeError(f"{place}: not enough memory to read it; give a shorter text") from None
     except UnicodeDecodeError as error:
         raise PromptError(f"{place}: not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
-        raise PromptError(f"{place}: cannot be read ({error.strerror})") from None
+        mend = "give it a file or a pipe to read from" if place == "stdin" else "give another file"
+        raise PromptError(f"{place}: cannot be read ({reason(error)}); {mend}") from None
 
 
 def note_escapes(option: str, text: str, other_ways: str = "") -> None:
@@ -177,13 +196,37 @@ def read_text(file: Path | None) -> str:
     """The text of a file, or of stdin for None: the same from both (see modeling.text.characters.decoded).
 
     Raises:
-        PromptError: see reading.
+        PromptError: see reading; or it is a device, which may never end, or longer than TEXT_LIMIT.
     """
-    with reading("stdin" if file is None else file):
+    place = "stdin" if file is None else file
+    with reading(place):
         if file is not None:
-            return decoded(file.read_bytes())
+            with file.open("rb") as opened:
+                return decoded(_content(opened, place))
         stream = getattr(sys.stdin, "buffer", None)
-        return decoded(sys.stdin.read().encode() if stream is None else stream.read())
+        return decoded(sys.stdin.read().encode() if stream is None else _content(stream, place))
+
+
+def _content(stream: BinaryIO, place: str | Path) -> bytearray:
+    """All bytes of a file or a pipe."""
+    try:
+        status = os.fstat(stream.fileno())
+    except OSError:  # some streams of tests have no descriptor
+        size = 0
+    else:
+        endless = (
+            stat.S_ISCHR(status.st_mode) and not stream.isatty() and not os.path.samestat(status, os.stat(os.devnull))
+        )
+        if endless or stat.S_ISBLK(status.st_mode):
+            raise PromptError(f"{place}: is a device, not a text; give a file or a pipe")
+        size = status.st_size
+    content = bytearray()
+    while size <= TEXT_LIMIT and (piece := stream.read(PIECE)):
+        content += piece
+        size = max(size, len(content))
+    if size > TEXT_LIMIT:
+        raise PromptError(f"{place}: has more than the {TEXT_LIMIT:,} bytes that a text may have; give a shorter one")
+    return content
 
 
 def given_text(text: str) -> str:

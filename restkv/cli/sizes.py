@@ -11,6 +11,8 @@ from modeling.errors import RestKVWarning
 from restkv.cli.groups import spread
 from restkv.cli.options import (
     FILE_NAME,
+    MOST_ROWS,
+    MOST_TEXT,
     RECALL,
     BudgetOption,
     ContextOption,
@@ -44,10 +46,11 @@ def warmup(
     field: SetOption = None,
     prefill: PrefillOption = "dense",
     prompt_tokens: Annotated[
-        int, keep_option(help="Length of the prompts to come, where the budget does not bound the cache.")
+        int,
+        keep_option(max=MOST_TEXT, help="Length of the prompts to come, where the budget does not bound the cache."),
     ] = 2048,
     max_new_tokens: LengthOption = 128,
-    rows: Annotated[int, keep_option(help="Prompts answered at a time.")] = 1,
+    rows: Annotated[int, keep_option(max=MOST_ROWS, help="Prompts answered at a time.")] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from modeling.room import lacking
 from modeling.shown import one_line
 from restkv.chat import Chat
 from restkv.cli import interrupts
 from restkv.cli.display import holdings, pace
+from restkv.cli.options import reading
 from restkv.cli.terminal import put, put_line, say, status
 from restkv.errors import OutputError, PromptError, RestKVError
 from restkv.policies import Policy
@@ -30,6 +32,7 @@ HELP = """\
 Ctrl-C stops an answer; at the prompt it ends the chat, as Ctrl-D does."""
 
 
+LONGEST_LINE = 1 << 26  # characters, more than any model reads
 NEEDED = {"save": "one file", "load": "one file", "method": "NAME [OPTION=VALUE ...]"}
 
 
@@ -142,6 +145,8 @@ def _unforeseen(line: str, error: BaseException) -> str:
     """What failed in a line, in one."""
     place = line.split(maxsplit=1)[0] if line.startswith("/") else "this turn"
     try:
+        if (asked := lacking(error)) is not None:
+            return one_line(f"{place}: not enough memory{asked}; the conversation is what it was before")
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
     except Exception:  # its text is a stranger's work as well
         reason = type(error).__name__
@@ -179,12 +184,15 @@ def _lines() -> Iterator[str]:
         say("/help lists the commands, Ctrl-D ends the chat")
     while True:
         try:
-            line = input("> ") if terminal else sys.stdin.readline()
+            with reading("stdin"):
+                line = input("> ") if terminal else sys.stdin.readline(LONGEST_LINE + 1)
         except (EOFError, KeyboardInterrupt):
             put_line("")
             return
         if not terminal and not line:
             return
+        if len(line) > LONGEST_LINE:
+            raise PromptError(f"stdin: a line has more than {LONGEST_LINE:,} characters; give it shorter lines")
         yield line.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")  # a byte-order mark is no text
 
 

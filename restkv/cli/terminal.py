@@ -27,9 +27,14 @@ REFRESH = 0.1  # seconds between two states of the passing line
 def prepare() -> None:
     """Make the standard streams and the terminal's size usable, whatever the environment says of them.
 
-    A stream that was closed, as with `<&-`, is None: read nothing from it, and write to it in vain. A character that the encoding
+    A stream that was closed, as with `<&-`, is None: read nothing from it, and write to it in vain. One that does not block, as
+    programs leave a pipe or a terminal that they share with us, is made to: it would seem to end, or cut an answer short, where
+    it has to be waited for. A character that the encoding
     of a stream lacks is written as its escape. A width that is no number, or one that nobody has, is forgotten.
     """
+    for number in range(3):
+        with contextlib.suppress(OSError):  # closed
+            os.set_blocking(number, True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends

@@ -219,8 +219,8 @@ class Policy(ABC):
     def _require(self, condition: bool, option: str, mend: str) -> None:
         if not condition:
             value = getattr(self, option)
-            if isinstance(value, int | float) and value >= TOO_MANY:
-                mend = f"give a number below {TOO_MANY}"
+            if _largest(value) >= TOO_MANY:
+                mend = f"give {'a number' if isinstance(value, int | float) else 'numbers'} below {TOO_MANY}"
             raise PolicyError(f"{self.name}: {option} {brief(value)}: {mend}")
 
     def _one_of(self, option: str, values: tuple[str, ...]) -> None:
@@ -239,6 +239,13 @@ def require_policy(policy: object) -> Policy:
         return policy
     example = f"restkv.get_policy({policy if isinstance(policy, str) else 'restkv'!r}, budget=1024)"
     raise PolicyError(f"policy {policy!r} is no Policy; give one, such as {example}")
+
+
+def _largest(value: object) -> float:
+    """The largest number in an option's value."""
+    if isinstance(value, tuple | list):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int | float) else 0
 
 
 def _is_int(value: object) -> bool:

@@ -64,6 +64,17 @@ def test_a_closed_stream_is_an_empty_one(
     assert bool(ran.stdout) == (closed == "2>&-")
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_stream_that_cannot_be_read_is_named(rambler: Path, tmp_path: Path, command: str) -> None:
+    with open(tmp_path / "written", "wb") as stream:
+        ran = subprocess.run(
+            [*COMMAND, *to_rambler(rambler, (command,))], stdin=stream, capture_output=True, timeout=60
+        )
+    (line,) = ran.stderr.decode().splitlines()
+    assert ran.returncode == 2 and ran.stdout == b""
+    assert line.endswith("stdin: cannot be read (Bad file descriptor); give it a file or a pipe to read from")
+
+
 def test_progress_shows_on_a_terminal_only(start: Callable[..., subprocess.Popen[bytes]]) -> None:
     bar, arguments = b"reading the prompt", ("generate", "-p", STORY, "-n", "2")
     with start(*arguments) as process:
