@@ -6,6 +6,7 @@ import os
 import re
 
 from modeling.free import free_text
+from modeling.room import lacking
 
 # The variables that a package, and what it brings along, reads.
 PREFIXES = {
@@ -13,9 +14,6 @@ PREFIXES = {
     "matplotlib": ("MPL", "MATPLOTLIB"),
     "huggingface_hub": ("HF_", "HUGGING", "SSL_", "HTTP", "http", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"),
 }
-NO_MEMORY = re.compile(
-    r"failed to map segment|[Cc]annot allocate memory|can't start new thread|error return without exc"
-)
 
 
 def cannot_import(package: str, error: BaseException) -> str:
@@ -27,7 +25,7 @@ def mend(package: str, error: BaseException) -> str:
     """What may help: to correct the variables that the error is about, or to free memory."""
     if names := blamed(package, error):
         return f"correct or unset {' and '.join(f'{name}={os.environ[name]}' for name in names)}"
-    if lacks_memory(error):
+    if lacking(_root(error)) is not None:
         return more_memory()
     prefixes = [prefix for prefix in PREFIXES.get(package, ()) if prefix.isupper()]
     variables = "".join(f" {prefix.rstrip('_')}_*" for prefix in prefixes[:2])
@@ -53,11 +51,6 @@ def blamed(package: str, error: BaseException) -> list[str]:
     return named or [
         name for name, value in known.items() if len(value) > 1 and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)
     ]
-
-
-def lacks_memory(error: BaseException) -> bool:
-    root = _root(error)
-    return isinstance(root, MemoryError) or NO_MEMORY.search(str(root)) is not None
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LARGE = 1 << 26  # bytes; less is not worth a look at what is free
 LACKS = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
-    r"|failed to map segment",  # of a library that is to be imported
+    r"|failed to map segment|can't start new thread|error return without exc",  # of libraries and threads that are to be started
     re.IGNORECASE,
 )
 
@@ -41,7 +41,7 @@ def lacking(error: BaseException) -> str | None:
     lacks = (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be imported
-        or (isinstance(error, RuntimeError | ImportError) and LACKS.search(said))
+        or (isinstance(error, RuntimeError | ImportError | SystemError) and LACKS.search(said))
         or (isinstance(error, OSError) and (error.errno == errno.ENOMEM or LACKS.search(said)))
     )
     if not lacks:

@@ -94,7 +94,7 @@ def test_a_variable_that_huggingface_hub_cannot_parse_is_named() -> None:
 def test_too_few_addresses_for_torch_is_one_line(rambler: Path, limit: int) -> None:
     """Of most of these the libraries that torch loads make an abort or a segmentation fault."""
     line = refusal(under("generate", rambler, "-p", "hi", "-n", 2, limit=limit * 1_000_000))
-    assert "free under ulimit -v" in line
+    assert "free under ulimit -v" in line or line.startswith("restkv: error: not enough memory")
 
 
 def test_what_needs_no_torch_works_under_the_same_limit() -> None:
@@ -136,4 +136,4 @@ def test_lack_of_memory_anywhere_is_one_line(
         raise error
 
     monkeypatch.setattr("restkv.kernels.announce_compiling", fail)
-    assert "not enough memory (" in refusal(run("generate", "-p", "hi"))
+    assert "not enough memory; ask for less (" in refusal(run("generate", "-p", "hi"))
