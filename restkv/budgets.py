@@ -230,7 +230,7 @@ class Global(Allocation):
     def sure(
         self, score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget_B: Tensor, max_count: int | None = None
     ) -> Tensor:
-        """[B, X, C] bool: protected entries and each head's floor. most: a bound of budget_B the host knows."""
+        """[B, X, C] bool: protected entries and each head's floor. max_count: a bound of budget_B the host knows."""
         exists_BXC = pos_BXC >= 0
         protected_BXC = protected_BXC & exists_BXC
         visible_BXC = exists_BXC & ~protected_BXC & (score_BXC > -torch.inf)  # NaN is not

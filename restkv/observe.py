@@ -49,7 +49,9 @@ class Observation:
     mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
-    budgets: tuple[int, ...] | None = None  # budget_B as the host knows it, so that ranking stops there
+    budgets: tuple[int, ...] | None = (
+        None  # budget_B as the host knows it: a score that ranks entries need rank no more of them
+    )
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )

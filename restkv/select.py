@@ -146,7 +146,7 @@ def _reaching(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
 
 
 def _nth_largest(value_XC: Tensor, n_X1: Tensor, max_count: int) -> Tensor:
-    """The n-th largest of each line, n in 1..most (the largest for a smaller n); no value is NaN."""
+    """The n-th largest of each line, n in 1..max_count (the largest for a smaller n); no value is NaN."""
     if not _numpy_sees(value_XC):
         return value_XC.topk(max_count, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
     lines_NC = value_XC.detach().flatten(0, -2).numpy()  # no sync: a CPU

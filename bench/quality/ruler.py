@@ -44,7 +44,7 @@ class Plan:
         compression: prompt length over entries per KV head.
         question: aware, agnostic or both.
         prefill: "dense", or the sparse pattern with which all prompts are read, as text (restkv/patterns.py).
-        kind: or "needle".
+        kind: "ruler", or "needle" for the plan of bench/quality/needle.py.
     """
 
     tasks: tuple[str, ...]

@@ -30,7 +30,7 @@ class Row:
         method, preset: as `--methods` has them.
         asked: the budget as it was asked for: entries, a share of the prompt, or a compression; 1.0 for the full cache.
         entries: what that comes to per KV head; None for the full cache.
-        granularity, budget, observed: of the policy: sets per KV head or per query head, entries per set, observed queries.
+        granularity, budget, observed: of the policy: sets per KV head or per query head, entries per set, its `window`.
         kept: entries per layer and KV head after the prompt.
         bytes: of these; None where nobody has counted them.
         measures: what was found.
