@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return interrupts.CODE
     except MemoryError:  # before anybody could say it better
-        print("restkv: error: not enough memory to begin; free some", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.write(2, b"restkv: error: not enough memory to begin; free some\n")
         return 2
 
 
