@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +119,8 @@ def speed(
         rounds=rounds, tokens=tokens, prefills=split_names(prefills), prompts=prompts, filled=filled
     )
     _need_figure(contest, out)
-    _finish(measure_speed(contest, put_line, start_up, partial(_write, out=out)), out)
+    with _in_one_line():
+        _finish(measure_speed(contest, put_line, start_up, partial(_write, out=out)), out)
 
 
 @spread
@@ -132,7 +135,19 @@ def memory(
 
     contest = options.contest(rounds=1, tokens=tokens)
     _need_figure(contest, out)
-    _finish(measure_memory(contest, put_line, partial(_write, out=out)), out)
+    with _in_one_line():
+        _finish(measure_memory(contest, put_line, partial(_write, out=out)), out)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """A contestant's process that dies, for lack of memory as a rule, is one line."""
+    from bench.speed.workers import WorkerDied
+
+    try:
+        yield
+    except WorkerDied as error:
+        raise PromptError(f"{error}; what was measured before it is in --out") from None
 
 
 def _need_figure(contest: Contest, out: Path | None) -> None:

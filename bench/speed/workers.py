@@ -22,6 +22,10 @@ from typing import Any
 import torch
 
 
+class WorkerDied(RuntimeError):
+    """A contestant's process has ended before its answer."""
+
+
 class Worker(ABC):
     """What a measured process can be asked to do."""
 
@@ -104,7 +108,7 @@ class Process:
         )
 
     def ask(self, op: str, **values: Any) -> dict[str, Any]:
-        """Raises RuntimeError when the process died; its own traceback is on stderr."""
+        """Raises WorkerDied when the process died; its own traceback is on stderr."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._asked = True
         try:
@@ -114,8 +118,8 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(
-                f"the worker {self.name} died (exit status {self._process.wait()}); see its message above"
+            raise WorkerDied(
+                f"the worker {self.name} died (exit status {self._process.wait()}); see its message above, or ask for less"
             )
         self._asked = False
         return json.loads(line)

@@ -14,7 +14,7 @@ from bench.speed import contest as speed
 from bench.speed.contest import PRESETS, Contest
 from bench.speed.floor import Machine, decode_floor, matrix_parameters, prefill_floor
 from bench.speed.ours import Ours
-from bench.speed.workers import Process
+from bench.speed.workers import Process, WorkerDied
 from modeling.families.registry import config_from_dict
 from modeling.layers import Decoder
 from restkv.cli import main
@@ -203,7 +203,7 @@ def test_a_worker_that_dies_is_named(idle: bool) -> None:
     process = Process("broken", "bench.speed.ours", [json.dumps({"config": {}})])
     if idle:
         process._process.wait()
-    with pytest.raises(RuntimeError, match="worker broken died"):
+    with pytest.raises(WorkerDied, match="worker broken died"):
         process.ask("prefill", context=8, batch=1)
     process.close()
 
@@ -226,33 +226,35 @@ def test_caches_that_would_not_fit_beside_all_others_are_left_out() -> None:
         assert contest.fits("restkv restkv", context, batch, memory)
 
 
-def test_what_has_been_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_been_measured_is_kept_when_the_rest_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "speed.json"
     measured = speed._round_robin
 
     def broken(*arguments):
         if 150 in arguments:
-            raise RuntimeError("the worker has died")
+            raise WorkerDied("the worker has died")
         return measured(*arguments)
 
     monkeypatch.setattr(speed, "_round_robin", broken)
     command = "bench speed --preset tiny --dtype float32 --contexts 90,150 --methods restkv --budget 64 --peers none"
-    with pytest.raises(RuntimeError, match="has died"):
-        main(
-            [
-                *command.split(),
-                "--backend",
-                "sdpa",
-                "--threads",
-                "1",
-                "--rounds",
-                "1",
-                "--tokens",
-                "1",
-                "--out",
-                str(out),
-            ]
-        )
+    code = main(
+        [
+            *command.split(),
+            "--backend",
+            "sdpa",
+            "--threads",
+            "1",
+            "--rounds",
+            "1",
+            "--tokens",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
+    assert code == 2 and "the worker has died; what was measured" in capsys.readouterr().err
     assert [row["context"] for row in json.loads(out.read_text())["rows"]] == [90]
 
 
