@@ -174,7 +174,7 @@ def test_chat_takes_variables_and_names(ran, thinker, lm, tmp_path):
         (("--template-arg", "a b=1"), "template variable 'a b': is no name"),
         (("--template-arg", "a=NaN"), "--template-arg 'a=NaN': give a number"),
         (("--template-arg", "a=" + "[" * 3000), "--template-arg 'a=[[["),
-        (("--template-arg", "a=\ud800"), "which is no character"),
+        (("--template-arg", "a=\ud800"), "--template-arg: not UTF-8 text"),
         (("--template-name", "verbose"), "none called 'verbose'"),
     ],
 )
