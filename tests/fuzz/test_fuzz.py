@@ -1,7 +1,7 @@
 """Whatever somebody brings, the command answers, or says in one line what is wrong with it.
 
-Every case begins with something valid, changes it, and runs a command on it in a process of its own (confined.py). 300 cases
-run by default, the same every time, and 20,000 new ones with `-m slow`; RESTKV_FUZZ_COUNTS=FILE has the outcomes counted.
+Every case begins with something valid, changes it, and runs a command on it in a process of its own (confined.py). With
+`-m slow` 300 cases run, the same every time, and 20,000 new ones; RESTKV_FUZZ_COUNTS=FILE has the outcomes counted.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def check(target: Target, ground: Path, cases: int, counts: Counter[str], anew: 
     one()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_some_cases(target: Target, ground: Path, counts: Counter[str]) -> None:
     check(target, ground, share(CASES["quick"], target), counts, anew=False)

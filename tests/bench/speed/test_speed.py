@@ -78,6 +78,7 @@ def test_presets_have_the_published_numbers_of_parameters() -> None:
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
+@pytest.mark.slow
 def test_a_small_comparison_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.json"
     command = (
@@ -116,6 +117,7 @@ def test_a_small_comparison_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
     assert result["rates"]["read_bytes_per_s"] > 1e8 and result["rates"]["operations_per_s"] > 1e8
 
 
+@pytest.mark.slow
 def test_filled_caches_are_as_large_as_those_of_prompts(tmp_path: Path) -> None:
     """As in the test above, without running prompts."""
     out = tmp_path / "speed.json"
@@ -132,6 +134,7 @@ def test_filled_caches_are_as_large_as_those_of_prompts(tmp_path: Path) -> None:
     assert all(start["cold_s"] > 0 and start["warm_s"] > 0 for start in result["start_up"])
 
 
+@pytest.mark.slow
 def test_every_method_reads_its_prompts_in_every_way_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     command = "bench speed --preset tiny --dtype float32 --contexts 300 --methods restkv,full --budget 64 --peers none"

@@ -49,6 +49,7 @@ def test_a_variable_that_torch_cannot_parse_is_named(rambler: Path, name: str, v
     assert "torch cannot be imported (ValueError: " in line and f"correct or unset {name}={value}" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"), [("TORCHINDUCTOR_COMPILE_THREADS", "abc"), ("TORCHINDUCTOR_WORKER_START", "bogus")]
 )

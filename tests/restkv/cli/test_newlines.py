@@ -93,6 +93,7 @@ def in_locale(locale: dict[str, str], arguments: list[str], stdin: bytes = b"") 
     return subprocess.run(command, input=stdin, capture_output=True, env={**environment, **locale}, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["ascii", "latin"])
 def test_the_command_line_is_utf8_whatever_the_locale_says(which, rambler, tokens, tmp_path, request):
     locale = ASCII if which == "ascii" else request.getfixturevalue("latin")

@@ -238,6 +238,7 @@ def waits_to_read(number: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_that_does_not_block_is_not_cut_short(tmp_path: Path, stream: str) -> None:
     """A pipe that is full for a while: the whole text arrives, and the command ends as always."""
