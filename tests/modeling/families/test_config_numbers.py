@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from make.config_draws import ABSENT, VALID, VOCAB, plausible
+from make.effort import many
 from make.families import reference_logits
 from modeling.checkpoint.loading import load_model
 from modeling.errors import ConfigError, RestKVWarning
@@ -97,7 +98,7 @@ def test_drawn_configs_give_transformers_logits_or_are_refused(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", VALID)
 def test_many_drawn_configs_give_transformers_logits_or_are_refused(family):
-    compare_many(family, 1500)
+    compare_many(family, many(1500))
 
 
 HALVES = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -16,6 +16,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from make.toy_tokenizers import BYTES, KINDS, TOKENS
 from modeling.errors import TokenizerError
 from modeling.text.guard import guarded
@@ -288,6 +289,6 @@ def test_damaged_files_work_or_are_refused(file, tmp_path_factory):
 
 @pytest.mark.slow
 @given(file=damaged())
-@settings(max_examples=5000)
+@settings(max_examples=many(5000))
 def test_damaged_files_work_or_are_refused_at_length(file, tmp_path_factory):
     check_damaged(file, tmp_path_factory.getbasetemp())

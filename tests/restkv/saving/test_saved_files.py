@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import restkv
+from make.effort import many
 from make.hostile import alter_remarks, fits
 from make.small import VOCAB, small_ids, small_model
 from restkv.chat import Chat
@@ -184,7 +185,7 @@ def test_an_altered_chat_works_or_is_refused(data, talker, chat, tmp_path_factor
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=5000)
+@settings(FEW, max_examples=many(5000))
 @given(data=st.data(), name=st.sampled_from(sorted(POLICIES)))
 def test_thousands_of_altered_contexts(data, name, lm, contexts, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "altered-often"
