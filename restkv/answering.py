@@ -194,6 +194,7 @@ class Answering:
 
 def listed(prompt: Any) -> Any:
     """A tensor or an array as lists (on the host, where ids are checked); anything else as it is."""
+    # Sync: once per prompt, if it is on a device.
     return prompt.tolist() if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview) else prompt
 
 

@@ -81,7 +81,7 @@ def read_pieces(tensor: StoredTensor, chunk_bytes: int) -> Iterator[tuple[slice,
     if not count:
         return
     buffer = torch.empty(min(step, count), dtype=dtype)
-    bytes_of_buffer = buffer.view(torch.uint8).numpy().data
+    bytes_of_buffer = buffer.view(torch.uint8).numpy().data  # no sync: files are read into memory of the host
     try:
         with tensor.file.open("rb", buffering=0) as stream:
             stream.seek(tensor.start)

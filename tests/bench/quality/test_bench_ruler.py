@@ -25,7 +25,16 @@ from bench.runs.folder import SAMPLES, RunError, digest, read_manifest, read_row
 from bench.runs.methods import Method, equal_bytes, parse_methods
 from bench.runs.plans import cells_of
 from bench.runs.run import run
-from bench.runs.together import Held, answer_together, kept_mean, prefill_all, prefill_together
+from bench.runs.together import (
+    Held,
+    _BudgetRead,
+    _UnreadTensor,
+    _UnreadTuple,
+    answer_together,
+    kept_mean,
+    prefill_all,
+    prefill_together,
+)
 from restkv.cli import main
 from restkv.cli.options import RECALL
 from restkv.errors import PolicyError, PromptError, RestKVWarning
@@ -66,6 +75,18 @@ def plan(**changes: Any) -> Plan:
 
 
 # -- one prefill for all
+
+
+@pytest.mark.parametrize(
+    "look", [list, len, bool, lambda known: known[0], lambda known: known == (3,), lambda known: 3 in known]
+)
+def test_no_look_at_a_budget_goes_unseen(look):
+    """A score that asks for its budget is not shared with other budgets'."""
+    with pytest.raises(_BudgetRead):
+        look(_UnreadTuple())
+    for read in (int, lambda budget: budget - 1, lambda budget: budget.tolist()):
+        with pytest.raises(_BudgetRead):
+            read(_UnreadTensor())
 
 
 def test_a_shared_prefill_leaves_what_each_policy_alone_would_have(lm: restkv.LM, ids: list[int]) -> None:
