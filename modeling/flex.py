@@ -56,7 +56,7 @@ def paged_flex(
     B, T = q_pos_BT.shape
     padding_1Rq1 = (q_pos_BT < 0)[:, None, None].expand(B, heads, query_rows // T, T).reshape(1, lists, query_rows, 1)
     q_1RqD = q_1RqD.masked_fill(padding_1Rq1, 0)
-    pages_R = (view.used + (page - 1)) // page
+    pages_R = (view.used + (page - 1)) // page - view.skipped
     mask = page_block_mask(view, pages_R, paged_mask_mod(view, q_pos_BT, heads), query_rows)
 
     # A partition that is no multiple of the page keeps CPU lowering off its decode template, which reads wrong buffers for
@@ -92,7 +92,7 @@ def paged_mask_mod(view: LayerView, q_pos_BT: Tensor, heads: int) -> MaskMod:
 
 
 def page_block_mask(view: LayerView, num_pages_R: Tensor, mask_mod: MaskMod, query_rows: int) -> BlockMask:
-    """The page lists as a FlexAttention block list: list r attends to its first num_pages_R[r] pages.
+    """The page lists as a FlexAttention block list: list r attends to the first num_pages_R[r] pages that are `listed`.
 
     Args:
         num_pages_R: int32 [R].
@@ -102,7 +102,7 @@ def page_block_mask(view: LayerView, num_pages_R: Tensor, mask_mod: MaskMod, que
     slots = view.pos.shape[0]
     return BlockMask.from_kv_blocks(
         num_pages_R.view(1, lists, 1),
-        view.table.view(1, lists, 1, num_pages),
+        view.listed.view(1, lists, 1, num_pages),
         BLOCK_SIZE=(-(-query_rows // 128) * 128, slots // num_pages),
         mask_mod=mask_mod,
         seq_lengths=(query_rows, slots),

@@ -6,7 +6,8 @@ head, D head dim, P pages of a pool, S = P * page slots, M pages a list may hold
 A list of page numbers says which slots of the pool (pool.py) belong to one head of one row: entry n of list r lies in slot
 `pages[r][n // page] * page + n % page`. With page = 4 and pages[r] = [7, 2], entry 5 is in slot 2*4 + 1 = 9.
 Attention reads the pool through these lists (masks.py), so heads, rows and layers may keep different numbers of entries, and
-moving or dropping entries never changes a shape.
+moving or dropping entries never changes a shape. Pages left without a living entry stay on the list, which says where the next
+entry goes, but go to the end of its copy that attention reads.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class LayerView(NamedTuple):
 
     k, v [1,1,S,D]; pos [S] int32; table [R,P] int32, whose first `M` columns of each row are that list's pages (row stride M:
     rows overlap, and the columns past a list's end are never read); used [R] int32: entries written, dead ones included;
+    listed [R,P] int32: the same pages as attention reads them, which leaves out the last skipped [R] int32 of those in use;
     keep [S,G] bool or None: which query heads of the group may see the entry. reach [1] int32 or None: the layer's sliding
     window (a large number where it has none); None when no layer of the model has one. It is a tensor so
     that layers with different windows share one region of nested_compile_region. On torch 2.13 that region tells apart numbers
@@ -42,9 +44,51 @@ class LayerView(NamedTuple):
     pos: Tensor
     table: Tensor
     used: Tensor
+    listed: Tensor
+    skipped: Tensor
     keep: Tensor | None
     reach: Tensor | None
     raw: Tensor | None
+
+
+def columns(table_RM: Tensor, used_R: Tensor, pages: int, page: int) -> Tensor:
+    """Slot of every column of the first `pages` pages of every list, [R, pages * page] int64; past a list's end 0.
+
+    Args:
+        table_RM: the lists' pages.
+        used_R: entries written to each.
+    """
+    offset_p = torch.arange(page, device=table_RM.device)
+    slot_RC = (table_RM[:, :pages, None].long() * page + offset_p).flatten(1)
+    column_C = torch.arange(pages * page, device=table_RM.device)
+    return slot_RC.masked_fill(column_C >= used_R[:, None], SINK_PAGE * page)
+
+
+def listed_pages(table_RM: Tensor, used_R: Tensor, pos_RC: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """The lists as attention reads them: pages that are full of dead entries come last, and how many those are.
+
+    Args:
+        table_RM, used_R: see columns.
+        pos_RC: positions of the first C // page pages' columns, -1 where nothing lives.
+    Returns:
+        [R, C // page] and [R], int32.
+    """
+    pages = pos_RC.shape[1] // page
+    number_M = torch.arange(pages, device=pos_RC.device)
+    written_RM = number_M < (used_R // page)[:, None]  # the others have room for what comes
+    dead_RM = written_RM & (pos_RC < 0).view(len(pos_RC), pages, page).all(-1)
+    order_RM = dead_RM.to(torch.int8).argsort(dim=-1, stable=True)
+    return table_RM[:, :pages].gather(1, order_RM), dead_RM.sum(-1, dtype=torch.int32)
+
+
+def recent(ring: Tensor, next_pos_B: Tensor, ring_size: int) -> tuple[Tensor, Tensor]:
+    """The last W queries that a ring holds, oldest first: q [B, H, W, D] after RoPE and their positions [B, W] int64, -1 where
+    none was.
+    """
+    position_BW = next_pos_B[:, None] + torch.arange(-ring_size, 0, device=ring.device)
+    row_B1 = torch.arange(len(next_pos_B), device=ring.device)[:, None]
+    q_BWHD = ring[row_B1 * (ring_size + 1) + position_BW % ring_size]
+    return q_BWHD.transpose(1, 2), position_BW.clamp(min=EMPTY).long()
 
 
 class LayerCache:
@@ -56,6 +100,7 @@ class LayerCache:
         ragged: lists of one row may differ in length, or those of other layers over the same pool.
         reach: see LayerView.
     Attributes:
+        thinned: entries may have died since the lists were made: attention need not read all of their pages.
         max_pages: M. It follows from the pool, so that pools of one size make tables of one shape: all of it where one list may
             hold everything, else a head's share of it.
     """
@@ -68,9 +113,11 @@ class LayerCache:
         self.rows, self.heads = rows, heads
         self.ragged = ragged
         self.max_pages = 0
+        self.thinned = False
         self.lists: list[list[int]] = [[] for _ in range(rows * heads)]
         self.used = torch.zeros(rows * heads, dtype=torch.int32, device=pool.pos.device)
-        self._table = torch.zeros(0, dtype=torch.int32, device=pool.pos.device)
+        self.skipped = torch.zeros_like(self.used)
+        self._table = self._listed = torch.zeros(0, dtype=torch.int32, device=pool.pos.device)
         self.refresh()
 
     # -- what the forward pass sees
@@ -80,9 +127,23 @@ class LayerCache:
         if len(self._table) != len(self.lists) * self.max_pages + pool.num_pages:
             self.refresh()
         # The CPU lowering of flex wants one column per page of the pool; rows M apart cost R*M + P integers instead of R*P.
-        table = self._table.as_strided((len(self.lists), pool.num_pages), (self.max_pages, 1))
+        shape, strides = (len(self.lists), pool.num_pages), (self.max_pages, 1)
+        table, listed = (numbers.as_strided(shape, strides) for numbers in (self._table, self._listed))
         keep, raw = pool.companions.get("keep"), pool.companions.get("raw")
-        return LayerView(pool.k, pool.v, pool.pos, table, self.used, keep, self.reach, raw)
+        return LayerView(pool.k, pool.v, pool.pos, table, self.used, listed, self.skipped, keep, self.reach, raw)
+
+    @property
+    def table(self) -> Tensor:
+        """[R, M] int32: the lists' pages, where the next entry goes last."""
+        return self._square(self._table)
+
+    @property
+    def listed(self) -> Tensor:
+        """[R, M] int32: the same pages as attention reads them (LayerView)."""
+        return self._square(self._listed)
+
+    def _square(self, numbers: Tensor) -> Tensor:
+        return numbers[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
 
     def refresh(self, changed: slice = slice(None)) -> None:
         """Copy the lists (or those that changed) to the device table, made anew when a list or the pool has outgrown it."""
@@ -92,12 +153,24 @@ class LayerCache:
         size = len(self.lists) * self.max_pages + self.pool.num_pages
         if len(self._table) != size:
             self._table = torch.zeros(size, dtype=torch.int32, device=self.pool.pos.device)
+            self._listed = torch.zeros_like(self._table)
             changed = slice(None)  # every list begins elsewhere
         longest = max(map(len, self.lists[changed]))  # a table with room for a whole pool is mostly empty
         fresh = [pages + [SINK_PAGE] * (longest - len(pages)) for pages in self.lists[changed]]
-        table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
-        table_RM[changed, :longest] = torch.tensor(fresh, dtype=torch.int32, device=self._table.device)
-        table_RM[changed, longest:] = SINK_PAGE
+        fresh_Rm = torch.tensor(fresh, dtype=torch.int32, device=self._table.device)
+        for table_RM in (self.table, self.listed):
+            table_RM[changed, :longest] = fresh_Rm
+            table_RM[changed, longest:] = SINK_PAGE
+        if self.thinned:
+            self.list_pages()
+
+    def list_pages(self) -> None:
+        """Bring `listed` and `skipped` up to date with what is alive."""
+        pages = max(map(len, self.lists))
+        slot_RC = columns(self.table, self.used, pages, self.pool.page)
+        listed_RM, skipped_R = listed_pages(self.table, self.used, read(self.pool.pos, slot_RC), self.pool.page)
+        self.listed[:, :pages].copy_(listed_RM)
+        self.skipped.copy_(skipped_R)
 
     def lengths(self) -> list[int]:
         """Entries written to each list, dead ones included. Reads the device: once per interval, never per token."""
@@ -168,11 +241,8 @@ class LayerCache:
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Slot of every entry of every list and its position: [R, C] int64 and [R, C] int32; padding has slot 0, pos -1."""
-        page = self.pool.page
-        column_C = torch.arange(max(self.lengths()), device=self.used.device)
-        table_RM = self._table[: len(self.lists) * self.max_pages].view(len(self.lists), self.max_pages)
-        slot_RC = table_RM[:, column_C // page].long() * page + column_C % page
-        slot_RC = slot_RC.masked_fill(column_C >= self.used[:, None], SINK_PAGE)
+        longest, page = max(self.lengths()), self.pool.page
+        slot_RC = columns(self.table, self.used, -(-longest // page), page)[:, :longest]
         return slot_RC, read(self.pool.pos, slot_RC)
 
     # -- evicting
@@ -198,6 +268,8 @@ class LayerCache:
         for name, data in (companions or {}).items():
             self.pool.companions[name][slot_RC[pos_RC >= 0]] = data[pos_RC >= 0]
         self.pool.pos[slot_RC[drop_RC]] = EMPTY
+        self.thinned = True
+        self.list_pages()
 
     def compact(self, keep_RC: Tensor | None = None, companions: dict[str, Tensor] | None = None) -> None:
         """Compact = reclaim: live entries (those with keep = True, if given) move to the front of fresh pages, in order.
@@ -220,6 +292,8 @@ class LayerCache:
         for pages in self.lists:
             pages.clear()
         self.used.zero_()
+        self.skipped.zero_()
+        self.thinned = False
 
     def rerotate(self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]], rows_B: Tensor | None = None) -> None:
         """Give every live key (bool [B]: of some rows) the RoPE phase of its rank in its list, from the unrotated `raw`."""
@@ -241,7 +315,7 @@ class LayerCache:
         lists = slice(index * self.heads, (index + 1) * self.heads)
         part = LayerCache(self.pool, 1, self.heads, self.ragged, self.reach)
         part.lists = self.lists[lists]
-        part.used = self.used[lists]
+        part.used, part.skipped, part.thinned = self.used[lists], self.skipped[lists].clone(), self.thinned
         part.refresh()
         return part
 
@@ -249,7 +323,8 @@ class LayerCache:
         """A cache whose row i continues row rows[i] of this one; both share the pages until one of them writes."""
         twin = LayerCache(self.pool, len(rows), self.heads, self.ragged, self.reach)
         sources = [row * self.heads + head for row in rows for head in range(self.heads)]
-        twin.used = self.used[sources].clone()
+        twin.used, twin.thinned = self.used[sources].clone(), self.thinned
+        twin.skipped = torch.zeros_like(twin.used)
         used = self.lengths()
         for mine, source in zip(twin.lists, sources, strict=True):
             mine.extend(self.lists[source][: -(-used[source] // self.pool.page)])
@@ -281,6 +356,7 @@ class KVCache:
         layers: one LayerCache per layer.
         ring_size: W, queries to remember per layer (0: none).
         num_heads: H, query heads.
+        planned_pages: that a list is expected to need, on average.
     Attributes:
         next_pos: [B] int32, position of each row's next token.
         lag: [B] int32, how far the RoPE phase of the next token lies behind its position: 0, or the entries lost so far in a
@@ -288,8 +364,9 @@ class KVCache:
         queries: the ring buffers of the last W queries, one per layer.
     """
 
-    def __init__(self, layers: list[LayerCache], ring_size: int, num_heads: int) -> None:
+    def __init__(self, layers: list[LayerCache], ring_size: int, num_heads: int, planned_pages: int = 0) -> None:
         first = layers[0]
+        self.planned_pages = planned_pages
         self.layers = layers
         self.rows = first.rows
         self.ring_size = ring_size
@@ -351,7 +428,7 @@ class KVCache:
                 reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
             pool = pools[0 if shared else index]
             layers.append(LayerCache(pool, rows, num_kv_heads, ragged or shared, reach))
-        return cls(layers, ring_size, num_heads)
+        return cls(layers, ring_size, num_heads, -(-entries // page))
 
     def reserve(self, extra: int | Sequence[int]) -> None:
         """Give every list room for `extra` more entries (one number, or one per row)."""
@@ -377,10 +454,7 @@ class KVCache:
 
     def recent(self, layer: int) -> tuple[Tensor, Tensor]:
         """The last W queries of a layer, oldest first: q [B, H, W, D] after RoPE and q_pos [B, W] int64, -1 where none was."""
-        position_BW = self.next_pos[:, None] + torch.arange(-self.ring_size, 0, device=self.next_pos.device)
-        row_B1 = torch.arange(self.rows, device=self.next_pos.device)[:, None]
-        q_BWHD = self.queries[layer][row_B1 * (self.ring_size + 1) + position_BW % self.ring_size]
-        return q_BWHD.transpose(1, 2), position_BW.clamp(min=EMPTY).long()
+        return recent(self.queries[layer], self.next_pos, self.ring_size)
 
     def remember(self, layer: int, row: int, q_HWD: Tensor, last_pos: int) -> None:
         """Store the queries of positions last_pos - n + 1 ... last_pos of one row, W at most."""

@@ -156,10 +156,10 @@ class Answering:
         cache = session.cache
         stats.seen = cache.next_pos[: len(session.active)].tolist()  # sync: once, at the end
         stats.kept = session.kept()
-        stats.max_kept = max(session.max_live, *(int(layer.live_counts().max()) for layer in cache.layers))
+        stats.max_kept = max(session.evictor.max_live, *(int(layer.live_counts().max()) for layer in cache.layers))
         stats.live_bytes, stats.allocated_bytes = cache.live_bytes, cache.allocated_bytes
         stats.full_bytes = sum(stats.seen) * self.config.kv_bytes_per_token(self.dtype)
-        stats.evictions = session.evictions
+        stats.evictions = session.evictor.evictions
 
     @own_modes
     def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:

@@ -214,8 +214,12 @@ class Global(Allocation):
             budget_B: int [B], mean entries per head of every row, which keeps min(entries, layers * X * budget). Only a
                 head with more protected entries than that can make a row keep more.
         """
-        triples = list(zip(scores_BXC, positions_BXC, protected_BXC, strict=True))
-        sure = [self.sure(*triple, budget_B) for triple in triples]
+        layers, columns = len(scores_BXC), (scores_BXC, positions_BXC, protected_BXC)
+        if len({pos_BXC.shape for pos_BXC in positions_BXC}) == 1:  # rows of one batch
+            score, pos, protected = (torch.cat(list(column)) for column in columns)
+            sure = list(self.sure(score, pos, protected, budget_B.repeat(layers)).chunk(layers))
+        else:
+            sure = [self.sure(*triple, budget_B) for triple in zip(*columns, strict=True)]
         columns = (scores_BXC, positions_BXC, sure)
         score_BF, pos_BF, sure_BF = (torch.cat([layer.flatten(1) for layer in column], 1) for column in columns)
         total_B = budget_B * sum(pos_BXC.shape[1] for pos_BXC in positions_BXC)

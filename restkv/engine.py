@@ -22,6 +22,7 @@ from modeling.sparse import sparse_attention
 from restkv.errors import TooManyShapes
 from restkv.evict import Roots, companions_of
 from restkv.kernels import check_compiler
+from restkv.masking import evict
 from restkv.policies.base import Policy
 
 # Graphs that torch.compile may make of the step. A server of one model and policy makes 2 (r s + s + log2 R) at most, for prompts
@@ -53,6 +54,9 @@ class Engine:
         self.roots = Roots(self.model)
         self._remarked = False
         self._decode, self._hidden = (compiled(function, options=OPTIONS) for function in (_decode, step))
+        self._evict = compiled(evict)
+        self._evicted: set[tuple[str, int, int]] = set()
+        self._eager_policies: set[str] = set()  # by repr: a plugin's options may have no hash
         if self.backend == "flex":
             try:
                 check_compiler(self.device)
@@ -72,6 +76,28 @@ class Engine:
     def attend(self, *inputs: Any, **how: Any) -> Tensor:
         """modeling.sparse.sparse_attention with this backend."""
         return self._run(sparse_attention, sparse_attention, *inputs, **how)
+
+    def masks(self, policy: Policy) -> bool:
+        """Whether evictions while decoding are one compiled graph, which moves nothing."""
+        return self.backend == "flex" and policy.traceable and repr(policy) not in self._eager_policies
+
+    def first_eviction(self, policy: Policy, cache: KVCache) -> bool:
+        """Whether the graph of an eviction is still to be made, as far as one can tell from policy and cache; asked once."""
+        key = repr(policy), cache.rows, cache.layers[0].pool.num_pages
+        first = key not in self._evicted
+        self._evicted.add(key)
+        return first
+
+    def evict(self, policy: Policy, *inputs: Any) -> Tensor | None:
+        """masking.evict, compiled; None, with nothing done, where it cannot be: this policy evicts eagerly then, for good."""
+        try:
+            return self._evict(policy, *inputs, regions=True)
+        except TooManyShapes:
+            self._remark_shapes()
+        except CompileError as error:
+            warnings.warn(f"{error}. {policy.name} evicts eagerly from now on", RestKVWarning, stacklevel=3)
+        self._eager_policies.add(repr(policy))
+        return None
 
     def _run(
         self, compiling: Callable[..., Tensor], eager: Callable[..., Tensor], *inputs: Any, **options: Any

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from torch import Tensor
 from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import KVCache, LayerCache
-from modeling.pool import Companions, read
+from modeling.pool import Companions, pool_size
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
-from restkv.errors import PolicyError
+from restkv.compete import Waiting
+from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
-from restkv.observe import Observation, group_root_of, root_of, weighted_attention
+from restkv.observe import Observation, group_root_of, root_of
 from restkv.policies.base import Policy
+from restkv.protection import check_protected, protected
 
 UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one
 
@@ -82,11 +83,17 @@ class Evictor:
             for length in lengths
         ]
         for length, budgets in zip(lengths, per_row, strict=True):
-            _check_protected(policy, length, budgets)
+            check_protected(policy, length, budgets)
         self.budgets = [list(column) for column in zip(*per_row, strict=True)]
         self.states = [policy.start() for _ in lengths]
         self.counted_B = torch.zeros(len(lengths), dtype=torch.int32, device=model.device)
-        self._waiting: list[_Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
+        limits = [[max(budget, policy.high_water or 0) for budget in budgets] for budgets in self.budgets]
+        newest = [self._newest(budgets) for budgets in self.budgets]
+        (self._limit_NB,) = self._on_device(limits)
+        # A tensor of its own for each layer: those that are parts of one look different to a graph.
+        self._numbers = [self._on_device(*layer) for layer in zip(range(layers), self.budgets, newest, strict=True)]
+        self._counted_2 = torch.zeros(2, dtype=torch.long, device=model.device)
+        self._waiting: list[Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
         self._cascade: GlobalCascade | None = None
 
     def row(self, index: int) -> Evictor:
@@ -94,12 +101,14 @@ class Evictor:
         part = copy.copy(self)
         part.budgets = [[column[index]] for column in self.budgets]
         part.states = self.states[index : index + 1]
-        part.counted_B = self.counted_B[index : index + 1]
+        row = slice(index, index + 1)
+        part.counted_B, part._limit_NB = self.counted_B[row], self._limit_NB[:, row]
         return part
 
     def fork(self) -> Evictor:
         twin = copy.copy(self)
         twin.states, twin.counted_B = copy.deepcopy(self.states), self.counted_B.clone()
+        twin._counted_2 = self._counted_2.clone()
         return twin
 
     # -- after a prompt
@@ -183,7 +192,7 @@ class Evictor:
         for waiting, stays_n in zip(self._waiting, earlier, strict=True):
             waiting.narrow(stays_n)
         mass_1XL = None if mass_XL is None else mass_XL[None]
-        self._waiting.append(_Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL))
+        self._waiting.append(Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL))
 
     def prompt_done(self, cache: KVCache, length: int) -> None:
         """All layers of a one-row cache hold their share of the prompt."""
@@ -212,12 +221,9 @@ class Evictor:
         over_B = [over and on for over, on in zip(self._over(cache), active or [True] * cache.rows, strict=True)]
         if "mass" not in self.policy.needs and not any(over_B):
             if compact:
-                self._reclaim(cache)
+                self.reclaim(cache)
             return False
-        if self.policy.protect and any(over_B):
-            for row, length in enumerate(cache.next_pos.tolist()):  # sync: once per eviction
-                if over_B[row]:
-                    _check_protected(self.policy, length, [budgets[row] for budgets in self.budgets])
+        self._check_protected(cache, over_B)
         for index, (layer, obs, keep_BXC) in enumerate(self._choices(cache, over_B)):
             keep_BKC, companions = self._stored(keep_BXC, obs.mass, layer.heads)
             assert keep_BKC is not None
@@ -233,8 +239,16 @@ class Evictor:
         self._align(cache)
         return any(over_B)
 
-    def _reclaim(self, cache: KVCache) -> None:
-        """Compact what earlier rounds marked: with a high-water mark, rows are seldom over it just when pages are due."""
+    def _check_protected(self, cache: KVCache, over_B: Sequence[bool]) -> None:
+        """Spans of the user's may have been grown into since."""
+        if not self.policy.protect or not any(over_B):
+            return
+        for row, length in enumerate(cache.next_pos.tolist()):  # sync: once per eviction
+            if over_B[row]:
+                check_protected(self.policy, length, [budgets[row] for budgets in self.budgets])
+
+    def reclaim(self, cache: KVCache) -> None:
+        """Compact what earlier rounds marked: the pages of what is dead go back to the pool."""
         for layer in cache.layers:
             if (layer.live_counts().flatten() < layer.used).any():  # sync: once per compaction
                 layer.compact()
@@ -255,50 +269,109 @@ class Evictor:
 
     def _over(self, cache: KVCache) -> list[bool]:
         """Which rows have outgrown their budget, or the policy's high-water mark: heads, layers or all, as they share it."""
-        allocation, mark = self.policy.allocation, self.policy.high_water or 0
-        excess = []
-        for layer, budgets in zip(cache.layers, self.budgets, strict=True):
-            limit_B = torch.tensor([max(budget, mark) for budget in budgets], device=layer.used.device)
-            live_BK = layer.live_counts()
-            excess.append(live_BK.sum(-1) - layer.heads * limit_B if allocation.ragged else live_BK.amax(-1) - limit_B)
-        excess_NB = torch.stack(excess)
-        over_B = (excess_NB.sum(0) if allocation.across_layers else excess_NB.amax(0)) > 0
-        return over_B.tolist()  # sync: once per eviction
+        live_NBK = torch.stack([layer.live_counts() for layer in cache.layers])
+        return over_limit(self.policy.allocation, live_NBK, self._limit_NB).tolist()  # sync: once per eviction
 
     def _cached(self, cache: KVCache, index: int, over_B: Sequence[bool]) -> Observation:
         """The observation of one layer's pages."""
-        layer = cache.layers[index]
-        slot_RC, pos_RC = layer.slots()
         budgets = [budget if over else UNLIMITED for budget, over in zip(self.budgets[index], over_B, strict=True)]
-        pool, shape = layer.pool, (layer.rows, layer.heads, slot_RC.shape[1])
-        per_slot = {
-            name: read(pool.companions[name], slot_RC).view(*shape, -1).transpose(2, 3)
-            for name in ("keep", "mass")
-            if name in pool.companions
-        }
-        q_BHWD, q_pos_BW = cache.recent(index)
-        observed = max(self.policy.observed, 1)
-        obs = self._observation(
-            index,
-            q=q_BHWD[:, :, -observed:],
-            q_pos=q_pos_BW[:, -observed:],
-            k=read(pool.k[0, 0], slot_RC).view(*shape, -1),
-            v=read(pool.v[0, 0], slot_RC).view(*shape, -1),
-            pos=pos_RC.view(shape).long(),
-            keep=per_slot["keep"].flatten(1, 2) if "keep" in per_slot else None,
-            budgets=budgets,
-            next_pos_B=cache.next_pos,
-        )
-        if "mass" not in per_slot:
-            return obs
-        fresh_BW = (q_pos_BW >= self.counted_B[:, None]) & (q_pos_BW >= 0)
-        gained_BHC = weighted_attention(replace(obs, q=q_BHWD, q_pos=q_pos_BW), fresh_BW.to(obs.dtype))
-        mass_BXC = per_slot["mass"].flatten(1, 2)
-        if mass_BXC.shape[1] != gained_BHC.shape[1]:
-            gained_BHC = gained_BHC.unflatten(1, (layer.heads, -1)).mean(2)
-        return replace(obs, mass=mass_BXC + gained_BHC.to(mass_BXC.dtype))
+        budget_B, newest_B = self._on_device(budgets, self._newest(budgets))
+        entries = self._entries(cache, index, self.model.blocks[index].window, index, budget_B, newest_B)
+        slot_RC, _ = cache.layers[index].slots()
+        return observe(self.policy, self._shape(cache, budgets), entries, slot_RC, cache.next_pos, self.counted_B)
 
-    # -- what both share
+    # -- while decoding, by masks alone
+
+    def mask(self, cache: KVCache, active: Sequence[bool], active_B: Tensor, run: Callable[..., Tensor | None]) -> bool:
+        """`round` in one graph, in which nothing moves and nothing is asked of the device.
+
+        Args:
+            active, active_B: rows that go on, as the host knows them and as the device does; the others lose nothing.
+            run: masking.evict, or Engine.evict.
+        Returns:
+            False where it cannot be compiled; nothing has been done then.
+        Raises:
+            PolicyError: see `round`.
+        """
+        self._check_protected(cache, active)
+        for layer in cache.layers:
+            layer.own()
+        first = self.budgets[0]
+        shape = self._shape(cache, first if all(budgets == first for budgets in self.budgets) else None)
+        layers = [
+            self._entries(cache, index, layer.reach, *numbers)
+            for index, (layer, numbers) in enumerate(zip(cache.layers, self._numbers, strict=True))
+        ]
+        found_2 = run(self.policy, shape, layers, cache.next_pos, self.counted_B, active_B, self._limit_NB)
+        if found_2 is None:
+            return False
+        for layer in cache.layers:
+            layer.thinned = True
+        self.count(*found_2)
+        return True
+
+    # -- what there was of it
+
+    def count(self, over: bool | Tensor, live: int | Tensor) -> None:
+        """Count an eviction, if a row was over its budget, and note the most entries that a head held then."""
+        self._counted_2[0] += over
+        self._counted_2[1] = self._counted_2[1].clamp(min=live)
+
+    @property
+    def evictions(self) -> int:
+        """How often a row was brought back to its budget while decoding."""
+        return int(self._counted_2[0])  # sync: figures for a person
+
+    @property
+    def max_live(self) -> int:
+        """Most entries that a head held when an eviction was due."""
+        return int(self._counted_2[1])  # sync: figures for a person
+
+    # -- what all share
+
+    def _entries(
+        self,
+        cache: KVCache,
+        index: int,
+        reach: int | Tensor | None,
+        layer: int | Tensor,
+        budget_B: Tensor,
+        newest_B: Tensor,
+    ) -> Entries:
+        needs, rope = self.policy.needs, self.model.blocks[index].rope
+        return Entries.of(
+            cache.layers[index],
+            ring=cache.queries[index],
+            root=self.roots.get(index, needs),
+            reach=reach,
+            rotary=self.model.rotaries[rope] if "rotary" in needs else None,
+            number=layer,
+            budget_B=budget_B,
+            newest_B=newest_B,
+        )
+
+    def _shape(self, cache: KVCache, budgets: Sequence[int] | None) -> Shape:
+        config = self.model.config
+        longest = max(len(pages) for layer in cache.layers for pages in layer.lists)
+        # Where heads keep different numbers the longest list follows from the data: few sizes, each of which is a graph.
+        ragged = self.policy.allocation.ragged
+        pages = pool_size(longest, 2) if ragged else max(longest, cache.planned_pages)
+        return Shape(
+            heads=config.num_kv_heads,
+            page=cache.layers[0].pool.page,
+            pages=pages,
+            ring_size=cache.ring_size,
+            softmax_scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            num_layers=config.num_layers,
+            budgets=None if budgets is None else tuple(budgets),
+        )
+
+    def _newest(self, budgets: Sequence[int]) -> list[int]:
+        return [self.policy.newest(budget) for budget in budgets]
+
+    def _on_device(self, *numbers: Any) -> list[Tensor]:
+        return [torch.tensor(one, device=self.model.device) for one in numbers]
 
     def _stored(
         self, keep_BXC: Tensor | None, mass_BXC: Tensor | None, heads: int
@@ -356,63 +429,8 @@ class Evictor:
             num_layers=config.num_layers,
             keep=keep,
             mass=mass,
-            protected=_protected(self.policy, pos, budgets, next_pos_B),
+            protected=protected(self.policy, pos, self._on_device(self._newest(budgets))[0], next_pos_B),
             budget_B=torch.tensor(budgets, device=pos.device),
             budgets=tuple(budgets),
             rotary=self._rotary(layer) if "rotary" in self.policy.needs else None,
         )
-
-
-class _Waiting:
-    """What is left of one layer's prompt while later layers may still outrank it.
-
-    Attributes:
-        keep_XL: bool, the entries each head (or query head) still has.
-        any_KL: bool, those any head of a group still has, n in all; k_nD, v_nD, pos_n are theirs, head after head.
-        mass_1XL: accumulated attention of all columns.
-    """
-
-    def __init__(self, keep_XL: Tensor, k_KLD: Tensor, v_KLD: Tensor, pos_KL: Tensor, mass_1XL: Tensor | None) -> None:
-        self.keep_XL, self.mass_1XL = keep_XL, mass_1XL
-        self.any_KL = keep_XL.unflatten(0, (len(k_KLD), -1)).any(1)
-        index_n = self.any_KL.flatten().nonzero()[:, 0]
-        self.k_nD, self.v_nD, self.pos_n = (read(x.flatten(0, 1), index_n) for x in (k_KLD, v_KLD, pos_KL))
-
-    def narrow(self, stays_m: Tensor) -> None:
-        """Only some of the entries marked in keep_XL (in its order) stay."""
-        before_KL = self.any_KL
-        self.keep_XL = self.keep_XL.masked_scatter(self.keep_XL, stays_m)
-        self.any_KL = self.keep_XL.unflatten(0, (len(before_KL), -1)).any(1)
-        index_n = self.any_KL[before_KL].nonzero()[:, 0]
-        self.k_nD, self.v_nD, self.pos_n = (read(x, index_n) for x in (self.k_nD, self.v_nD, self.pos_n))
-
-
-def _protected(policy: Policy, pos_BKC: Tensor, budgets: Sequence[int], next_pos_B: Tensor) -> Tensor:
-    """Bool [B, K, C]: sinks, the newest entries and the user's spans, which no score can evict."""
-    oldest_B = next_pos_B - torch.tensor([policy.newest(budget) for budget in budgets], device=pos_BKC.device)
-    kept_BKC = (pos_BKC >= oldest_B[:, None, None]) | (pos_BKC < policy.sinks)
-    for start, end in policy.protect:
-        kept_BKC = kept_BKC | ((pos_BKC >= start) & (pos_BKC < end))
-    return kept_BKC & (pos_BKC >= 0)
-
-
-def _check_protected(policy: Policy, length: int, budgets: Sequence[int]) -> None:
-    """Refuse spans that leave a layer's budget no room: what is protected of so many tokens must fit into it."""
-    for layer, budget in enumerate(budgets):
-        count = _protected_count(policy, length, budget)
-        if count > budget < length:
-            whose = f"budget {budget}" if len(set(budgets)) == 1 else f"layer {layer}'s budget {budget}"
-            raise PolicyError(
-                f"{whose} is smaller than the {count} protected entries (sinks, window and protected spans) of a text of "
-                f"{length} tokens; raise the budget or protect less"
-            )
-
-
-def _protected_count(policy: Policy, length: int, budget: int) -> int:
-    """How many of the positions below `length` are protected in a head that may keep `budget` entries."""
-    count = end = 0
-    for start, stop in sorted([(0, policy.sinks), (length - policy.newest(budget), length), *policy.protect]):
-        start, stop = max(start, end), min(stop, length)
-        if start < stop:
-            count, end = count + stop - start, stop
-    return count

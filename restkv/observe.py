@@ -42,8 +42,8 @@ class Observation:
     root: Tensor | None  # [H, D, F] of W_O (root_of); [K, G, D, F] for a policy that needs "group_root" (Policy.needs)
     softmax_scale: float  # what q.k is multiplied with
     softcap: float | None = None  # attention logits x become softcap * tanh(x / softcap)
-    sliding_window: int | None = None  # sliding-window layer: a query at p sees positions in (p - window, p]
-    layer: int = 0
+    sliding_window: int | Tensor | None = None  # sliding-window layer: a query at p sees positions in (p - window, p]
+    layer: int | Tensor = 0
     num_layers: int = 1
     keep: Tensor | None = None  # [B, H, C] bool, granularity "query": the entries each query head still has; None = all
     mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
@@ -174,9 +174,17 @@ class Rows(NamedTuple):
 
     def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
         """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
-        a_BHWC = self.logits_BHWC.softmax(-1)
-        if not self.all_see:
-            a_BHWC.nan_to_num_(0)
+        if torch.compiler.is_compiling():  # without a NaN, which compiled loops look for one by one
+            a_BHWC = (
+                self.logits_BHWC - self.logits_BHWC.amax(-1, keepdim=True).clamp_min(_lowest(self.logits_BHWC))
+            ).exp()
+            a_BHWC = a_BHWC / a_BHWC.sum(-1, keepdim=True).clamp_min(
+                1
+            )  # the largest is 1, unless the query sees nothing
+        else:
+            a_BHWC = self.logits_BHWC.softmax(-1)
+            if not self.all_see:
+                a_BHWC.nan_to_num_(0)
         total_BHC[:, self.heads] += (weight_BW[:, None, None, self.queries] @ a_BHWC)[:, :, 0]
 
 
@@ -221,6 +229,10 @@ def _triangle(w: Tensor) -> Tensor:
 
 def _oldest_first(pos_BXC: Tensor) -> Tensor:
     return pos_BXC.masked_fill(pos_BXC < 0, torch.iinfo(pos_BXC.dtype).max).argsort(dim=-1, stable=True)
+
+
+def _lowest(x: Tensor) -> float:
+    return torch.finfo(x.dtype).min
 
 
 def _full_precision(x: Tensor) -> Tensor:

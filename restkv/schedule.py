@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from restkv.policies.base import Policy
 from restkv.sizing import AHEAD
 
-COMPACT_EVERY = 32  # tokens between two compactions when evictions come more often
+COMPACT_EVERY = 32  # tokens between two compactions when eager evictions come more often
+# Compiled evictions only mask, and slots of the dead are read along with their pages until they are compacted: after so many
+# tokens, or when they are such a share of all slots, whichever comes first (docs/results.md has the measurement).
+MASKED_EVERY, DEAD_SHARE = 256, 1 / 3
 
 
 @dataclass
@@ -30,17 +33,34 @@ class Schedule:
     room: int = 0
 
     @classmethod
-    def of(cls, policy: Policy, planned: int) -> Schedule:
+    def of(cls, policy: Policy, planned: int, entries: float, masks: bool) -> Schedule:
+        """The schedule of a policy's evictions.
+
+        Args:
+            entries: per head that an eviction leaves, on average.
+            masks: evictions while decoding are compiled and only mask.
+        """
         interval = policy.interval if policy.budget is not None else None
-        period = interval or 0
-        if interval and interval < COMPACT_EVERY // 4:  # very frequent evictions only mark entries dead
-            period = -(-COMPACT_EVERY // interval) * interval
-        return cls(interval, period, planned)
+        if not interval:
+            return cls(interval, 0, planned)
+        every = interval
+        if policy.compact_every is not None:
+            every = policy.compact_every
+        elif masks:
+            every = min(MASKED_EVERY, int(entries * DEAD_SHARE / (1 - DEAD_SHARE)))
+        elif interval < COMPACT_EVERY // 4:  # very frequent evictions only mark entries dead
+            every = COMPACT_EVERY + interval - 1
+        return cls(interval, max(1, every // interval) * interval, planned)
 
     @property
     def compacts_next(self) -> bool:
         """Whether an eviction after the next token would compact."""
         return self.since_compaction + 1 >= self.period
+
+    @property
+    def evicts_soon(self) -> bool:
+        """Whether the tokens still expected reach the next eviction."""
+        return self.interval is not None and self.since_eviction + self.planned >= self.interval
 
     def ahead(self, page: int) -> int:
         """For how many tokens to reserve room now: up to the next compaction, or to the end of a page of `page` slots."""
@@ -49,9 +69,15 @@ class Schedule:
             room = min(room, self.planned)
         return min(room, AHEAD)  # of a long interval as much as is soon needed
 
-    def may_draw(self, drawn: int, most: int) -> bool:
-        """Whether a burst of `drawn` tokens, the last not yet fed, may grow towards `most` without running into an eviction."""
-        return drawn < most and (self.interval is None or self.since_eviction + 1 < self.interval)
+    def may_draw(self, drawn: int, most: int, masks: bool) -> bool:
+        """Whether a burst of `drawn` tokens, the last not yet fed, may grow towards `most` without running into what needs the
+        host: a compaction, and an eviction unless it only masks.
+        """
+        if drawn >= most or self.interval is None:
+            return drawn < most
+        if self.since_eviction + 1 < self.interval:
+            return True
+        return masks and not self.compacts_next
 
     def take(self, tokens: int) -> bool:
         """Count tokens; True where an eviction is due, which then counts as done."""

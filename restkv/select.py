@@ -63,13 +63,15 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, max
     Returns:
         bool, the shape of `among_XC`.
     """
+    if torch.compiler.is_compiling():
+        return _top_in_graph(score_XC, pos_XC, among_XC, count_X, max_count)
     columns = pos_XC.shape[-1]
     max_count = columns if max_count is None else min(max(max_count, 1), columns)
     count_X1 = torch.minimum(count_X, among_XC.sum(-1)).clamp(0)[..., None]
     if not columns:
         return among_XC
     score_XC = score_XC.masked_fill(~among_XC | score_XC.isnan(), -torch.inf)
-    lowest_X1 = _nth_largest(score_XC, count_X1, max_count)
+    lowest_X1 = _nth_of_each(score_XC, count_X1, max_count)
     above_XC = score_XC > lowest_X1  # not -inf, so `among`
     tied_XC = among_XC & (score_XC == lowest_X1)
     left_X1 = count_X1 - above_XC.sum(-1, keepdim=True)
@@ -78,7 +80,7 @@ def top(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, max
         return (above_XC | tied_XC) & (count_X1 > 0)
     later_first_C = torch.arange(columns - 1, -1, -1, device=pos_XC.device)
     age_XC = (pos_XC.long() * columns + later_first_C).masked_fill(~tied_XC, -1)  # no two alike
-    oldest_X1 = _nth_largest(age_XC, left_X1, max_count)
+    oldest_X1 = _nth_of_each(age_XC, left_X1, max_count)
     return (above_XC | (tied_XC & (age_XC >= oldest_X1))) & (count_X1 > 0)
 
 
@@ -87,6 +89,8 @@ def largest(x_XC: Tensor, count: int) -> Tensor:
 
     On a CPU numpy finds the lowest of them several times faster than topk ranks them all.
     """
+    if torch.compiler.is_compiling():
+        return _largest_in_graph(x_XC, count)
     lines_NC = _numpy_lines(x_XC, count)
     if lines_NC is not None:
         threads = min(len(lines_NC), torch.get_num_threads())
@@ -96,14 +100,17 @@ def largest(x_XC: Tensor, count: int) -> Tensor:
     return x_XC.topk(count, sorted=False).indices
 
 
-def are_largest(x_XC: Tensor, count: int) -> Tensor:
-    """`largest` as bool, the shape of x: better where most are taken, of a cache that has outgrown its budget a little."""
+def nth_largest(x_XC: Tensor, count: int) -> Tensor:
+    """The `count`-th largest of every line [..., 1]: better than `largest` where most are taken, of a cache that has outgrown its
+    budget a little.
+    """
+    if torch.compiler.is_compiling():
+        return _nth_largest_in_graph(x_XC, count)
     lines_NC = _numpy_lines(x_XC, count)
-    if lines_NC is not None:
-        reach_NC = _reaching(lines_NC, count)
-        if (np.count_nonzero(reach_NC, axis=-1) == count).all():
-            return torch.from_numpy(reach_NC).view(x_XC.shape)
-    return torch.zeros_like(x_XC, dtype=torch.bool).scatter_(-1, x_XC.topk(count, sorted=False).indices, True)
+    if lines_NC is None:
+        return x_XC.topk(count).values[..., -1:]
+    place = lines_NC.shape[-1] - count
+    return torch.from_numpy(np.partition(lines_NC, place, axis=-1)[:, place].copy()).view(*x_XC.shape[:-1], 1)
 
 
 def _numpy_lines(x_XC: Tensor, count: int) -> NDArray[Any] | None:
@@ -115,8 +122,8 @@ def _numpy_lines(x_XC: Tensor, count: int) -> NDArray[Any] | None:
 
 
 def _numpy_sees(x: Tensor) -> bool:
-    """Whether numpy may read it: on a CPU, outside of a graph, in a dtype it has."""
-    return x.device.type == "cpu" and x.dtype != torch.bfloat16 and not torch.compiler.is_compiling()
+    """Whether numpy may read it: on a CPU, in a dtype it has."""
+    return x.device.type == "cpu" and x.dtype != torch.bfloat16
 
 
 @functools.cache
@@ -145,7 +152,7 @@ def _reaching(lines_nC: NDArray[Any], count: int) -> NDArray[np.bool_]:
     return reaching_nC  # NaN is the largest, as in topk
 
 
-def _nth_largest(value_XC: Tensor, n_X1: Tensor, max_count: int) -> Tensor:
+def _nth_of_each(value_XC: Tensor, n_X1: Tensor, max_count: int) -> Tensor:
     """The n-th largest of each line, n in 1..max_count (the largest for a smaller n); no value is NaN."""
     if not _numpy_sees(value_XC):
         return value_XC.topk(max_count, dim=-1).values.gather(-1, (n_X1 - 1).clamp(0))
@@ -156,3 +163,38 @@ def _nth_largest(value_XC: Tensor, n_X1: Tensor, max_count: int) -> Tensor:
     else:
         nth_N = np.array([np.partition(*line)[line[1]] for line in zip(lines_NC, place_N, strict=True)])
     return torch.from_numpy(nth_N).view(n_X1.shape)
+
+
+# The same functions as operators, which a graph calls without looking inside: a CPU's are made of numpy's.
+
+
+@torch.library.custom_op("restkv::top", mutates_args=())
+def _top_in_graph(
+    score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, max_count: int | None = None
+) -> Tensor:
+    return top(score_XC, pos_XC, among_XC, count_X, max_count).clone()  # an operator returns nothing that it was given
+
+
+@torch.library.custom_op("restkv::largest", mutates_args=())
+def _largest_in_graph(x_XC: Tensor, count: int) -> Tensor:
+    return largest(x_XC, count)
+
+
+@torch.library.custom_op("restkv::nth_largest", mutates_args=())
+def _nth_largest_in_graph(x_XC: Tensor, count: int) -> Tensor:
+    return nth_largest(x_XC, count)
+
+
+@_top_in_graph.register_fake
+def _(score_XC: Tensor, pos_XC: Tensor, among_XC: Tensor, count_X: Tensor, max_count: int | None = None) -> Tensor:
+    return among_XC.new_empty(among_XC.shape)
+
+
+@_largest_in_graph.register_fake
+def _(x_XC: Tensor, count: int) -> Tensor:
+    return x_XC.new_empty(*x_XC.shape[:-1], count, dtype=torch.long)
+
+
+@_nth_largest_in_graph.register_fake
+def _(x_XC: Tensor, count: int) -> Tensor:
+    return x_XC.new_empty(*x_XC.shape[:-1], 1)

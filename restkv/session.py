@@ -123,8 +123,9 @@ class Session:
         few = engine.backend == "flex"
         rows = power(len(lengths)) if few else len(lengths)
         self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
-        self.schedule = Schedule.of(policy, max_new_tokens)
         layers = engine.model.config.num_layers
+        mean = sum(map(sum, self.evictor.budgets)) / (layers * rows)
+        self.schedule = Schedule.of(policy, max_new_tokens, mean, engine.masks(policy))
         self._sized = Job(
             lengths=lengths,
             budgets=[-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)][: len(lengths)],
@@ -140,8 +141,6 @@ class Session:
         self.logits_BV = torch.empty(0)
         self.drawn_B: Tensor | None = None
         self.active = [True] * len(lengths)
-        self.evictions = 0
-        self.max_live = 0  # most entries a head held when an eviction was due
         self._active_B = torch.ones(len(lengths), dtype=torch.bool, device=engine.device)
         self._sound_B = torch.ones_like(self._active_B)  # the logits after every prompt and chunk were numbers
 
@@ -328,13 +327,13 @@ class Session:
         """`sample` and `feed` by turns, up to `max_tokens` tokens without one being read: [N, B], the last of them not yet fed
         (drawn_B).
 
-        It stops short of an eviction, which must know the rows that go on. Those that draw one of `ends_E` stop on the
+        It stops short of what the host is needed for. Those that draw one of `ends_E` stop on the
         device; `finish` must follow once the host has read it. What such a row draws after its end means nothing. A row whose
         logits are no numbers draws BROKEN: whoever reads the tokens learns it with them.
         """
         ids_B = self.sample(sampling, generators)
         drawn = [self._marked(ids_B)]
-        while self.schedule.may_draw(len(drawn), max_tokens):
+        while self.schedule.may_draw(len(drawn), max_tokens, self.engine.masks(self.policy)):
             self._active_B = self._active_B & ~(ids_B[:, None] == ends_E).any(-1)
             self.feed(ids_B)
             ids_B = self.sample(sampling, generators)
@@ -369,24 +368,42 @@ class Session:
         self.logits_BV = logits_BV[:rows] if unused else logits_BV
         schedule.room, schedule.planned = schedule.room - 1, schedule.planned - 1
         cache.next_pos.add_(active_B)
-        self._after(1, compact=schedule.compacts_next)
+        self._after(1, schedule.compacts_next, active_B)
 
-    def _after(self, tokens: int, compact: bool) -> None:
-        """Count tokens; evict when an interval is over."""
-        if self.schedule.take(tokens):
-            self.max_live = max(self.max_live, *(int(layer.live_counts().max()) for layer in self.cache.layers))
-            self.evictions += self.evictor.round(
-                self.cache, compact, [*self.active, *[False] * (self.cache.rows - len(self.active))]
-            )
-            if compact:
-                self.schedule.compacted()
+    def _after(self, tokens: int, compact: bool, active_B: Tensor | None = None) -> None:
+        """Count tokens; evict when an interval is over.
+
+        Args:
+            active_B: rows that go on, if masks alone will do.
+        """
+        due, masked = self.schedule.take(tokens), False
+        engine, cache, evictor, rows = self.engine, self.cache, self.evictor, self._padded(self.active)
+        if active_B is not None and engine.masks(self.policy):
+            if due:
+                masked = evictor.mask(cache, rows, active_B, engine.evict)
+            elif self.schedule.evicts_soon and engine.first_eviction(self.policy, cache):
+                # Nothing is evicted, but compiled: at an answer's begin, and not in the middle.
+                evictor.mask(cache, self._padded([]), torch.zeros_like(active_B), engine.evict)
+        if not due:
+            return
+        if not masked:
+            live = max(int(layer.live_counts().max()) for layer in cache.layers)
+            evictor.count(evictor.round(cache, compact, rows), live)
+        if compact:
+            if masked:
+                evictor.reclaim(cache)
+            self.schedule.compacted()
+
+    def _padded(self, active: Sequence[bool]) -> list[bool]:
+        """For all rows of the cache."""
+        return [*active, *[False] * (self.cache.rows - len(active))]
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready: what `restore` needs besides the cache's contents."""
         counters = {
             "since_eviction": self.schedule.since_eviction,
-            "evictions": self.evictions,
-            "max_live": self.max_live,
+            "evictions": self.evictor.evictions,
+            "max_live": self.evictor.max_live,
         }
         return {"job": self._job, "counters": counters, "last_ids": self.last_ids}
 
@@ -398,7 +415,7 @@ class Session:
         session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), saved=saved, **job)
         # Pages are reserved from one compaction to the next, which has to fall on an eviction.
         session.schedule.since_eviction = session.schedule.since_compaction = described["counters"]["since_eviction"]
-        session.evictions, session.max_live = described["counters"]["evictions"], described["counters"]["max_live"]
+        session.evictor.count(described["counters"]["evictions"], described["counters"]["max_live"])
         if described["last_ids"]:
             session.drawn_B = torch.tensor(described["last_ids"], device=engine.device)
         return session

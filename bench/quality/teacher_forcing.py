@@ -149,7 +149,7 @@ def score_forks(
             if index is not None:
                 scores[row][index] = score
         if tally is not None and wave == 0:
-            tally.add(fork.cache.next_pos.tolist(), fork.kept(), fork.evictions)
+            tally.add(fork.cache.next_pos.tolist(), fork.kept(), fork.evictor.evictions)
         fork.cache.free()
     return [[row[index] for index in range(len(row))] for row in scores]
 

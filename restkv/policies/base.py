@@ -47,6 +47,8 @@ class Policy(ABC):
     # While tokens are appended, let a row's heads grow to this many entries before an eviction is worth it. What is read at
     # once, a dense prompt or the first chunk of a chunked one, comes back to its budget all the same.
     high_water: int | None = None
+    # Tokens between two compactions while decoding; until then what is evicted is only masked. None: as measured (schedule.py).
+    compact_every: int | None = None
     # How the budget is shared out: a name of ALLOCATIONS, or an Allocation. None: over the whole model ("global"), unless the
     # budget is one per layer.
     budget_by: str | Allocation | None = "uniform"
@@ -63,6 +65,11 @@ class Policy(ABC):
             self.high_water is None or (_is_int(self.high_water) and self.high_water >= 1),
             "high_water",
             "give the number of entries a head may grow to, or None",
+        )
+        self._require(
+            self.compact_every is None or (_is_int(self.compact_every) and self.compact_every >= 1),
+            "compact_every",
+            "give the number of tokens between compactions, or None for what was measured to be best",
         )
         if self.budget_by is None:
             object.__setattr__(self, "budget_by", "uniform" if isinstance(self.budget, tuple) else "global")
@@ -148,6 +155,11 @@ class Policy(ABC):
     def slot_positions(self) -> bool:
         """Whether an entry's RoPE phase follows its rank in the cache instead of its position in the text."""
         return False
+
+    @property
+    def traceable(self) -> bool:
+        """Whether evictions while decoding can be one compiled graph (restkv.masking): the highest scores stay where they are."""
+        return self.budget is not None and type(self).keep is Policy.keep and not self.slot_positions
 
     @property
     def observed(self) -> int:

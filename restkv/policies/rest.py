@@ -26,7 +26,7 @@ from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
 from restkv.policies.base import TOO_MANY, Policy, is_number
 from restkv.pooling import WIDEST
-from restkv.select import are_largest, largest
+from restkv.select import largest, nth_largest
 
 LEAST_SCALE = 0.01  # a kernel is at most 2 / scale times as wide as the cache
 MOST_TAU = 16  # higher powers of a length leave the range of float32
@@ -259,9 +259,13 @@ class _Drift:
         place_BHC, columns = self._place_BHC[:, rows.heads], logits_BHWC.shape[-1]
         # Integers: exact in any order.
         if self._kept_B is None and columns < 4 * self._max_count:
-            counts_BHWC = are_largest(logits_BHWC, self._max_count) & (logits_BHWC > -torch.inf)
-            self._total_BHW[where] = (counts_BHWC * place_BHC[:, :, None]).sum(-1)
-            self._count_BHW[where] = counts_BHWC.sum(-1)
+            # Where several share the last place all of them count.
+            counts_BHWC = (logits_BHWC >= nth_largest(logits_BHWC, self._max_count)) & (logits_BHWC > -torch.inf)
+            # Whole numbers up to C^2 / 2, which this dtype holds; sums of integers are several times slower.
+            exact = torch.float32 if columns * columns < 1 << 25 else torch.float64
+            place_BH1C = place_BHC[:, :, None].to(exact)
+            self._total_BHW[where] = place_BH1C.where(counts_BHWC, 0).sum(-1).long()
+            self._count_BHW[where] = counts_BHWC.to(exact).sum(-1).long()
             return
         ranked = self._kept_B is not None  # else all that are found count, in whatever order
         column_BHWT = logits_BHWC.topk(self._max_count).indices if ranked else largest(logits_BHWC, self._max_count)
@@ -340,6 +344,8 @@ def _roots(obs: Observation) -> Tensor:
 
 def _distances(x_BKQF: Tensor, y_BKCF: Tensor) -> Tensor:
     """||x - y|| for every pair, [B, K, Q, C]: subtracted before anything is squared, and no [Q, C, F] in memory."""
+    if torch.compiler.is_compiling():  # one loop, where cdist would copy both first
+        return (x_BKQF[:, :, :, None] - y_BKCF[:, :, None]).square().sum(-1).sqrt()
     return torch.cdist(x_BKQF, y_BKCF, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -68,7 +68,7 @@ def follow(
         logits = {i: rows[i].extend(piece, chunk or 512) for i, piece in enumerate(pieces) if piece}
         compare(f"turn {turn}", logits, list(logits))
     if len(rows) == 1:  # of a batch, the session counts evictions of any row
-        assert session.evictions == rows[0].evictions
+        assert session.evictor.evictions == rows[0].evictions
     return session
 
 

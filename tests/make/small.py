@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from modeling.layers import Decoder
 from restkv import engine as steps
 from restkv.engine import Engine
 from restkv.lm import LM
+from restkv.masking import evict
 
 VOCAB = 23
 
@@ -75,4 +77,5 @@ def eagerly(engine: Engine) -> Engine:
     """A compiled engine's sessions, with their padding, whose steps are the eager twins."""
     for name, run in (("decode", steps._decode), ("hidden", steps.step)):
         setattr(engine, name, lambda *arguments, run=run: run(*arguments, backend="sdpa"))
+    engine.evict = partial(evict, regions=False)  # type: ignore[method-assign]
     return engine

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restkv.select import are_largest, largest, select
+from restkv.select import largest, nth_largest, select
 from twins import reference
 
 # Few distinct values, so that ties are the rule.
@@ -57,18 +57,16 @@ def test_the_largest_are_those_of_a_sort(data, shape, distinct):
     assert found.shape == (*lines, count) and found.dtype == torch.long
     assert all(len(set(line)) == count for line in found.view(-1, count).tolist())  # no column twice
     want = x.sort(-1, descending=True).values[..., :count]  # NaN is the largest
-    marked = are_largest(x, count)
-    assert marked.shape == x.shape and (marked.sum(-1) == count).all()
-    for taken in (x.gather(-1, found), x[marked].view(*lines, count)):
-        got = taken.sort(-1, descending=True).values
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    got = x.gather(-1, found).sort(-1, descending=True).values
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(nth_largest(x, count), want[..., -1:], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_dtype_that_numpy_lacks_gives_the_same():
     score = torch.randint(-9, 9, (2, 3, 40)).float()
     pos, protected = torch.arange(40).expand(2, 3, 40), torch.zeros(2, 3, 40, dtype=torch.bool)
     assert torch.equal(select(score.bfloat16(), pos, protected, 7), select(score, pos, protected, 7))
-    assert torch.equal(are_largest(score.bfloat16(), 7).sum(-1), torch.full((2, 3), 7))
+    assert torch.equal(nth_largest(score.bfloat16(), 7).float(), nth_largest(score, 7))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -191,7 +191,13 @@ def test_rows_and_tokens_that_are_only_padding_change_nothing(name, rows):
         judged = session.fork().logprobs([[1, 2, 3]] * rows)
         assert len(session.logits_BV) == len(judged) == rows
         said.append(
-            (session.logits_BV[: max(1, rows - 1)], judged, session.kept(), session.evictions, session.max_live)
+            (
+                session.logits_BV[: max(1, rows - 1)],
+                judged,
+                session.kept(),
+                session.evictor.evictions,
+                session.evictor.max_live,
+            )
         )
     torch.testing.assert_close(said[0][:2], said[1][:2], atol=1e-4, rtol=1e-4)
     assert said[0][2:] == said[1][2:]
