@@ -158,8 +158,10 @@ def _known(laws: Sequence[str] | None, names: Sequence[str]) -> None:
 
 
 def _large(policy: Policy) -> Look:
-    budget = 100 if policy.budget is None else min(policy.budget_for(LARGE["columns"]), LARGE["columns"])
-    return Look(queries=max(1, min(policy.observed_prompt, QUERIES)), budget=budget, **LARGE)
+    budget = LARGE["columns"] // 2 if policy.budget is None else policy.budget_for(LARGE["columns"])
+    return Look(
+        queries=max(1, min(policy.observed_prompt, QUERIES)), budget=min(budget, LARGE["columns"] // 2), **LARGE
+    )
 
 
 @dataclass

@@ -312,3 +312,4 @@ SESSIONS = (
     ),
     Law("batch", sessions.alone, "score a row as it would be scored alone"),
 )
+GROUPS = (OBSERVED, LARGEST, NOTED, SESSIONS)  # as they are tried

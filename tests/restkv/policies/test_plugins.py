@@ -17,7 +17,7 @@ from restkv.policies import POLICIES, get_policy, known_policies, policy_class
 from restkv.testing.observed import observation, prepared
 
 DOCS = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
-CODE, USE = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+CODE, USE, TEST = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 (TOML,) = re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)
 
 
@@ -74,6 +74,14 @@ def test_the_documented_use_runs(install, rambler, capsys):
     arguments = [quoted or plain for quoted, plain in words]
     assert main([*arguments, folder, "-n", "2"]) == 0
     assert "vatp: kept" in capsys.readouterr().err
+
+
+def test_the_documented_test_runs(install, capsys):
+    install("vatp", {"vatp": "vatp:VATP"}, CODE)
+    exec(TEST.replace("examples=100", "examples=5"), {})
+    assert capsys.readouterr().out.startswith("vatp: kept every law (shapes 5, ")
+    assert main(["fuzz", "vatp", "--examples", "3"]) == 0
+    assert capsys.readouterr().out.startswith("vatp: keeps all ")
 
 
 def test_an_unknown_name_lists_plugins_without_importing_them(install):
