@@ -61,7 +61,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "adakv": {"budget": 12, "budget_by": "adakv"},
     "global": {"budget": 12, "budget_by": "global"},
 }
-EXAMPLES = {"int": 8, "adakv": 4, "global": 4}  # observations: the others choose from one as these do
+EXAMPLES = {"int": 6, "adakv": 3, "global": 3}  # observations: the others choose from one as these do
 OF_ONE = [law.name for law in (*OBSERVED, *LARGEST)]
 OF_SESSIONS = [law.name for law in SESSIONS]
 PAIRS = [(variant, granularity) for variant in VARIANTS for granularity in GRANULARITIES]
@@ -168,7 +168,8 @@ def test_every_law(variant: str, granularity: str, budget: str) -> None:
         laws = [*OF_ONE, "waits"] if budget == "int" else OF_ONE
         report = check_policy(policy, examples=observed, seed=seed, laws=laws)
         assert not report.notes and report.cases["columns"] == observed
-    if observed or seed % 4 == list(BUDGETS).index(budget) % 4:  # a quarter of those that differ in their sizes alone
+    # Of those that are shared among heads a half, of those that differ in their sizes alone a quarter.
+    if budget == "int" or seed % (2 if observed else 4) == 0:
         check_policy(policy, sessions=2, seed=seed, laws=OF_SESSIONS)
 
 
@@ -180,11 +181,11 @@ def test_every_law_for_longer(variant: str, granularity: str, budget: str) -> No
         check_policy(make(variant, granularity, **BUDGETS[budget]), examples=many(60), sessions=many(15), seed=1)
 
 
-@pytest.mark.parametrize(("variant", "granularity"), pairs())
-def test_every_score_traces_into_one_graph(variant: str, granularity: str) -> None:
+@pytest.mark.parametrize("variant", [*(name for name in POLICIES if name != "full"), "restkv joint", "caote joint"])
+def test_every_score_traces_into_one_graph(variant: str) -> None:
     """But for what LaCache keeps, which no score says."""
-    notes = check_policy(make(variant, granularity, budget=12), laws=["traces"]).notes
-    assert notes == (["eager only: it chooses by a `keep` of its own"] if variant.startswith("lacache") else [])
+    notes = check_policy(make(variant, budget=12), laws=["traces"]).notes
+    assert notes == (["eager only: it chooses by a `keep` of its own"] if variant == "lacache" else [])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -219,7 +220,8 @@ FULL = {chunk: run(ENGINE, FullCache(), PROMPTS, chunk=chunk) for chunk in (None
 
 
 @pytest.mark.parametrize(
-    ("variant", "granularity", "budget"), [(*pair, budget) for budget in ROOMY for pair in pairs(budget)]
+    ("variant", "granularity", "budget"),
+    [(*pair, budget) for budget in ROOMY for pair in pairs(budget) if budget == "int" or pair[1] == "query"],
 )
 def test_a_budget_for_everything_is_the_full_cache(variant, granularity, budget):
     """Bit for bit, whatever the policy would have to say."""

@@ -36,7 +36,7 @@ from restkv.testing.models import exact
 from restkv.testing.watch import snapshot
 from twins.masking import Ranked
 
-FEW, MANY = 60, 625  # examples of each of the 6 tests: 360 on every run, 3,750 in the slow one
+FEW, MANY = 40, 625  # examples of each of the 6 tests: 240 on every run, 3,750 in the slow one
 
 
 @lru_cache(maxsize=64)

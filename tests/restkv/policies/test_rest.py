@@ -211,7 +211,7 @@ def test_ema_weights_are_the_recursion_over_the_queries_a_row_has(alpha):
         assert row == pytest.approx([0.0] * (4 - count) + [reference.ema(u, alpha) for u in unit])
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.nested_given])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.nested_given])
 @given(values=options)
 def test_any_options_keep_the_laws(values):
     """Where an entry lies, other rows, padding and chunks change nothing."""
