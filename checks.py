@@ -19,7 +19,7 @@ CHECKS = {
     "slow": ["pytest -q -n 2 -m slow -k not(many_cases)"],  # 300 cases of the fuzzer are among them
 }
 # No check: writes the API reference, a page for each module that users import from.
-API = "lm chat context results policies policies.base observe budgets patterns errors"
+API = "lm chat context results policies policies.base observe budgets patterns errors testing"
 OTHERS = {
     "fuzz": ["pytest -q -n 2 -m slow tests/fuzz"],  # 20,000 new cases, which take half an hour
     "api": [f"pdoc -o build/api {' '.join(f'restkv.{name}' for name in API.split())}"],

@@ -19,6 +19,7 @@ ROOMS = (
     "modeling.checkpoint",
     "restkv.policies",
     "restkv.saving",
+    "restkv.testing",
     "restkv.cli",
     "bench.runs",
     "bench.report",

@@ -26,6 +26,7 @@ from modeling.text.characters import brief
 from restkv import __version__
 from restkv.cli.chat import chat
 from restkv.cli.commands import add_commands
+from restkv.cli.fuzz import fuzz
 from restkv.cli.generate import generate
 from restkv.cli.options import SPINS
 from restkv.cli.sizes import inspect, methods, warmup
@@ -176,5 +177,5 @@ def _root(
         raise typer.Exit
 
 
-for one in (generate, chat, warmup, methods, inspect):
+for one in (generate, chat, warmup, methods, inspect, fuzz):
     app.command()(one)

@@ -9,13 +9,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from laws.law import Snapshot, snapshot
 from modeling.rope import rotate
 from restkv.engine import Engine
 from restkv.policies import (
     Policy,
 )
 from restkv.session import Session
+from restkv.testing.watch import Snapshot, snapshot
 from twins.stepwise import Head, Kept, Ladder, Row
 
 CLOSE = 1e-8

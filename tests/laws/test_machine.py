@@ -57,7 +57,8 @@ from restkv.policies import (
 from restkv.sampling import Sampling
 from restkv.saving.store import load_session, save_session
 from restkv.session import Session
-from twins.stepwise import Kept, exact
+from restkv.testing.models import exact
+from twins.stepwise import Kept
 
 STEPS = int(os.environ.get("RESTKV_MACHINE_STEPS", "2000"))
 STEPS_OF_A_LIFE = 50

@@ -18,7 +18,8 @@ from modeling.layers import Decoder
 from restkv.engine import Engine
 from restkv.policies import H2O, TOVA, FullCache, KeyDiff, LaCache, Policy, ReSTKV, SnapKV, StreamingLLM
 from restkv.session import Session
-from twins.stepwise import Row, exact, with_rope
+from restkv.testing.models import exact
+from twins.stepwise import Row, with_rope
 
 STEPS = 36  # decode steps: more than COMPACT_EVERY, so that marking and reclaiming both happen
 CLOSE = {torch.float64: 1e-8, torch.float32: 1e-4}

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from make.observed import observation, shapes
 from restkv.observe import attention_BHWC, group_root_of, root_of, weighted_attention
+from restkv.testing.cases import shapes
+from restkv.testing.observed import observation
 from twins import reference
 
 

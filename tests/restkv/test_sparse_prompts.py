@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.law import entries_of
 from make.small import small_ids, small_model
 from make.sparse import LENGTH, SMALL, run
 from modeling.layers import Decoder
@@ -21,6 +20,7 @@ from restkv.lm import LM
 from restkv.patterns import FlexPrefill, Pattern
 from restkv.policies import FullCache, get_policy, known_policies
 from restkv.session import Session
+from restkv.testing.watch import entries_of
 from twins.reference_sparse import choose_slowly, mask_of, masked_output, masked_weights
 
 # -- prompts, and what is kept of them

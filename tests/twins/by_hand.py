@@ -7,48 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from make.observed import root_for
-from restkv.observe import Observation, weighted_attention
-
-
-def rotary(frequencies, factor=1.0):
-    """RoPE of these frequencies as Observation.rotary, scaled by `factor` as YaRN does."""
-
-    def at(pos_BT):
-        angle_BTF = pos_BT.clamp_min(0)[..., None] * torch.tensor(frequencies, dtype=torch.float64)
-        angle_BTD = torch.cat([angle_BTF, angle_BTF], -1)
-        return angle_BTD.cos() * factor, angle_BTD.sin() * factor
-
-    return at
-
-
-def collected(policy, obs):
-    """Attention the entries collect from the observed queries: per query head, or the mean over each group."""
-    mass_BHC = weighted_attention(obs, (obs.q_pos >= 0).to(obs.dtype))
-    return mass_BHC if policy.granularity == "query" else mass_BHC.unflatten(1, (-1, obs.group)).mean(2)
-
-
-def protected(policy, pos_BKC, newest_B, budget):
-    kept_BKC = (pos_BKC > (newest_B - policy.newest(budget))[:, None, None]) | (pos_BKC < policy.sinks)
-    for start, end in policy.protect:
-        kept_BKC = kept_BKC | ((pos_BKC >= start) & (pos_BKC < end))
-    return kept_BKC & (pos_BKC >= 0)
-
-
-def prepared(policy, obs, w_o):
-    """The observation with all that the policy needs to keep its budget of it."""
-    budget = obs.pos.shape[-1] if policy.budget is None else policy.budget
-    half = obs.q.shape[-1] // 2
-    return replace(
-        obs,
-        root=root_for(policy, w_o, obs.k.shape[1]),
-        mass=collected(policy, obs) if "mass" in policy.needs else None,
-        rotary=rotary([1.0 / 10**i for i in range(half)]) if "rotary" in policy.needs else None,
-        protected=protected(policy, obs.pos, obs.q_pos[:, -1], budget),
-        budget_B=torch.full((len(obs.pos),), budget),
-        layer=1,
-        num_layers=4,
-    )
+from restkv.observe import Observation
+from restkv.testing.observed import collected, protected
 
 
 def steps(policy, stream, prompt):
@@ -71,7 +31,7 @@ def steps(policy, stream, prompt):
         )
         obs = replace(
             obs,
-            protected=protected(policy, pos, obs.q_pos[:, -1], policy.budget),
+            protected=protected(policy, pos, obs.q_pos[:, -1], [policy.budget]),
             budget_B=torch.tensor([policy.budget]),
         )
         if "mass" in policy.needs:

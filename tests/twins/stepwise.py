@@ -15,40 +15,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from make.observed import root_for
 from modeling.config import RopeConfig
-from modeling.layers import Decoder, RMSNorm, linear, softcap
+from modeling.layers import Decoder, softcap
 from modeling.rope import rotate
 from restkv.observe import Observation
 from restkv.policies import LaCache, Policy, StreamingLLM
+from restkv.testing.observed import root_for
 from twins.reference_policies import Ladders, best
 
 Kept = list[list[list[int]]]  # [layer][KV head, or query head][entry]: positions, ascending
 
 
 # -- models
-
-
-class _ExactNorm(RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return x * (1 + self.weight if self.offset else self.weight)
-
-
-class _ExactDecoder(Decoder):
-    def head(self, x: Tensor) -> Tensor:
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return softcap(linear(self.norm(x), weight), self.config.final_softcap)
-
-
-def exact(model: Decoder) -> Decoder:
-    """The model in float64 throughout: its norms and logits too, which a Decoder computes in float32."""
-    model = model.double()
-    model.__class__ = _ExactDecoder
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.__class__ = _ExactNorm
-    return model
 
 
 def with_rope(model: Decoder, **rope) -> Decoder:

@@ -30,7 +30,8 @@ from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.policies import Policy
 from restkv.session import Session
-from twins.stepwise import Row, exact
+from restkv.testing.models import exact
+from twins.stepwise import Row
 
 MODEL: dict[str, Any] = {"seed": 3, "windows": (None, 23, None)}
 LENGTH = 40  # tokens of a text

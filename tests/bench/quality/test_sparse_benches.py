@@ -18,7 +18,6 @@ from bench.runs.folder import read_manifest, read_rows
 from bench.runs.methods import parse_methods
 from bench.runs.run import run as run_plan
 from bench.runs.together import prefill_together
-from laws.law import entries_of
 from make.small import small_ids, small_model
 from make.sparse import LENGTH, SMALL, run
 from modeling.sparse import BlockMap
@@ -29,6 +28,7 @@ from restkv.lm import LM, load
 from restkv.patterns import AShape, parse_prefill
 from restkv.policies import FullCache, get_policy
 from restkv.session import Session
+from restkv.testing.watch import entries_of
 
 # -- benches and commands
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from make.places import DATA
 from restkv.observe import Observation
 from restkv.policies import TOVA, ExpectedAttention, KeyDiff, KeyNorm, SnapKV, StreamingLLM, get_policy
-from twins.by_hand import collected, protected, rotary
+from restkv.testing.observed import collected, protected, rotary
 
 CASES = sorted((DATA / "kvpress").glob("*.safetensors"))
 
@@ -55,7 +55,7 @@ def observed(policy, about, data, window):
         q_pos=q_pos[:, L - window :],
         mass=mass,
         rotary=rotary(frequencies),
-        protected=protected(policy, pos, q_pos[:, -1], policy.budget),
+        protected=protected(policy, pos, q_pos[:, -1], [policy.budget]),
         budget_B=torch.tensor([policy.budget]),
     )
 

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from make.observed import observation
 from make.places import ROOT
 from restkv.cli import main
 from restkv.errors import PolicyError
 from restkv.policies import POLICIES, get_policy, known_policies, policy_class
-from twins.by_hand import prepared
+from restkv.testing.observed import observation, prepared
 
 DOCS = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
-CODE, USE = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+CODE, USE, TEST = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 (TOML,) = re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)
 
 
@@ -58,7 +57,9 @@ def test_the_documented_policy_is_twenty_lines_and_scores_as_it_says(install):
     obs = prepared(policy, obs, w_o)
     mass = get_policy("h2o", budget=12, granularity="query")
     value = obs.v.abs().sum(-1).repeat_interleave(3, 1) ** 2
-    want = (prepared(mass, obs, w_o).mass * value).unflatten(1, (2, 3)).mean(2)
+    collected = prepared(mass, obs, w_o).mass
+    assert collected is not None
+    want = (collected * value).unflatten(1, (2, 3)).mean(2)
     torch.testing.assert_close(policy.score(obs)[obs.pos >= 0], want[obs.pos >= 0])
     assert (policy.keep(obs).sum(-1) == (obs.pos >= 0).sum(-1).clamp_max(12)).all()
 
@@ -73,6 +74,14 @@ def test_the_documented_use_runs(install, rambler, capsys):
     arguments = [quoted or plain for quoted, plain in words]
     assert main([*arguments, folder, "-n", "2"]) == 0
     assert "vatp: kept" in capsys.readouterr().err
+
+
+def test_the_documented_test_runs(install, capsys):
+    install("vatp", {"vatp": "vatp:VATP"}, CODE)
+    exec(TEST.replace("examples=100", "examples=5"), {})
+    assert capsys.readouterr().out.startswith("vatp: kept every law (shapes 5, ")
+    assert main(["fuzz", "vatp", "--examples", "3"]) == 0
+    assert capsys.readouterr().out.startswith("vatp: keeps all ")
 
 
 def test_an_unknown_name_lists_plugins_without_importing_them(install):

@@ -1,4 +1,4 @@
-"""What every policy shares: options, names, and laws that hold for each of them in every variant."""
+"""What every policy shares: options, names, and numbers at their limits. Laws: tests/laws/test_every_policy.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import restkv
-from make.observed import observation
 from restkv import observe
 from restkv.budgets import Allocation
 from restkv.errors import PolicyError, RestKVError
@@ -34,7 +32,7 @@ from restkv.policies import (
     get_policy,
     known_policies,
 )
-from twins.by_hand import prepared
+from restkv.testing.observed import observation, prepared
 
 VARIANTS = {
     "restkv": ReSTKV(12, window=4),
@@ -228,52 +226,6 @@ def test_what_an_eviction_looks_at():
 
 
 @variants
-def test_padding_and_what_a_window_hides_score_below_everything(policy):
-    obs, w_o = observation(rows=3, ragged=True, sliding_window=9, queries=3, dtype=torch.float32, seed=1)
-    score = policy.score(prepared(policy, obs, w_o))
-    gone = (obs.pos < 0) | obs.hidden
-    if policy.granularity == "query":
-        gone = gone.repeat_interleave(2, 1)
-    assert score.shape == gone.shape and score.dtype == torch.float32
-    assert gone.any() and not gone.all()
-    assert (score[gone] == -torch.inf).all() and score[~gone].isfinite().all()
-
-
-@variants
-def test_a_row_of_a_batch_keeps_what_it_keeps_alone_and_nothing_is_remembered(policy):
-    for seed in range(5):
-        obs, w_o = observation(seed, rows=3, queries=5, columns=40, group=3, ragged=True, shuffled=True)
-        obs = prepared(policy, obs, w_o)
-        together = policy.keep(obs)
-        assert torch.equal(policy.keep(obs), together)
-        for b in range(3):
-            seen = obs.q_pos[b] >= 0
-            if not seen.any():
-                continue
-            names = ("k", "v", "pos", "budget_B", "protected", "mass")
-            rows = {name: getattr(obs, name)[b : b + 1] for name in names if getattr(obs, name) is not None}
-            alone = replace(obs, **rows, q=obs.q[b : b + 1, :, seen], q_pos=obs.q_pos[b : b + 1, seen])
-            assert torch.equal(policy.keep(alone)[0], together[b])
-
-
-@variants
-def test_where_an_entry_lies_changes_nothing(policy):
-    obs, w_o = observation(rows=2, queries=5, columns=40, ragged=True)
-    obs = prepared(policy, obs, w_o)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    parts = {name: getattr(obs, name) for name in ("k", "v", "pos", "protected", "mass")}
-    moved = replace(obs, **{name: part[:, :, order] for name, part in parts.items() if part is not None})
-    assert torch.equal(policy.keep(moved), policy.keep(obs)[..., order])
-
-
-@variants
-@pytest.mark.parametrize("entries", [1, 3, 4])
-def test_prompts_no_longer_than_the_window_are_kept(policy, entries):
-    obs, w_o = observation(queries=entries, columns=entries)
-    assert policy.keep(prepared(policy, obs, w_o)).all()
-
-
-@variants
 @pytest.mark.parametrize("group", [1, 8])
 def test_a_saturated_sink_in_bfloat16_leaves_no_nan(policy, group):
     """Attention of 1.0 on the first entry: odds of 1 / 0, and nothing left for the rest (docs/sources.md §1.6 f)."""
@@ -285,35 +237,6 @@ def test_a_saturated_sink_in_bfloat16_leaves_no_nan(policy, group):
     assert policy.score(obs).isfinite().all()
     if policy.name in ("restkv", "snapkv", "h2o", "tova", "caote"):
         assert policy.keep(obs)[..., 0].all()
-
-
-class Watch(TorchDispatchMode):
-    """Refuses what waits for the device, and remembers the largest tensor made."""
-
-    WAITS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"})
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the device"
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-@variants
-def test_no_policy_waits_for_the_device_or_holds_all_queries_times_all_entries(policy, monkeypatch):
-    monkeypatch.setattr(observe, "CHUNK_ELEMENTS_CPU", 1 << 13)
-    H, W, C, D = 4, 64, 1000, 16
-    obs, w_o = observation(queries=W, columns=C, head_dim=D, dtype=torch.float32)
-    obs = prepared(policy, obs, w_o)
-    with Watch() as watch:
-        policy.keep(obs)
-    assert watch.numel < 4 * (1 << 13) < H * W * C / 4
 
 
 def test_a_new_policy_is_a_name_and_an_importance():

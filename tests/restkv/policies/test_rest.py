@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from make.observed import observation, root_for, shapes
 from restkv import observe, pooling
 from restkv.budgets import Allocation
 from restkv.errors import PolicyError
 from restkv.policies import ReSTKV, get_policy
 from restkv.policies.rest import _query_weights
+from restkv.testing import check_policy
+from restkv.testing.cases import shapes
+from restkv.testing.observed import observation, root_for
 from twins import reference
 
 UNSMOOTHED: dict[str, Any] = {"window": 1, "alpha": 1.0, "pooling": "none", "interval": None}
@@ -209,40 +211,11 @@ def test_ema_weights_are_the_recursion_over_the_queries_a_row_has(alpha):
         assert row == pytest.approx([0.0] * (4 - count) + [reference.ema(u, alpha) for u in unit])
 
 
-@settings(max_examples=60)
-@given(shape=shapes, values=options)
-def test_a_row_of_a_batch_scores_as_alone(shape, values):
-    policy = build(values)
-    obs, w_o = observation(**{**shape, "rows": 3, "ragged": True})
-    obs = replace(obs, root=root_for(policy, w_o, obs.k.shape[1]), budget_B=policy.window + torch.tensor([1, 3, 7]))
-    together = policy.score(obs)
-    for b in range(3):
-        seen = obs.q_pos[b] >= 0
-        alone = replace(
-            obs,
-            **{name: getattr(obs, name)[b : b + 1] for name in ("k", "v", "pos", "budget_B")},
-            q=obs.q[b : b + 1, :, seen],
-            q_pos=obs.q_pos[b : b + 1, seen],
-        )
-        if seen.any():
-            torch.testing.assert_close(together[b : b + 1], policy.score(alone), rtol=1e-9, atol=1e-12)
-
-
-@settings(max_examples=60)
-@given(shape=shapes, values=options, per_head=st.booleans())
-def test_where_an_entry_lies_changes_nothing(shape, values, per_head):
-    policy = build(values)
-    obs, w_o = observation(**shape, per_head=per_head and policy.granularity == "query")
-    obs = replace(obs, root=root_for(policy, w_o, obs.k.shape[1]))
-    order = torch.randperm(obs.pos.shape[-1], generator=torch.Generator().manual_seed(shape["seed"]))
-    moved = replace(
-        obs,
-        k=obs.k[:, :, order],
-        v=obs.v[:, :, order],
-        pos=obs.pos[:, :, order],
-        keep=None if obs.keep is None else obs.keep[:, :, order],
-    )
-    torch.testing.assert_close(policy.score(moved), policy.score(obs)[..., order], rtol=1e-9, atol=1e-12)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.nested_given])
+@given(values=options)
+def test_any_options_keep_the_laws(values):
+    """Where an entry lies, other rows, padding and chunks change nothing."""
+    check_policy(build(values), examples=3, laws=["columns", "padding", "rows", "chunks"])
 
 
 @pytest.mark.parametrize("aggregate", ["attention", "indicator"])
@@ -287,39 +260,7 @@ def test_fewer_past_entries_than_the_kernel(past, pool, queries):
     assert_same(policy, obs, w_o, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"aggregate": "indicator"},
-        {"aggregate": "indicator", "gqa": "joint", "drift": "symmetric"},
-        {"granularity": "query", "pooling": "avg"},
-    ],
-)
-def test_chunks_change_nothing_and_bound_every_temporary(values, monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor) and not tensor._is_view():
-                    self.numel = max(self.numel, tensor.numel())
-            return out
-
-    policy = ReSTKV(32, window=16, scale=50, **values)
-    obs, w_o = observation(kv_heads=2, group=2, queries=16, columns=1000, head_dim=8, dtype=torch.float32)
-    obs = replace(obs, root=root_for(policy, w_o, 2).float())
-    whole = policy.score(obs)
-    monkeypatch.setattr(observe, "CHUNK_ELEMENTS_CPU", 1 << 13)
-    with Largest() as largest:
-        torch.testing.assert_close(policy.score(obs), whole, rtol=1e-4, atol=1e-6)
-    H, C, D = 4, 1000, 8
-    assert largest.numel < 3 * (1 << 13) < H * C * D  # the whole [H, W, C] would be 64,000 elements
-
-
+@pytest.mark.slow  # the laws trace every score (tests/laws/test_every_policy.py); this one runs its kernels
 def test_scoring_and_selection_compile_without_a_break():
     from restkv.select import select
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from make.observed import observation, root_for, shapes
 from restkv.policies import CAOTE, H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Random, StreamingLLM, get_policy
+from restkv.testing.cases import shapes
+from restkv.testing.observed import collected, observation, root_for, rotary
 from twins import reference_policies as reference
-from twins.by_hand import collected, rotary, steps
+from twins.by_hand import steps
 
 even_shapes = shapes.map(lambda shape: {**shape, "head_dim": 2 * shape["head_dim"]})
 sets = st.sampled_from(

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from make.observed import observation, shapes
 from restkv.errors import PolicyError
 from restkv.policies import SnapKV, get_policy
+from restkv.testing.cases import shapes
+from restkv.testing.observed import observation
 from twins import reference
 
 
