@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from einops import rearrange, reduce, repeat
 from rich.text import Text
 from torch import Tensor
 
@@ -62,15 +63,15 @@ def kept_masks(session: Session, length: int) -> list[Tensor]:
     group = session.engine.model.config.group
     for layer in session.cache.layers:
         slot_KC, pos_KC = layer.slots()
-        has_KCG = (pos_KC >= 0)[..., None].expand(*pos_KC.shape, group)
+        has_KCG = repeat(pos_KC >= 0, "K C -> K C G", G=group)
         if "keep" in layer.pool.companions:
             has_KCG = has_KCG & layer.pool.companions["keep"][slot_KC]
         inside_KC = (pos_KC >= 0) & (pos_KC < length)
         # One column more takes what is no position of the prompt.
         column_KC = torch.where(inside_KC, pos_KC, length).long()
         mask_KGL = torch.zeros(len(pos_KC), group, length + 1, dtype=torch.bool, device=pos_KC.device)
-        mask_KGL.scatter_(2, column_KC[:, None].expand(-1, group, -1), has_KCG.transpose(1, 2))
-        masks.append(mask_KGL[..., :length].flatten(0, 1))
+        mask_KGL.scatter_(2, repeat(column_KC, "K C -> K G C", G=group), rearrange(has_KCG, "K C G -> K G C"))
+        masks.append(rearrange(mask_KGL[..., :length], "K G L -> (K G) L"))
     return masks
 
 
@@ -92,7 +93,7 @@ def look(
     seen = []
     for (label, _), session in zip(policies, sessions, strict=True):
         masks = torch.stack(kept_masks(session, len(ids)))
-        share_NKL = masks.unflatten(1, (lm.config.num_kv_heads, -1)).double().mean(2)
+        share_NKL = reduce(masks.double(), "N (K G) L -> N K L", "mean", K=lm.config.num_kv_heads)
         seen.append(Kept(label, tuple(pieces), share_NKL.cpu().numpy(), tuple(marks)))
     return seen
 
