@@ -119,8 +119,7 @@ def find_marks(lm: LM, text: str, strings: Sequence[str]) -> list[tuple[int, int
 def terminal(kept: Kept, width: int = 100) -> Iterator[Text]:
     """Lines for a console: a map of all heads with its marks, then the text with what nobody kept as dots."""
     length = kept.share.shape[2]
-    edges = np.linspace(0, length, min(width, length) + 1).round().astype(int)
-    bins = list(pairwise(edges))
+    bins = spans(length, width)
     yield Text(shown(kept.title), style="bold")
     if kept.marks:
         hit = [any(start < stop and end > first for first, stop in kept.marks) for start, end in bins]
@@ -131,6 +130,15 @@ def terminal(kept: Kept, width: int = 100) -> Iterator[Text]:
             yield Text(f"L{layer:<3}h{head:<3}") + Text("".join(SHADES[int(np.ceil(4 * mean))] for mean in means))
     yield Text("")
     yield over_text(kept)
+
+
+def spans(length: int, width: int) -> list[tuple[int, int]]:
+    """[start, stop) of what each character of a line stands for: `length` things in `width` characters, or one each.
+
+    >>> spans(5, 3), spans(2, 80)
+    ([(0, 2), (2, 3), (3, 5)], [(0, 1), (1, 2)])
+    """
+    return list(pairwise(np.linspace(0, length, min(width, length) + 1).round().astype(int).tolist()))
 
 
 def over_text(kept: Kept) -> Text:
@@ -186,6 +194,13 @@ def _draw_map(axes: Axes, kept: Kept) -> None:
         interpolation="none",
         extent=(0, length, layers * heads, 0),
     )
+    draw_layers(axes, layers, heads)
+    axes.set_title(kept.title, fontsize=9)
+    _draw_marks(axes, kept, layers * heads)
+
+
+def draw_layers(axes: Axes, layers: int, heads: int) -> None:
+    """Name the layers of a map with a row per KV head, and draw lines between them."""
     for layer in range(1, layers):
         axes.axhline(layer * heads, color="#999999", linewidth=0.6)
     step = max(1, layers // 12)
@@ -195,8 +210,6 @@ def _draw_map(axes: Axes, kept: Kept) -> None:
         fontsize=7,
     )
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_title(kept.title, fontsize=9)
-    _draw_marks(axes, kept, layers * heads)
 
 
 def _draw_marks(axes: Axes, kept: Kept, bottom: int) -> None:
