@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from modeling.masks import visible
@@ -42,11 +43,9 @@ def paged_attention(
     Returns:
         [B, T, H, D]
     """
-    B, T, H, D = q_BTHD.shape
-    lists = len(view.used)
-    K = lists // B
-    G = H // K
-    folded_1RqD = q_BTHD.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(1, lists, G * T, D)
+    B, T = q_BTHD.shape[:2]
+    K = len(view.used) // B
+    folded_1RqD = rearrange(q_BTHD, "B T (K G) D -> 1 (B K) (G T) D", K=K)
     if backend == "flex":
         from modeling.flex import (
             paged_flex,
@@ -55,7 +54,7 @@ def paged_attention(
         out_1RqD = paged_flex(folded_1RqD, view, q_pos_BT, K, scale, softcap)
     else:
         out_1RqD = _gathered(folded_1RqD, view, q_pos_BT, K, scale, softcap)
-    return out_1RqD.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return rearrange(out_1RqD, "1 (B K) (G T) D -> B T (K G) D", K=K, T=T)
 
 
 def _gathered(
@@ -143,23 +142,23 @@ def causal_attention(
     """
     T, H, _ = q_THD.shape
     K = k_KCD.shape[0]
+    G = H // K
     end = start + T
     first = 0 if window is None else max(0, start - window + 1)
     k_KCD, v_KCD = k_KCD[:, first:end], v_KCD[:, first:end]
-    q_HTD = q_THD.transpose(0, 1)
     if softcap is None and first == start == 0 and (window is None or window >= T):
         out = F.scaled_dot_product_attention(
-            q_HTD[None], k_KCD[None], v_KCD[None], is_causal=True, scale=scale, enable_gqa=H != K
+            q_THD.transpose(0, 1)[None], k_KCD[None], v_KCD[None], is_causal=True, scale=scale, enable_gqa=G > 1
         )
         return out[0].transpose(0, 1)
     column_C = torch.arange(first, end, device=q_THD.device)
     position_T1 = torch.arange(start, end, device=q_THD.device)[:, None]
-    q_KGTD = q_HTD.unflatten(0, (K, -1))
-    k_KGCD, v_KGCD = (t[:, None].expand(-1, H // K, -1, -1) for t in (k_KCD, v_KCD))
+    q_KGTD = rearrange(q_THD, "T (K G) D -> K G T D", K=K)
+    k_KGCD, v_KGCD = (t[:, None].expand(-1, G, -1, -1) for t in (k_KCD, v_KCD))
     if softcap is None and first == 0 and (window is None or window >= end) and q_THD.device.type == "cpu":
-        return _past_and_own(q_KGTD, k_KGCD, v_KGCD, start, scale).flatten(0, 1).transpose(0, 1)
+        return rearrange(_past_and_own(q_KGTD, k_KGCD, v_KGCD, start, scale), "K G T D -> T (K G) D")
     # A mask for every query head, which soft-capped logits need, is as large as the logits.
-    capped_rows = max(1, _rows(k_KCD) // (H // K))
+    capped_rows = max(1, _rows(k_KCD) // G)
     rows = max(MASKED_QUERIES, MASKED_PAIRS // len(column_C)) if softcap is None else capped_rows
     parts = []
     for q_KGtD, position_t1 in zip(q_KGTD.split(rows, 2), position_T1.split(rows), strict=True):
@@ -168,6 +167,7 @@ def causal_attention(
             mask_11tC = seen_tC[None, None]
             parts.append(F.scaled_dot_product_attention(q_KGtD, k_KGCD, v_KGCD, attn_mask=mask_11tC, scale=scale))
         else:
-            out_KqD = masked_attention(q_KGtD.flatten(1, 2), k_KCD, v_KCD, seen_tC.repeat(H // K, 1), scale, softcap)
-            parts.append(out_KqD.unflatten(1, (H // K, -1)))
-    return torch.cat(parts, 2).flatten(0, 1).transpose(0, 1)
+            q_KqD, seen_qC = rearrange(q_KGtD, "K G t D -> K (G t) D"), repeat(seen_tC, "t C -> (G t) C", G=G)
+            out_KqD = masked_attention(q_KqD, k_KCD, v_KCD, seen_qC, scale, softcap)
+            parts.append(rearrange(out_KqD, "K (G t) D -> K G t D", G=G))
+    return rearrange(torch.cat(parts, 2), "K G T D -> T (K G) D")

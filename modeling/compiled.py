@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from modeling.environment import blamed, first_line
@@ -40,10 +41,13 @@ def _(x: Tensor) -> Tensor:
 
 @functools.cache
 def teach_inductor() -> None:
-    """Have inductor, and no other backend of torch.compile, know `only_compiled`. Loads the compiler."""
+    """Have inductor, and no other backend of torch.compile, know `only_compiled`, and dynamo einops. Loads the compiler."""
     from torch._inductor.lowering import register_lowering
 
     register_lowering(torch.ops.restkv.only_compiled.default, type_promotion_kind=None)(lambda x: x)
+    # Dynamo would trace einops' parser of patterns too, and at every call look at all that it reads: 100 guards more per step.
+    for function in (rearrange, reduce, repeat):
+        torch.compiler.allow_in_graph(function)
 
 
 def compiled(function: Callable[..., Result], **options: Any) -> Callable[..., Result]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -53,8 +54,8 @@ def paged_flex(
     page = slots // view.table.shape[1]
     # Zeroing padding gives the folded queries a 4-D buffer of their own: the CPU lowering looks at the buffer behind a view,
     # and fails on, or misreads, one of another shape (docs/flexattention.md §1, bugs 1 and 2).
-    B, T = q_pos_BT.shape
-    padding_1Rq1 = (q_pos_BT < 0)[:, None, None].expand(B, heads, query_rows // T, T).reshape(1, lists, query_rows, 1)
+    group = query_rows // q_pos_BT.shape[1]
+    padding_1Rq1 = repeat(q_pos_BT < 0, "B T -> 1 (B K) (G T) 1", K=heads, G=group)
     q_1RqD = q_1RqD.masked_fill(padding_1Rq1, 0)
     pages_R = (view.used + (page - 1)) // page - view.skipped
     mask = page_block_mask(view, pages_R, paged_mask_mod(view, q_pos_BT, heads), query_rows)

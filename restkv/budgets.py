@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from restkv.errors import PolicyError
@@ -143,16 +144,16 @@ class HeadAdaptive(Allocation):
 
     def select(self, score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget_B: Tensor) -> Tensor:
         """keep [B, X, C] bool; waits for nothing on the device. Arguments as for restkv.select, budget_B an int [B]."""
-        B, X, C = pos_BXC.shape
+        X = pos_BXC.shape[1]
         exists_BXC = pos_BXC >= 0
         keep_BXC = protected_BXC & exists_BXC
         past_BXC = exists_BXC & ~keep_BXC
         total_B = (X * budget_B - keep_BXC.sum((1, 2))).clamp(0)
         base_B1 = (total_B // X)[:, None]
         value_BXC = self._weighted(score_BXC, pos_BXC, past_BXC, base_B1) if self.normalize else score_BXC
-        value_BS, pos_BS = value_BXC.flatten(1), pos_BXC.flatten(1)
 
-        won_BX = top(value_BS, pos_BS, past_BXC.flatten(1), total_B).view(B, X, C).sum(-1).double()
+        value_BS, pos_BS, past_BS = (rearrange(t, "B X C -> B (X C)") for t in (value_BXC, pos_BXC, past_BXC))
+        won_BX = reduce(top(value_BS, pos_BS, past_BS, total_B), "B (X C) -> B X", "sum", X=X).double()
         if self.exact:
             capacity_BX = _whole(won_BX * (1 - self.floor) + total_B[:, None].double() * (self.floor / X))
         else:
@@ -163,8 +164,8 @@ class HeadAdaptive(Allocation):
         if not self.exact:
             return keep_BXC
         left_B = X * budget_B - keep_BXC.sum((1, 2))
-        rest_BS = top(value_BS, pos_BS, (past_BXC & ~keep_BXC).flatten(1), left_B)
-        return keep_BXC | rest_BS.view(B, X, C)
+        rest_BS = top(value_BS, pos_BS, rearrange(past_BXC & ~keep_BXC, "B X C -> B (X C)"), left_B)
+        return keep_BXC | rearrange(rest_BS, "B (X C) -> B X C", X=X)
 
     def _weighted(self, score_BXC: Tensor, pos_BXC: Tensor, past_BXC: Tensor, base_B1: Tensor) -> Tensor:
         """Scores times their head's concentration: the sum of its `base` best over the sum of all (float64)."""

@@ -7,6 +7,7 @@ one block of queries attends to.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from modeling.masks import visible
@@ -39,7 +40,7 @@ def column_mass(
     (T, H, _), (K, C, _) = q_THD.shape, k_KCD.shape
     G = H // K
     mass_KGC = torch.zeros(K, G, C, device=q_THD.device)
-    q_KGTD = q_THD.unflatten(1, (K, G)).permute(1, 2, 0, 3)
+    q_KGTD = rearrange(q_THD, "T (K G) D -> K G T D", K=K)
     quarter = chunk_elements(q_THD.device) // 4  # softmax and sum find so many logits in the cache
     rows = max(1, quarter // (G * C))
     for head in range(K):
@@ -48,7 +49,8 @@ def column_mass(
             q_GtD = q_KGTD[head, :, first : first + rows].float()
             newest, stop = start + first, start + first + q_GtD.shape[1]
             oldest = 0 if window is None else max(0, newest + 1 - window)
-            logits_Gtc = (q_GtD.flatten(0, 1) @ k_DC[:, oldest:stop]).view(G, stop - newest, -1) * scale
+            logits_qc = rearrange(q_GtD, "G t D -> (G t) D") @ k_DC[:, oldest:stop]
+            logits_Gtc = rearrange(logits_qc, "(G t) c -> G t c", G=G) * scale
             if softcap is not None:
                 logits_Gtc = softcap * torch.tanh(logits_Gtc / softcap)
             position_t1 = torch.arange(newest, stop, device=q_THD.device)[:, None]
@@ -57,7 +59,7 @@ def column_mass(
             column_c = torch.arange(oldest + unsure, stop, device=q_THD.device)
             logits_Gtc[..., unsure:].masked_fill_(~visible(column_c, position_t1, window), -torch.inf)
             mass_KGC[head, :, oldest:stop] += _softmax_sum(logits_Gtc)
-    return mass_KGC.flatten(0, 1)
+    return rearrange(mass_KGC, "K G C -> (K G) C")
 
 
 def _softmax_sum(logits_Xtc: Tensor) -> Tensor:

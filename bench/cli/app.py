@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import typer
 
-from bench.cli.fidelity import fidelity, kept
+from bench.cli.caches import kept, mask
+from bench.cli.fidelity import fidelity
 from bench.cli.likelihood import anli, perplexity, smoothing
 from bench.cli.lm_eval import PASS_ON, lm_eval
 from bench.cli.published import infinitebench, longbench, needle_official, ruler_official
@@ -25,6 +26,7 @@ app.command()(ruler)
 app.command()(needle)
 app.command()(fidelity)
 app.command()(kept)
+app.command()(mask)
 app.command()(report)
 app.command()(anli)
 app.command()(perplexity)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from einops import rearrange, reduce, repeat
 from rich.text import Text
 from torch import Tensor
 
@@ -62,15 +63,15 @@ def kept_masks(session: Session, length: int) -> list[Tensor]:
     group = session.engine.model.config.group
     for layer in session.cache.layers:
         slot_KC, pos_KC = layer.slots()
-        has_KCG = (pos_KC >= 0)[..., None].expand(*pos_KC.shape, group)
+        has_KCG = repeat(pos_KC >= 0, "K C -> K C G", G=group)
         if "keep" in layer.pool.companions:
             has_KCG = has_KCG & layer.pool.companions["keep"][slot_KC]
         inside_KC = (pos_KC >= 0) & (pos_KC < length)
         # One column more takes what is no position of the prompt.
         column_KC = torch.where(inside_KC, pos_KC, length).long()
         mask_KGL = torch.zeros(len(pos_KC), group, length + 1, dtype=torch.bool, device=pos_KC.device)
-        mask_KGL.scatter_(2, column_KC[:, None].expand(-1, group, -1), has_KCG.transpose(1, 2))
-        masks.append(mask_KGL[..., :length].flatten(0, 1))
+        mask_KGL.scatter_(2, repeat(column_KC, "K C -> K G C", G=group), rearrange(has_KCG, "K C G -> K G C"))
+        masks.append(rearrange(mask_KGL[..., :length], "K G L -> (K G) L"))
     return masks
 
 
@@ -92,7 +93,7 @@ def look(
     seen = []
     for (label, _), session in zip(policies, sessions, strict=True):
         masks = torch.stack(kept_masks(session, len(ids)))
-        share_NKL = masks.unflatten(1, (lm.config.num_kv_heads, -1)).double().mean(2)
+        share_NKL = reduce(masks.double(), "N (K G) L -> N K L", "mean", K=lm.config.num_kv_heads)
         seen.append(Kept(label, tuple(pieces), share_NKL.cpu().numpy(), tuple(marks)))
     return seen
 
@@ -118,8 +119,7 @@ def find_marks(lm: LM, text: str, strings: Sequence[str]) -> list[tuple[int, int
 def terminal(kept: Kept, width: int = 100) -> Iterator[Text]:
     """Lines for a console: a map of all heads with its marks, then the text with what nobody kept as dots."""
     length = kept.share.shape[2]
-    edges = np.linspace(0, length, min(width, length) + 1).round().astype(int)
-    bins = list(pairwise(edges))
+    bins = spans(length, width)
     yield Text(shown(kept.title), style="bold")
     if kept.marks:
         hit = [any(start < stop and end > first for first, stop in kept.marks) for start, end in bins]
@@ -130,6 +130,15 @@ def terminal(kept: Kept, width: int = 100) -> Iterator[Text]:
             yield Text(f"L{layer:<3}h{head:<3}") + Text("".join(SHADES[int(np.ceil(4 * mean))] for mean in means))
     yield Text("")
     yield over_text(kept)
+
+
+def spans(length: int, width: int) -> list[tuple[int, int]]:
+    """[start, stop) of what each character of a line stands for: `length` things in `width` characters, or one each.
+
+    >>> spans(5, 3), spans(2, 80)
+    ([(0, 2), (2, 3), (3, 5)], [(0, 1), (1, 2)])
+    """
+    return list(pairwise(np.linspace(0, length, min(width, length) + 1).round().astype(int).tolist()))
 
 
 def over_text(kept: Kept) -> Text:
@@ -185,6 +194,13 @@ def _draw_map(axes: Axes, kept: Kept) -> None:
         interpolation="none",
         extent=(0, length, layers * heads, 0),
     )
+    draw_layers(axes, layers, heads)
+    axes.set_title(kept.title, fontsize=9)
+    _draw_marks(axes, kept, layers * heads)
+
+
+def draw_layers(axes: Axes, layers: int, heads: int) -> None:
+    """Name the layers of a map with a row per KV head, and draw lines between them."""
     for layer in range(1, layers):
         axes.axhline(layer * heads, color="#999999", linewidth=0.6)
     step = max(1, layers // 12)
@@ -194,8 +210,6 @@ def _draw_map(axes: Axes, kept: Kept) -> None:
         fontsize=7,
     )
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_title(kept.title, fontsize=9)
-    _draw_marks(axes, kept, layers * heads)
 
 
 def _draw_marks(axes: Axes, kept: Kept, bottom: int) -> None:

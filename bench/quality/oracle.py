@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from bench.quality.kept import kept_masks
@@ -52,12 +53,12 @@ class Oracle:
         for index, keep_HP in enumerate(kept_masks(session, self._context)):
             obs = self._observation(index, "future", 0)
             group = obs.group
-            union_KP = keep_HP.unflatten(0, (-1, group)).any(1)
+            union_KP = reduce(keep_HP, "(K G) P -> K P", "any", G=group)
             newest = min(WINDOW, int(union_KP.sum()) // len(union_KP) // 2, int(union_KP.sum(-1).min()))
             gaps["error"].append(tail_error(self._lm, obs, keep_HP))
             for kind in ("window", "future"):
                 best_KP = self._best(index, kind, newest, union_KP.sum(-1))
-                gaps[f"{kind}_error"].append(tail_error(self._lm, obs, best_KP.repeat_interleave(group, 0)))
+                gaps[f"{kind}_error"].append(tail_error(self._lm, obs, repeat(best_KP, "K P -> (K G) P", G=group)))
             old = self._context - newest
             shared, chosen = (union_KP & best_KP)[:, :old].sum(), best_KP[:, :old].sum()
             gaps["overlap"].append(float(shared / chosen.clamp(min=1)))
@@ -92,7 +93,7 @@ def elimination_order(lm: LM, obs: Observation, removable: int) -> Tensor:
     multiplications instead of ones over the width E, and float64 keeps eight digits. Of equal entries the older goes first.
     """
     K, C = obs.k.shape[1:3]
-    a_KGWC = attention_BHWC(obs)[0].unflatten(0, (K, -1))
+    a_KGWC = rearrange(attention_BHWC(obs), "1 (K G) W C -> K G W C", K=K)
     w_KGCF = _values_after_projection(lm, obs)
     full_KW1F = (a_KGWC @ w_KGCF).sum(1)[:, :, None]
     ww_KCGG = torch.einsum("kgcf,khcf->kcgh", w_KGCF, w_KGCF)
@@ -108,8 +109,8 @@ def elimination_order(lm: LM, obs: Observation, removable: int) -> Tensor:
         o_KWGF = (held_KGWC @ w_KGCF).transpose(1, 2)
         rest_KGW1 = others_KGWC.sum(-1, keepdim=True).clamp_min(tiny)
         r_KWGF = (others_KGWC / rest_KGW1 @ w_KGCF).transpose(1, 2)
-        odds_KWCG = (others_KGWC / (1 - others_KGWC)).permute(0, 2, 3, 1)
-        top_KWCG = top_KGWC.permute(0, 2, 3, 1).to(obs.dtype)
+        odds_KWCG = rearrange(others_KGWC / (1 - others_KGWC), "K G W C -> K W C G")
+        top_KWCG = rearrange(top_KGWC.to(obs.dtype), "K G W C -> K W C G")
 
         y_KWYF = torch.cat([o_KWGF, r_KWGF, o_KWGF.sum(2, keepdim=True) - full_KW1F], 2)
         of_y_KWCY = torch.cat([odds_KWCG - top_KWCG, top_KWCG, torch.ones_like(top_KWCG[..., :1])], -1)
@@ -131,6 +132,6 @@ def _values_after_projection(lm: LM, obs: Observation) -> Tensor:
     W_O of a group is Q R with orthonormal columns in Q, so that lengths after R are lengths after W_O, at a width of G * D.
     """
     K, G = obs.k.shape[1], obs.group
-    w_EKX = lm.model.blocks[obs.layer].output_weight().double().unflatten(1, (K, G)).flatten(2)
-    r_KFX = torch.linalg.qr(w_EKX.transpose(0, 1)).R
-    return torch.einsum("kfgd,kcd->kgcf", r_KFX.unflatten(-1, (G, -1)), obs.v[0])
+    w_KEX = rearrange(lm.model.blocks[obs.layer].output_weight().double(), "E (K G) D -> K E (G D)", K=K)
+    r_KFGD = rearrange(torch.linalg.qr(w_KEX).R, "K F (G D) -> K F G D", G=G)
+    return torch.einsum("kfgd,kcd->kgcf", r_KFGD, obs.v[0])

@@ -37,6 +37,8 @@ from restkv.plugins import entry_points
 # What is imported while a command runs, and reads environment variables when it is.
 PACKAGES = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "matplotlib", "huggingface_hub"}
 
+VIEWS = ("kept", "mask")  # of a cache after a prompt: commands of bench, and flags of inspect
+
 TORCH_TAKES = 600_000_000  # bytes of addresses, of the smallest of its builds
 
 app = typer.Typer(
@@ -52,8 +54,9 @@ def execute(arguments: list[str]) -> int:
     prepare()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
-    if arguments[:1] == ["inspect"] and "--kept" in arguments:  # only the other command knows what may follow
-        arguments = ["bench", "kept", *(word for word in arguments[1:] if word != "--kept")]
+    view = next((view for view in VIEWS if f"--{view}" in arguments), None)
+    if view is not None and arguments[:1] == ["inspect"]:  # only the other command knows what may follow
+        arguments = ["bench", view, *(word for word in arguments[1:] if word != f"--{view}")]
     with warnings.catch_warnings(), announcing(), _roomy():
         warnings.simplefilter("always", RestKVWarning)
         warnings.showwarning = partial(_show_warning, warnings.showwarning)

@@ -120,9 +120,13 @@ def inspect(
     context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
-    kept: Annotated[  # for --help: `main` has sent such a line to the other command
+    kept: Annotated[  # for --help, and so is `mask`: `main` has sent such a line to the other command
         bool,
         typer.Option("--kept", help="Show what each head keeps of a text: `restkv bench kept`, which has the options."),
+    ] = False,
+    mask: Annotated[
+        bool,
+        typer.Option("--mask", help="Show which pages each head reads: `restkv bench mask`, which has the options."),
     ] = False,
 ) -> None:
     """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""

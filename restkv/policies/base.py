@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor
 
 from modeling.text.characters import brief
@@ -193,7 +194,8 @@ class Policy(ABC):
         assert obs.protected is not None
         score_BXC = self.score(obs)
         pos_BXC = obs.held if self.granularity == "query" else obs.pos
-        return score_BXC, pos_BXC, obs.protected.repeat_interleave(pos_BXC.shape[1] // obs.protected.shape[1], 1)
+        heads = pos_BXC.shape[1] // obs.protected.shape[1]
+        return score_BXC, pos_BXC, repeat(obs.protected, "B K C -> B (K G) C", G=heads)
 
     def start(self) -> Any:
         """State of a new row; `keep` is given one for every row. None: the policy has no memory."""
@@ -215,12 +217,11 @@ class Policy(ABC):
         score_BXC = self.importance(obs)
         G = obs.group
         if self.granularity == "query":
-            score_BXC = score_BXC.repeat_interleave(obs.q.shape[1] // score_BXC.shape[1], 1)
-            pos_BXC, hidden_BXC = obs.held, obs.hidden.repeat_interleave(G, 1)
+            score_BXC = repeat(score_BXC, "B X C -> B (X G) C", G=obs.q.shape[1] // score_BXC.shape[1])
+            pos_BXC, hidden_BXC = obs.held, repeat(obs.hidden, "B K C -> B (K G) C", G=G)
         else:
             if score_BXC.shape[1] != obs.k.shape[1]:
-                score_BKGC = score_BXC.unflatten(1, (-1, G))
-                score_BXC = score_BKGC.mean(2) if self.gqa == "mean" else score_BKGC.amax(2)
+                score_BXC = reduce(score_BXC, "B (K G) C -> B K C", self.gqa, G=G)
             pos_BXC, hidden_BXC = obs.pos, obs.hidden
         return score_BXC.masked_fill((pos_BXC < 0) | hidden_BXC, -torch.inf)
 

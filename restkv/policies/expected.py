@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from modeling.rope import rotate
@@ -74,21 +75,21 @@ class ExpectedAttention(Policy):
         K, G = obs.k.shape[1], obs.group
         mu_BHD, sigma_BHDD = self._future_queries(obs)
         # A group's D x G and D x G*D matrices side by side: one product each, and k is not copied G times.
-        mu_BKDG = mu_BHD.unflatten(1, (K, G)).mT
-        sigma_BKDQ = sigma_BHDD.unflatten(1, (K, G)).transpose(2, 3).flatten(3)
+        mu_BKDG = rearrange(mu_BHD, "B (K G) D -> B K D G", K=K)
+        sigma_BKDQ = rearrange(sigma_BHDD, "B (K G) E D -> B K E (G D)", K=K)
         parts = []
         for columns, _ in obs.chunks(B * H * D):
             k_BKCD = obs.k[:, :, columns].to(obs.dtype)
-            turned_BKCGD = (k_BKCD @ sigma_BKDQ).unflatten(-1, (G, D))
+            turned_BKCGD = rearrange(k_BKCD @ sigma_BKDQ, "B K C (G D) -> B K C G D", G=G)
             variance_BKCG = (turned_BKCGD * k_BKCD[:, :, :, None]).sum(-1) * obs.softmax_scale**2
             e_BKCG = k_BKCD @ mu_BKDG * obs.softmax_scale + variance_BKCG / 2
-            parts.append(e_BKCG.mT.flatten(1, 2))
+            parts.append(rearrange(e_BKCG, "B K C G -> B (K G) C"))
         counted_BHC = obs.held >= self.sinks
         e_BHC = torch.cat(parts, -1).masked_fill(~counted_BHC, torch.finfo(obs.dtype).min)
         score_BHC = e_BHC.softmax(-1) * counted_BHC
         if self.value_norm:
             norm_BKC = torch.linalg.vector_norm(obs.v, dim=-1, dtype=obs.dtype)
-            score_BHC = (score_BHC + self.epsilon) * norm_BKC.repeat_interleave(G, 1)
+            score_BHC = (score_BHC + self.epsilon) * repeat(norm_BKC, "B K C -> B (K G) C", G=G)
         return score_BHC
 
     def _future_queries(self, obs: Observation) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,8 @@ class ExpectedAttention(Policy):
         cos_B1D, sin_B1D = (t.mean(1, keepdim=True) for t in self._rotary(obs, obs.q_pos[:, -1:] + ahead_F))
         mu_BHD = rotate(mu_BHD[:, None], cos_B1D, sin_B1D)[:, 0]
         for _ in range(2):  # R Sigma R^T = (R (R Sigma)^T)^T, and Sigma is symmetric
-            sigma_BHDD = rotate(sigma_BHDD.flatten(1, 2)[:, None], cos_B1D, sin_B1D)[:, 0].view_as(sigma_BHDD).mT
+            turned_B1XD = rotate(rearrange(sigma_BHDD, "B H E D -> B 1 (H E) D"), cos_B1D, sin_B1D)
+            sigma_BHDD = rearrange(turned_B1XD, "B 1 (H E) D -> B H D E", H=H)
         return mu_BHD, sigma_BHDD
 
     def _unrotated(self, obs: Observation) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from restkv import pooling
@@ -122,7 +123,7 @@ class ReSTKV(Policy):
         step = obs.q.shape[1] // score_BXC.shape[1]  # one line of entries per scored head
         pool: Callable[[Tensor, Tensor], Tensor]
         if drift is not None:
-            kernel_BX, shift_BX = self._adapt(drift.mean().unflatten(1, (-1, step)).mean(2))
+            kernel_BX, shift_BX = self._adapt(reduce(drift.mean(), "B (X G) -> B X", "mean", G=step))
             widest = max(self.kernel_size, 2 * math.floor(obs.pos.shape[-1] / self.scale) + 1)
             pool = partial(pooling.shifted_average, kernel_BX=kernel_BX, shift_BX=shift_BX, widest=widest)
         else:
@@ -160,7 +161,7 @@ class ReSTKV(Policy):
         power_BKGQ1 = out.mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).eps) ** (self.tau - 1)
         parts = []
         for columns, index_C in obs.chunks(B * K * G * D * (Q if self.gqa == "joint" else max(1, Q // D))):
-            a_BKGQC = attention(columns).unflatten(1, (K, G))
+            a_BKGQC = rearrange(attention(columns), "B (K G) Q C -> B K G Q C", K=K)
             top_BKGQC = index_C == out.top_BKGQ1
             odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - a_BKGQC))
             change_BXQC = change(obs, odds_BKGQC, top_BKGQC, out, obs.v[:, :, columns].to(obs.dtype))
@@ -179,7 +180,7 @@ class ReSTKV(Policy):
         change_BKGQC = odds_BKGQC * length_BKGQC**self.tau
         if self.normalize:
             change_BKGQC = change_BKGQC / _length(o_BKGQF).clamp_min(_tiny(obs))
-        return change_BKGQC.flatten(1, 2)
+        return rearrange(change_BKGQC, "B K G Q C -> B (K G) Q C")
 
     def _joint_change(
         self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor
@@ -204,7 +205,7 @@ class ReSTKV(Policy):
         """The same of values, as each head of a group projects them: G times [B, K, C, F]."""
         if not self.output_weight:
             return [v_BKCD] * obs.group
-        root_KDX = _roots(obs).transpose(1, 2).flatten(2)  # one product for the group, and no G copies of v
+        root_KDX = rearrange(_roots(obs), "K G D F -> K D (G F)")  # one product for the group, and no G copies of v
         return (v_BKCD @ root_KDX).chunk(obs.group, -1)
 
     def _past_budget(self, obs: Observation) -> tuple[Tensor | None, int]:
@@ -305,22 +306,23 @@ class _Outputs(NamedTuple):
 def _outputs(obs: Observation, attention: Callable[[slice], Tensor], top_BHQ: Tensor, part_BHC: Tensor) -> _Outputs:
     """Outputs made of the entries in `part_BHC` only."""
     K, G, D = obs.k.shape[1], obs.group, obs.v.shape[3]
-    top_BKGQ1 = top_BHQ.unflatten(1, (K, G))[..., None]
+    top_BKGQ1 = rearrange(top_BHQ, "B (K G) Q -> B K G Q 1", K=K)
     B, _, _, Q, _ = top_BKGQ1.shape
     both_BKRD = torch.zeros(B, K, 2 * G * Q, D, dtype=obs.dtype, device=obs.q.device)  # with and without the top entry
     mass_BKGQ1 = torch.zeros_like(top_BKGQ1, dtype=obs.dtype)
     for columns, index_C in obs.chunks(B * K * max(2 * G * Q, D)):
         v_BKCD = obs.v[:, :, columns].to(obs.dtype)
-        part_BKG1C = part_BHC[:, :, None, columns].unflatten(1, (K, G))
-        a_BKGQC = attention(columns).unflatten(1, (K, G))
+        part_BKG1C = rearrange(part_BHC[:, :, columns], "B (K G) C -> B K G 1 C", K=K)
+        a_BKGQC = rearrange(attention(columns), "B (K G) Q C -> B K G Q C", K=K)
         others_BKGQC = a_BKGQC.masked_fill(index_C == top_BKGQ1, 0)
         # The group as rows of one product: broadcasting v over it would copy v G times.
-        both_BKRD += (torch.stack([a_BKGQC, others_BKGQC], 2) * part_BKG1C[:, :, None]).flatten(2, 4) @ v_BKCD
+        both_BK2GQC = torch.stack([a_BKGQC, others_BKGQC], 2) * part_BKG1C[:, :, None]
+        both_BKRD += rearrange(both_BK2GQC, "B K two G Q C -> B K (two G Q) C") @ v_BKCD
         mass_BKGQ1 += others_BKGQC.sum(-1, keepdim=True)
-    o_BKGQD, rest_BKGQD = both_BKRD.view(B, K, 2, G, Q, D).unbind(2)
+    o_BKGQD, rest_BKGQD = rearrange(both_BKRD, "B K (two G Q) D -> two B K G Q D", two=2, G=G)
     rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(_tiny(obs))
-    top_BKRD = top_BKGQ1.reshape(B, K, G * Q, 1).expand(-1, -1, -1, D)
-    top_v_BKGQD = obs.v.gather(2, top_BKRD).to(obs.dtype).view_as(o_BKGQD)
+    top_BKRD = repeat(top_BHQ, "B (K G) Q -> B K (G Q) D", K=K, D=D)
+    top_v_BKGQD = rearrange(obs.v.gather(2, top_BKRD), "B K (G Q) D -> B K G Q D", G=G).to(obs.dtype)
     return _Outputs(o_BKGQD, rest_BKGQD, mass_BKGQ1, top_BKGQ1, top_v_BKGQD)
 
 

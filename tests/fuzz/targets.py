@@ -245,7 +245,7 @@ OPTIONS = {  # of each command, with a value that it takes ("" for a flag)
         --alpha=0.5 --budget-by=global --prefill=chunked --prefill=a-shape:sinks=16:local=16 --chunk=8 -n=3 --temperature=0.5
         --top-k=5 --top-p=0.9 --min-p=0.1 --seed=3 --stop=x --dtype=bfloat16 --device=cpu --backend=sdpa --set=kernel_size=3
         --json= --no-chat= --check-weights= --budget=0.5 --prompt-file=m/config.json""".split(),
-    "inspect": "--context=300 --budget=64 --dtype=bfloat16 --kept= --out=kept.png".split(),
+    "inspect": "--context=300 --budget=64 --dtype=bfloat16 --kept= --mask= --tokens=2 --out=kept.png".split(),
     "methods": "--bytes=m --context=300 --budget=64".split(),
     "chat": "--system=s --method=snapkv --budget=70 --prefill=chunked --no-template= --seed=3 -n=3 --set=window=2".split(),
     "bench": """--methods=random --budgets=12 --out=run --seed=3 --prefill=chunked --question=agnostic --markdown= --json=

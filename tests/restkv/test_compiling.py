@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from make.small import small_ids, small_model
+from restkv import engine
 from restkv.cli import main
 from restkv.errors import PromptError
 from restkv.lm import LM
@@ -24,6 +25,11 @@ def test_warming_up_leaves_nothing_to_compile():
     assert warmed.graphs == 1 and min(warmed.prefill_s, warmed.first_s, warmed.next_s) > 0
     said = lm.generate([small_ids(60), small_ids(3, seed=1)], POLICY, max_new_tokens=30)
     assert said[0].stats.graphs == 0
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(engine._decode.__code__)
+    guards = str(entry.guard_manager)  # each with the line that asked for it
+    assert "modeling/forward.py" in guards and "einops/parsing.py" not in guards, (
+        "a step looks at what einops' parser has read"
+    )
     torch._dynamo.reset()
 
 

@@ -23,6 +23,7 @@ from restkv.errors import PromptError
 READERS = (
     "generate --prompt-file {}",
     "bench kept --prompt-file {}",
+    "bench mask --prompt-file {}",
     "bench fidelity --text {}",
     "bench perplexity --data {}",
     "bench smoothing --text {}",
