@@ -153,11 +153,13 @@ class CompilePlan:
                     for backend in (EAGER, COMPILED)
                 }
                 loading = both[COMPILED].ask("load")
-                compiles, kept = self._prepare(both)
-                taken = {name: self._take_turns(both, name, name in compiles) for name in names}
+                taken = {name: self._take_turns(both, name) for name in names}
                 decoding = {backend: self._decode(process) for backend, process in both.items()}
-            warm = self._first_laps(cell, kernels, [name for name in names if name in compiles])
+            compiles = [name for name in names if COMPILED in taken[name]]
+            warm = self._first_laps(cell, kernels, compiles)
         load = [round(began, 2), round(os.getloadavg()[0], 2)]
+        filled = taken["decode"][EAGER][0]
+        held = Held(filled["kept"], filled["cache_bytes"])
         tokens = {
             "evict": decoding[EAGER]["interval"],
             "compact": decoding[EAGER]["period"],
@@ -173,21 +175,20 @@ class CompilePlan:
             if name in ("evict", "decode") and name in compiles:
                 seconds["cold"] += measures["cold_s"]
                 seconds["warm"] += measures["warm_s"]
-            rows.append(self._row(cell, kept, {"part": "operation", "operation": name}, measures))
+            rows.append(self._row(cell, held, {"part": "operation", "operation": name}, measures))
         figures = {
             f"{who}_{name}": decoding[backend][name]
             for who, backend in (("eager", EAGER), ("compiled", COMPILED))
-            for name in ("step_ms", "token_ms")
+            for name in ("tokens", "step_ms", "token_ms")
         }
         measures = {
-            "tokens": decoding[EAGER]["tokens"],
             **figures,
             "evicts": "compiled" if "evict" in compiles else "eager",
             "cold_s": seconds["cold"],
             "warm_s": seconds["warm"],
             "load_average": load,
         }
-        return [*rows, self._row(cell, kept, {"part": "decoding"}, measures)]
+        return [*rows, self._row(cell, held, {"part": "decoding"}, measures)]
 
     def _start(self, cell: Cell, backend: str, kernels: str) -> Process:
         arguments = {**self.contest.ours(cell.method.label, self.contest.prefills[0]), "backend": backend}
@@ -195,12 +196,6 @@ class CompilePlan:
 
     def _process(self, name: str, arguments: Mapping[str, Any], environment: dict[str, str] | None = None) -> Process:
         return Process(name, "bench.speed.operations", [json.dumps(arguments)], None, self.contest.threads, environment)
-
-    def _prepare(self, both: Mapping[str, Process]) -> tuple[list[str], Held]:
-        """Which operations are compiled, and what a filled cache holds."""
-        filled = {backend: self._fill(process) for backend, process in both.items()}
-        eager = filled[EAGER]
-        return filled[COMPILED]["compiles"], Held(eager["kept"], eager["cache_bytes"])
 
     def _fill(self, process: Process) -> Answer:
         return process.ask("fill", context=self.contest.contexts[0], batch=1)
@@ -210,13 +205,17 @@ class CompilePlan:
         at = {"context": self.contest.contexts[0], "batch": 1}
         return process.ask(name, tokens=laps, **{value: at[value] for value in values})
 
-    def _take_turns(self, both: Mapping[str, Process], name: str, compiles: bool) -> dict[str, list[Answer]]:
-        """Answers of every turn, the first of which warms up; of the compiled process where it compiles this alone."""
-        running = {backend: process for backend, process in both.items() if compiles or backend == EAGER}
-        taken: dict[str, list[Answer]] = {backend: [self._fill(process)] for backend, process in running.items()}
+    def _take_turns(self, both: Mapping[str, Process], name: str) -> dict[str, list[Answer]]:
+        """What each process says of a cache before the first turn and after every turn; the first turn warms up. Of the compiled
+        process only where it compiles this."""
+        taken = {backend: [self._fill(process)] for backend, process in both.items()}
+        if name not in taken[COMPILED][0]["compiles"]:
+            del taken[COMPILED]
         for _ in range(self.contest.rounds + 1):
-            for backend, process in running.items():
-                taken[backend].append(self._ask(process, name, LAPS.get(name, self.contest.tokens)))
+            for backend, answers in taken.items():
+                answers.append(self._ask(both[backend], name, LAPS.get(name, self.contest.tokens)))
+        if name not in taken.get(COMPILED, taken[EAGER])[-1]["compiles"]:  # it was tried, and given up
+            taken.pop(COMPILED, None)
         return taken
 
     def _summary(self, name: str, taken: Mapping[str, Sequence[Answer]], warm: float | None) -> dict[str, Any]:
@@ -337,7 +336,7 @@ ROWS = {
         **_LOAD,
     },
     "decoding": {
-        "tokens": must.whole(1),
+        **dict.fromkeys(("eager_tokens", "compiled_tokens"), must.whole(1)),
         **dict.fromkeys(("eager_step_ms", "eager_token_ms", "compiled_step_ms", "compiled_token_ms"), _TIME),
         "evicts": must.one_of("compiled", "eager"),
         "cold_s": _TIME,

@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.speed.ours import Ours
 from bench.speed.workers import serve
 from modeling.compiled import compiled, only_compiled
+from restkv.engine import Engine
 from restkv.policies import Policy
 from restkv.saving.store import policy_from_dict
 from restkv.session import Session
@@ -34,9 +35,9 @@ def operations_of(policy: Policy, sparse: bool) -> tuple[str, ...]:
     return tuple(name for name in OPERATIONS if done[name])
 
 
-def compiled_operations(policy: Policy) -> tuple[str, ...]:
-    """Those of `operations_of` that backend flex compiles; all others are Python whatever the backend."""
-    return ("decode", "prefill")
+def compiled_operations(engine: Engine, policy: Policy) -> list[str]:
+    """Those of OPERATIONS that an engine compiles; all others are eager whatever its backend."""
+    return ["decode", "prefill"] if engine.backend == "flex" else []
 
 
 class TimedSession(Session):
@@ -46,15 +47,20 @@ class TimedSession(Session):
         super().__init__(*arguments, **named)
         self.evicting: list[float] = []  # seconds after every step
 
-    def _after(self, tokens: int, compact: bool) -> None:
+    def _after(self, *arguments: Any, **named: Any) -> None:
         start = self._now()
-        super()._after(tokens, compact)
+        super()._after(*arguments, **named)
         self.evicting.append(self._now() - start)
 
     def _now(self) -> float:
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def evict(self) -> None:
+        """What follows a step when an interval is over, and a period is not."""
+        self.schedule.since_eviction = (self.schedule.interval or 1) - 1
+        self._after(1, compact=False)
 
 
 class Operations(Ours):
@@ -74,7 +80,7 @@ class Operations(Ours):
             self._lengthen(self._running.schedule.interval or 1)
         elif op == "compact":
             self._lengthen(self._running.schedule.period)
-            self._evict()
+            self._running.evict()
 
     def _lengthen(self, tokens: int) -> None:
         """Bring every head to its budget, without a page too much, and then give it so many entries more, of random tokens."""
@@ -100,11 +106,7 @@ class Operations(Ours):
     @torch.no_grad()
     def evict(self) -> None:
         """An eviction that marks, in every layer."""
-        self._evict()
-
-    def _evict(self) -> None:
-        session = self._running
-        session.evictor.round(session.cache, compact=False)
+        self._running.evict()
 
     @torch.no_grad()
     def compact(self) -> None:
@@ -129,8 +131,7 @@ class Operations(Ours):
     def describe(self) -> dict[str, Any]:
         """Besides what Ours says: the backend's compiled operations; `evicting`, seconds of what followed each step since the
         last answer; `interval` of its evictions."""
-        compiles = compiled_operations(self._policy) if self._engine.backend == "flex" else ()
-        said: dict[str, Any] = {"compiles": list(compiles)}
+        said: dict[str, Any] = {"compiles": compiled_operations(self._engine, self._policy)}
         if self._session is not None:
             said["interval"] = self._running.schedule.interval
             said["evicting"], self._running.evicting = self._running.evicting, []

@@ -89,7 +89,7 @@ def _operation(row: Row) -> list[str]:
 
 
 def _decoding(row: Row) -> list[str]:
-    cells = [row["method"], str(row["tokens"])]
+    cells = [row["method"], f"{row['eager_tokens']}, {row['compiled_tokens']}"]
     for who in ("eager", "compiled"):
         step, token = row[f"{who}_step_ms"], row[f"{who}_token_ms"]
         cells += [_ms(step), _ms(token), f"{1 - step / token:.1%}"]

@@ -159,7 +159,7 @@ def test_a_run_goes_on_where_it_stopped_and_shows_what_it_measured(here: None, t
         assert of[name]["compiled_ms"] is None is of[name]["cold_s"] and of[name]["eager_ms"] > 0
     assert of["restkv/evict"]["tokens"] == 128 and of["h2o/evict"]["tokens"] == 1 and of["h2o/compact"]["tokens"] == 32
     assert of["restkv/decode"]["laps"] == 2 == of["restkv/decode"]["warm_up"]
-    assert of["restkv/decoding"]["tokens"] == 128 and of["h2o/decoding"]["tokens"] == 32
+    assert of["restkv/decoding"]["eager_tokens"] == 128 and of["h2o/decoding"]["eager_tokens"] == 32
     assert all(row["compiled_step_ms"] < row["compiled_token_ms"] for row in rows if row["part"] == "decoding")
     assert sum(row["jobs"] for row in rows if row["part"] == "jobs") == 5 and read_manifest(run)["kind"] == "compile"
     assert "Does compiling pay?: tiny, random weights" in build(run)
