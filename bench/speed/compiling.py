@@ -44,6 +44,7 @@ from restkv.saving.store import policy_to_dict
 EAGER, COMPILED = "sdpa", "flex"
 # Laps of a turn; of the decode step as many as tokens are asked for.
 LAPS = {"evict": 4, "compact": 4, "score": 1, "prefill": 1}
+PLANNED = 4096  # tokens of an answer that sessions prepare for
 JOBS_PRESET = "tiny"  # graphs are counted, not timed
 MOST_ANSWER = 256  # tokens of a job's answer: two of the default intervals
 
@@ -191,7 +192,8 @@ class CompilePlan:
         return [*rows, self._row(cell, held, {"part": "decoding"}, measures)]
 
     def _start(self, cell: Cell, backend: str, kernels: str) -> Process:
-        arguments = {**self.contest.ours(cell.method.label, self.contest.prefills[0]), "backend": backend}
+        arguments = self.contest.ours(cell.method.label, self.contest.prefills[0])
+        arguments |= {"backend": backend, "tokens": PLANNED}
         return self._process(f"{cell.method.label}, {backend}", arguments, {"TORCHINDUCTOR_CACHE_DIR": kernels})
 
     def _process(self, name: str, arguments: Mapping[str, Any], environment: dict[str, str] | None = None) -> Process:

@@ -83,10 +83,12 @@ class Operations(Ours):
             self._running.evict()
 
     def _lengthen(self, tokens: int) -> None:
-        """Bring every head to its budget, without a page too much, and then give it so many entries more, of random tokens."""
+        """Bring every head to its budget, in the pages of a period's begin, and then give it so many entries more, of random
+        tokens."""
         session = self._running
         cache = session.cache
         session.evictor.round(cache, compact=True)
+        cache.reserve(max(session.schedule.period, tokens))
         pos_C = int(cache.next_pos[0]) + torch.arange(tokens, device=self._engine.device)
         for index, layer in enumerate(cache.layers):
             k_KCD, v_KCD = (self._random(layer.heads, tokens) for _ in range(2))
