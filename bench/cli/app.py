@@ -14,13 +14,14 @@ from bench.cli.lm_eval import PASS_ON, lm_eval
 from bench.cli.published import infinitebench, longbench, needle_official, ruler_official
 from bench.cli.report import report
 from bench.cli.retrieval import needle, ruler
-from bench.cli.speed import memory, speed
+from bench.cli.speed import compiling, memory, speed
 
 app = typer.Typer(
     name="bench", help="Measure what methods cost in quality, time and memory, on any checkpoint.", no_args_is_help=True
 )
 app.command()(speed)
 app.command()(memory)
+app.command("compile")(compiling)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command()(ruler)
 app.command()(needle)

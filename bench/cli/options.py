@@ -6,9 +6,10 @@ torch is imported inside the functions, so that --help answers at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,22 +143,28 @@ def evicts_once(evict: str) -> bool:
 
 
 def run_plan(lm: LM, plan: Plan, out: Path) -> None:
-    """Run a plan into `out`, draw its progress meanwhile, and show its tables when it is done.
+    """Run a plan on a model into `out`; see run_into. Raises what bench.runs.run.run does."""
+    from bench.runs.run import run
+
+    run_into(plan.kind, out, partial(run, lm, plan))
+
+
+def run_into(kind: str, out: Path, work: Callable[[Path, Report | None], object]) -> None:
+    """Have `work` fill the folder `out` with a run of a benchmark, draw its progress meanwhile, and show its tables when it is
+    done.
 
     Raises:
         OutputError: the benchmark draws pictures and matplotlib is missing (before anything is run).
-        Otherwise as bench.runs.run.run.
     """
     from bench.report.figures import need_matplotlib
     from bench.report.kinds import draw_pictures
     from bench.runs.benchmark import benchmark
-    from bench.runs.run import run
     from restkv.cli.terminal import put_line
 
-    if benchmark(plan.kind).pictures is not None:
+    if benchmark(kind).pictures is not None:
         need_matplotlib()
     with _progress_bar() as report:
-        run(lm, plan, out, report)
+        work(out, report)
     pictures = draw_pictures(out)
     _print_tables(out)
     for picture in pictures:

@@ -1,4 +1,4 @@
-"""`restkv bench speed` and `restkv bench memory`: what a token and a context cost, ours and others' side by side."""
+"""`restkv bench speed`, `memory` and `compile`: what a token and a context cost, ours and others', eager and compiled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench.cli.options import METHODS_FORM, parse_numbers, print_table, split_names
+from bench.cli.options import METHODS_FORM, parse_numbers, print_table, run_into, split_names
+from bench.cli.options import OutOption as FolderOption
 from restkv.cli.groups import spread
 from restkv.cli.options import FILE_NAME, MOST_ROWS, MOST_SAMPLES, MOST_TEXT, MOST_THREADS, MOST_TOKENS
 from restkv.cli.terminal import put_line
@@ -30,8 +31,8 @@ OutOption = Annotated[Path | None, typer.Option(help="Write the JSON here, and a
 
 
 @dataclass(frozen=True)
-class ContestOptions:
-    """Who is measured on what."""
+class MeasuredOptions:
+    """Which model is measured under which of our methods."""
 
     model: Annotated[
         str | None, typer.Argument(metavar="[CHECKPOINT]", help="A folder, instead of --preset."), FILE_NAME
@@ -41,10 +42,28 @@ class ContestOptions:
     ] = None
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16"
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
-    contexts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "2048,8192"
-    batches: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1"
     methods: Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")] = "restkv,full"
     budget: Annotated[int, typer.Option(max=MOST_TOKENS, help="Entries per KV head.")] = 512
+    threads: Annotated[int | None, typer.Option(max=MOST_THREADS, help="CPU threads.", show_default="all cores")] = None
+
+    def contest(self, **more: Any) -> Contest:
+        """The contest; `more` are fields of it that these options do not name."""
+        from bench.speed.contest import PRESETS, Contest
+
+        read = {
+            "preset": self.preset or (None if self.model else next(iter(PRESETS))),
+            "methods": split_names(self.methods),
+            "threads": self.threads or os.cpu_count() or 1,
+        }
+        return Contest(**vars(self) | read | more)
+
+
+@dataclass(frozen=True)
+class ContestOptions(MeasuredOptions):
+    """Who is measured beside them, and on what."""
+
+    contexts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "2048,8192"
+    batches: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1"
     peers: Annotated[
         str,
         typer.Option(help="transformers, transformers-static, kvpress-snapkv, separated by commas; none for nobody."),
@@ -55,24 +74,18 @@ class ContestOptions:
         FILE_NAME,
     ] = None
     backend: Annotated[str, typer.Option(help="Ours: flex (compiled) or sdpa.")] = "flex"
-    threads: Annotated[int | None, typer.Option(max=MOST_THREADS, help="CPU threads.", show_default="all cores")] = None
 
     def contest(self, **more: Any) -> Contest:
-        """The contest; `more` are fields of it that these options do not name."""
-        from bench.speed.contest import PRESETS, Contest
-
         read = {
-            "preset": self.preset or (None if self.model else next(iter(PRESETS))),
             "contexts": parse_numbers(self.contexts, "contexts"),
             "batches": parse_numbers(self.batches, "batches", MOST_ROWS),
-            "methods": split_names(self.methods),
             "peers": tuple(peer for peer in split_names(self.peers) if peer != "none"),
-            "threads": self.threads or os.cpu_count() or 1,
         }
-        return Contest(**vars(self) | read | more)
+        return super().contest(**read | more)
 
 
 LONGER = ContestOptions(contexts="2048,8192,32768")
+EVICTING = MeasuredOptions(methods="restkv,snapkv,h2o,tova,keydiff")
 
 
 @spread
@@ -137,6 +150,39 @@ def memory(
     _need_figure(contest, out)
     with _in_one_line():
         _finish(measure_memory(contest, put_line, partial(_write, out=out)), out)
+
+
+@spread
+def compiling(
+    *,
+    options: MeasuredOptions = EVICTING,
+    context: Annotated[int, typer.Option(min=1, max=MOST_TEXT, help="Tokens of a prompt.")] = 4096,
+    prefill: Annotated[
+        str, typer.Option(metavar="PATTERN|dense", help="The sparse prefill that is measured; dense: none.")
+    ] = "a-shape:local=1024",
+    rounds: Annotated[int, typer.Option(max=MOST_SAMPLES, help="Turns each takes, after one that warms up.")] = 5,
+    tokens: Annotated[int, typer.Option(max=MOST_TEXT, help="Decode steps per turn.")] = 16,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=MOST_SAMPLES, help="Random jobs over which graphs are counted; 0: none.")
+    ] = 200,
+    out: FolderOption = Path("bench-compile"),
+) -> None:
+    """Decode steps, evictions, prompts: eager and compiled, and after how many tokens compiling has paid."""
+    from bench.speed.compiling import CompilePlan
+
+    contest = options.contest(
+        contexts=(context,),
+        batches=(1,),
+        peers=(),
+        peer_python=None,
+        backend="flex",
+        rounds=rounds,
+        tokens=tokens,
+        prefills=(prefill,),
+    )
+    plan = CompilePlan(contest, jobs)
+    with _in_one_line():
+        run_into(plan.kind, out, plan.run)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -193,6 +193,46 @@ def heat_maps(grids: Sequence[Grid], row_name: str, column_name: str, value_name
     for axes in panels.flat[len(grids) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=panels.ravel().tolist(), label=value_name, shrink=0.9)
+    return figure
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars beside one another: for every label one of each series; None where there is nothing to show."""
+
+    title: str
+    labels: Sequence[str]
+    series: Mapping[str, Sequence[float | None]]
+
+
+def bar_panels(panels: Sequence[Bars], value_name: str) -> Figure:
+    """Lying bars, three panels in a row, each of its own scale, with the values written behind the bars.
+
+    All panels have the same series; they differ in brightness and hatch.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    most = max(len(panel.labels) * len(panel.series) for panel in panels)
+    figure = new_figure(3.6 * columns, (0.2 * most + 0.9) * rows + 0.3)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        height = 0.8 / len(panel.series)
+        for index, (name, values) in enumerate(panel.series.items()):
+            places = [place + index * height for place in range(len(panel.labels))]
+            look = {"color": COLOURS[index + 1], "hatch": ("", "///")[index % 2], "edgecolor": "white"}
+            bars = axes.barh(places, [value or 0.0 for value in values], height, **look)
+            axes.bar_label(bars, ["" if value is None else f"{value:.3g}" for value in values], padding=2, fontsize=6)
+            handles[name] = bars
+        axes.set_yticks([place + 0.4 - height / 2 for place in range(len(panel.labels))], panel.labels, fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_title(panel.title, fontsize=9)
+        axes.set_xlabel(value_name, fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), fontsize=7)
     return figure
 
 

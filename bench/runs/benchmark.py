@@ -31,6 +31,7 @@ MODULES = {
     "infinitebench": "bench.published.run",
     "ruler-official": "bench.published.run",
     "needle-official": "bench.published.run",
+    "compile": "bench.speed.compiling",
 }
 
 
@@ -56,7 +57,7 @@ Part = Table | Drawing
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A measurement of quality.
+    """A measurement whose results are rows in a folder.
 
     Attributes:
         name: the kind of its runs, as their manifests have it.

@@ -108,22 +108,30 @@ class Contest:
     @cached_property
     def contestants(self) -> dict[str, tuple[str, dict[str, Any], str | None]]:
         """name -> (module, its arguments, interpreter)."""
-        common = {
+        chosen: dict[str, tuple[str, dict[str, Any], str | None]] = {}
+        for text, prefill in product(self.methods, self.prefills):
+            name = f"restkv {text}" + ("" if prefill == "dense" else f", {prefill}")
+            chosen[name] = ("bench.speed.ours", self.ours(text, prefill), None)
+        for peer in self.peers:
+            theirs = {**self._common, **PEERS[peer], "budget": self.budget}
+            chosen[peer] = ("bench.speed.peers.hf", theirs, self.peer_python)
+        return chosen
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        """Arguments of every process."""
+        return {
             "config": None if self.model else PRESETS[self.preset or ""],
             "model": self.model,
             "dtype": self.dtype,
             "device": self.device,
             "tokens": (self.rounds + 1) * self.tokens,
         }
-        chosen: dict[str, tuple[str, dict[str, Any], str | None]] = {}
-        for text, prefill in product(self.methods, self.prefills):
-            policy = Method.parse(text).policy(self.budget)
-            ours = {**common, "backend": self.backend, "policy": policy_to_dict(policy), "prefill": prefill}
-            name = f"restkv {text}" + ("" if prefill == "dense" else f", {prefill}")
-            chosen[name] = ("bench.speed.ours", ours, None)
-        for peer in self.peers:
-            chosen[peer] = ("bench.speed.peers.hf", {**common, **PEERS[peer], "budget": self.budget}, self.peer_python)
-        return chosen
+
+    def ours(self, method: str, prefill: str) -> dict[str, Any]:
+        """Arguments of bench.speed.ours for one of our methods."""
+        policy = policy_to_dict(Method.parse(method).policy(self.budget))
+        return {**self._common, "backend": self.backend, "policy": policy, "prefill": prefill}
 
     def takes_part(self, name: str, context: int) -> bool:
         """A press stays away from contexts that leave it nothing to compress."""

@@ -1,12 +1,15 @@
-"""The measured process of restkv itself: random weights in the shape asked for, or a checkpoint (see workers.py)."""
+"""The measured process of restkv itself: random weights in the shape asked for, or a checkpoint (see workers.py).
+
+Letters: H query heads, K KV heads, L prompt length, W last queries, D head dim, X heads with a kept set of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +65,8 @@ class Ours(Worker):
     """Arguments (JSON): config (a config.json) or model (a folder), dtype, device, backend, policy (as
     restkv.saving.store writes it), prefill (see Session), tokens (to plan for)."""
 
+    kind: ClassVar[type[Session]] = Session
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         torch.manual_seed(0)
         self.device = arguments["device"]
@@ -82,36 +87,49 @@ class Ours(Worker):
 
     @torch.no_grad()
     def prefill(self, context: int, batch: int) -> None:
-        self._session = None  # the old cache goes before the new one comes
         prompts = torch.randint(0, self._engine.model.config.vocab_size, (batch, context)).tolist()
-        self._session = Session(self._engine, self._policy, [context] * batch, self._tokens, prefill=self._prefill)
-        self._session.evictor = self._evictor = TimedEvictor(
-            self._engine.model, self._policy, self._engine.roots, [context] * self._session.cache.rows
+        session = self._open(context, batch, self._prefill)
+        session.evictor = self._evictor = TimedEvictor(
+            self._engine.model, self._policy, self._engine.roots, [context] * session.cache.rows
         )
-        self._session.prefill(prompts)
+        session.prefill(prompts)
 
     @torch.no_grad()
     def fill(self, context: int, batch: int) -> None:
-        self._session = self._evictor = None
-        model = self._engine.model
-        session = self._session = Session(self._engine, self._policy, [context] * batch, self._tokens)
-        config = model.config
-        observed = min(context, max(self._policy.observed_prompt, session.cache.ring_size, 1))
-
-        def random(heads: int, length: int) -> Tensor:
-            return torch.randn(heads, length, config.head_dim, device=model.device).to(model.dtype)
-
+        session = self._open(context, batch)
         for row in range(batch):
-            cache, evictor = session.cache.row(row), session.evictor.row(row)
-            for layer in range(config.num_layers):
-                q_HWD = random(config.num_heads, observed)
-                k_KLD, v_KLD = (random(config.num_kv_heads, context) for _ in range(2))
-                raw_KLD = k_KLD if self._policy.slot_positions else None
-                _, mass_XL = evictor.watch_prompt(layer, context)
-                evictor.store_prompt(cache, layer, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
-            evictor.prompt_done(cache, context)
+            self._store(row, context, self._layers(context))
         session.cache.refresh()
-        session.logits_BV = torch.zeros(batch, config.vocab_size, device=model.device)
+        session.logits_BV = torch.zeros(batch, self._engine.model.config.vocab_size, device=self._engine.device)
+
+    def _open(self, context: int, batch: int, prefill: str = "dense") -> Session:
+        """A session with an empty cache."""
+        self._session = self._evictor = None  # the old cache goes before the new one comes
+        self._session = self.kind(self._engine, self._policy, [context] * batch, self._tokens, prefill=prefill)
+        return self._session
+
+    def _layers(self, context: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Random queries [H, W, D], keys and values [K, L, D] of every layer's prompt: the queries that an eviction looks at."""
+        assert self._session is not None
+        config = self._engine.model.config
+        observed = min(context, max(self._policy.observed_prompt, self._session.cache.ring_size, 1))
+        for _ in range(config.num_layers):
+            k_KLD, v_KLD = (self._random(config.num_kv_heads, context) for _ in range(2))
+            yield self._random(config.num_heads, observed), k_KLD, v_KLD
+
+    def _random(self, heads: int, length: int) -> Tensor:
+        model = self._engine.model
+        return torch.randn(heads, length, model.config.head_dim, device=model.device).to(model.dtype)
+
+    def _store(self, row: int, context: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """What a prefill does with the keys and values of a row: scoring, selecting, storing."""
+        assert self._session is not None
+        cache, evictor = self._session.cache.row(row), self._session.evictor.row(row)
+        for layer, (q_HWD, k_KLD, v_KLD) in enumerate(layers):
+            _, mass_XL = evictor.watch_prompt(layer, context)
+            raw_KLD = k_KLD if self._policy.slot_positions else None
+            evictor.store_prompt(cache, layer, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
+        evictor.prompt_done(cache, context)
 
     def drop(self) -> None:
         self._session = self._evictor = None

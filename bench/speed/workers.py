@@ -47,6 +47,9 @@ class Worker(ABC):
     def drop(self) -> None:
         """Let go of the cache."""
 
+    def prepare(self, op: str, **values: Any) -> None:  # noqa: B027 - most have nothing to do
+        """What a command needs before every time that it is carried out; it is not timed."""
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What is in the cache: `kept` entries per row and KV head, `cache_bytes`; anything else worth a row. Nothing if there
@@ -54,31 +57,37 @@ class Worker(ABC):
 
 
 def serve(worker: Worker) -> None:
-    """Answer commands on stdin until it ends: JSON with an `op`, prefill or fill (`context`, `batch`), decode (`tokens`) or drop.
+    """Answer commands on stdin until it ends, each a line of JSON."""
+    for line in sys.stdin:
+        print(json.dumps(answer(worker, **json.loads(line))), flush=True)
 
-    Every answer has the seconds of each step (wall clock, the device waited for), and the peak of memory above what was
-    in use when the command came: resident bytes of the process, or the CUDA allocator's.
+
+def answer(worker: Worker, op: str, tokens: int = 1, **values: Any) -> dict[str, Any]:
+    """What a command comes to, which is carried out `tokens` times: seconds each time, memory, graphs, the worker's description.
+
+    Seconds are wall clock, the device waited for. `peak_above` is the peak of memory above what was in use when the command
+    came: resident bytes of the process, or the CUDA allocator's.
+
+    Args:
+        op: the name of a method of the worker, such as prefill; `values` are its arguments.
     """
     cuda = worker.device.startswith("cuda")
-    for line in sys.stdin:
-        command = json.loads(line)
-        before = _in_use(cuda)
-        laps = []
-        for _ in range(command.get("tokens", 1)):
-            start = time.perf_counter()
-            if command["op"] == "decode":
-                worker.decode()
-            elif command["op"] == "drop":
-                worker.drop()
-            else:
-                work = worker.prefill if command["op"] == "prefill" else worker.fill
-                work(command["context"], command["batch"])
-            if cuda:
-                torch.cuda.synchronize()
-            laps.append(time.perf_counter() - start)
-        memory = {"before_bytes": before, "peak_above": _peak(cuda) - before, "after_bytes": _in_use(cuda, reset=False)}
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        print(json.dumps({"seconds": laps, **memory, "graphs": graphs, **worker.describe()}), flush=True)
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    before = _in_use(cuda)
+    laps = []
+    for _ in range(tokens):
+        worker.prepare(op, **values)
+        start = now()
+        getattr(worker, op)(**values)
+        laps.append(now() - start)
+    memory = {"before_bytes": before, "peak_above": _peak(cuda) - before, "after_bytes": _in_use(cuda, reset=False)}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"seconds": laps, **memory, "graphs": graphs, **worker.describe()}
 
 
 class Process:

@@ -66,6 +66,7 @@ def test_the_floor_is_what_reading_or_multiplying_takes() -> None:
 
 def test_presets_have_the_published_numbers_of_parameters() -> None:
     published = {
+        "smollm2-135m": 0.135,
         "tinyllama-1.1b": 1.10,
         "llama-3.1-8b": 8.03,
         "mistral-7b": 7.25,
