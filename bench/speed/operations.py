@@ -37,7 +37,9 @@ def operations_of(policy: Policy, sparse: bool) -> tuple[str, ...]:
 
 def compiled_operations(engine: Engine, policy: Policy) -> list[str]:
     """Those of OPERATIONS that an engine compiles; all others are eager whatever its backend."""
-    return ["decode", "prefill"] if engine.backend == "flex" else []
+    if engine.backend != "flex":
+        return []
+    return ["decode", "prefill", *(["evict"] if engine.masks(policy) else [])]
 
 
 class TimedSession(Session):
@@ -60,7 +62,7 @@ class TimedSession(Session):
     def evict(self) -> None:
         """What follows a step when an interval is over, and a period is not."""
         self.schedule.since_eviction = (self.schedule.interval or 1) - 1
-        self._after(1, compact=False)
+        self._after(1, False, self._active_B)
 
 
 class Operations(Ours):
@@ -113,8 +115,7 @@ class Operations(Ours):
     @torch.no_grad()
     def compact(self) -> None:
         """Reclaim what one period's evictions have marked, in every layer."""
-        for layer in self._running.cache.layers:
-            layer.compact()
+        self._running.evictor.reclaim(self._running.cache)
 
     @torch.no_grad()
     def score(self, context: int) -> None:
