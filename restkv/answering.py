@@ -160,6 +160,8 @@ class Answering:
         stats.live_bytes, stats.allocated_bytes = cache.live_bytes, cache.allocated_bytes
         stats.full_bytes = sum(stats.seen) * self.config.kv_bytes_per_token(self.dtype)
         stats.evictions = session.evictor.evictions
+        if session.schedule.interval:
+            stats.evicts = "compiled" if session.engine.masks(session.policy) else "eager"
 
     @own_modes
     def score(self, session: Session, continuations: Sequence[Prompt]) -> list[float]:

@@ -80,6 +80,7 @@ class Stats:
         live_bytes, allocated_bytes, full_bytes: cache bytes of live entries, of pages held, and of a full cache, at the end.
         peak_bytes: peak memory of the process (CPU) or the allocator (CUDA) during the call, weights included.
         evictions: decode-time evictions.
+        evicts: how those that are due after a token run: "compiled", "eager", or "" where there are none.
         graphs: graphs torch.compile made during the call.
     """
 
@@ -99,6 +100,7 @@ class Stats:
     full_bytes: int = 0
     peak_bytes: int = 0
     evictions: int = 0
+    evicts: str = ""
     graphs: int = 0
 
     def asdict(self) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class Watch:
         kept: positions after each of them in order, prompts (one row) and rounds: [event][row][layer][head].
         full: for each prompt to come, what a full cache holds of it; its rows must be stored bit for bit.
         turned: rows whose keys were rotated anew by the round going on, one list per layer.
+        active: rows that went on at the last round.
     """
 
     prompts: int = 0
@@ -83,6 +84,7 @@ class Watch:
     kept: list[list[list[list[list[int]]]]] = field(default_factory=list)
     full: list[Snapshot] = field(default_factory=list)
     turned: list[list[bool]] = field(default_factory=list)
+    active: Sequence[bool] = ()
 
     def prompt(self, evictor: Evictor, cache: KVCache, length: int) -> None:
         """A prompt was stored in a cache of one row."""
@@ -131,7 +133,14 @@ class Watch:
         self.rounds += 1
         self.compactions += compact
         self.kept.append(kept)
+        self.active = active
         self._stored(evictor, cache, after, active, compacted=compact and asked)
+        _pages_read(cache)
+
+    def reclaimed(self, evictor: Evictor, cache: KVCache) -> None:
+        """What rounds had only marked was compacted."""
+        self.compactions += 1
+        self._stored(evictor, cache, snapshot(cache), self.active, compacted=True)
 
     def _over(self, evictor: Evictor, row: int, before: Snapshot) -> bool:
         """Whether a row has outgrown its budget (then all its layers are chosen from anew): heads, layers or all of it."""
@@ -225,6 +234,19 @@ class Watch:
             assert cache.allocated_bytes <= allowed, f"{cache.allocated_bytes} bytes of pages, where {allowed} do"
 
 
+def _pages_read(cache: KVCache) -> None:
+    """Attention reads the pages of every list, each once, but for some on which nothing lives and nothing will be written."""
+    for layer in cache.layers:
+        page, pos = layer.pool.page, layer.pool.pos.view(-1, layer.pool.page)
+        lines = zip(layer.lists, layer.listed.tolist(), layer.used.tolist(), layer.skipped.tolist(), strict=True)
+        for pages, listed, used, skipped in lines:
+            read = listed[: len(pages) - skipped]  # now, and as the list fills up
+            unread = sorted(set(pages) - set(read))
+            assert sorted([*read, *unread]) == sorted(pages) and len(unread) == skipped, "attention has another list"
+            assert set(unread) <= set(pages[: used // page]), "a page that is still written to would not be read"
+            assert not (pos[unread] >= 0).any(), "living entries would not be read"
+
+
 def protected(policy: Policy, held: Sequence[int], length: int, budget: int) -> set[int]:
     """Those of the positions `held` that no score can evict from a row of `length` tokens."""
     return {
@@ -254,7 +276,9 @@ Watching = TypeVar("Watching", bound=Watch)
 @contextmanager
 def watched(watch: Watching) -> Iterator[Watching]:
     """While this lasts, every prompt stored and every eviction of any session is checked by `watch`."""
-    prompt_done, round_, rerotate = Evictor.prompt_done, Evictor.round, LayerCache.rerotate
+    prompt_done, rerotate = Evictor.prompt_done, LayerCache.rerotate
+    round_, mask_, reclaim_ = Evictor.round, Evictor.mask, Evictor.reclaim
+    within: list[bool] = []  # a round, which may reclaim
 
     def done(evictor: Evictor, cache: KVCache, length: int) -> None:
         prompt_done(evictor, cache, length)
@@ -265,9 +289,26 @@ def watched(watch: Watching) -> Iterator[Watching]:
         live = [[len(entries.pos) for entries in lists] for lists in before]
         dead = [layer.used.tolist() for layer in cache.layers] != live
         watch.turned.clear()
+        within.append(True)
         over = round_(evictor, cache, compact, active)
+        within.clear()
         watch.round(evictor, cache, before, dead, compact, active or [True] * cache.rows)
         return over
+
+    def mask(evictor: Evictor, cache: KVCache, active: Sequence[bool], *others: Any) -> bool:
+        before = snapshot(cache)
+        watch.turned.clear()
+        masked = mask_(evictor, cache, active, *others)
+        if masked and any(active):
+            watch.round(evictor, cache, before, False, False, active)
+        else:
+            assert list(map(positions, snapshot(cache))) == list(map(positions, before)), "nobody was to lose anything"
+        return masked
+
+    def reclaim(evictor: Evictor, cache: KVCache) -> None:
+        reclaim_(evictor, cache)
+        if not within:
+            watch.reclaimed(evictor, cache)
 
     def turn(layer: LayerCache, rotary: Callable[..., Any], rows_B: Tensor | None = None) -> None:
         watch.turned.append([True] * layer.rows if rows_B is None else rows_B.tolist())
@@ -276,6 +317,8 @@ def watched(watch: Watching) -> Iterator[Watching]:
     with (
         patch.object(Evictor, "prompt_done", done),
         patch.object(Evictor, "round", evict),
+        patch.object(Evictor, "mask", mask),
+        patch.object(Evictor, "reclaim", reclaim),
         patch.object(LayerCache, "rerotate", turn),
     ):
         yield watch

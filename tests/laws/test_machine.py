@@ -32,7 +32,7 @@ from torch import Tensor
 
 from laws.law import watched
 from laws.live import CLOSE, Live, Twin
-from make.small import small_ids, small_model
+from make.small import eagerly, small_ids, small_model
 from restkv import schedule, sizing
 from restkv.context import CompressedContext
 from restkv.engine import Engine
@@ -69,6 +69,8 @@ PAGE = 4  # in place of 32, so that lists have several pages, and forks share fu
 ENGINES = [
     Engine(exact(small_model(11, windows=(None, None))), "sdpa"),
     Engine(exact(small_model(12, windows=(7, None), thetas=(100.0, 1000.0))), "sdpa"),
+    # Evictions that only mask, and compactions now and then, as compiled ones.
+    eagerly(Engine(exact(small_model(13, windows=(7, None), thetas=(100.0, 1000.0))), "flex")),
 ]
 POLICIES: dict[str, Policy] = {
     "restkv": ReSTKV(10, window=3, interval=4),
