@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import KVCache, LayerCache
-from modeling.pool import Companions, pool_size
+from modeling.pool import Companions
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.compete import Waiting
@@ -26,6 +26,9 @@ from restkv.observe import Observation, group_root_of, root_of
 from restkv.policies.base import Policy
 from restkv.protection import check_protected, protected
 
+LEAST_COLUMNS = (
+    512  # of a compiled eviction whose lists may have any length; fewer would be more graphs, and hardly faster
+)
 UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one
 
 
@@ -297,7 +300,8 @@ class Evictor:
         for layer in cache.layers:
             layer.own()
         first = self.budgets[0]
-        shape = self._shape(cache, first if all(budgets == first for budgets in self.budgets) else None)
+        same = all(budgets == first for budgets in self.budgets) and not isinstance(self.policy.budget, float)
+        shape = self._shape(cache, first if same else None, self._pages(cache))
         layers = [
             self._entries(cache, index, layer.reach, *numbers)
             for index, (layer, numbers) in enumerate(zip(cache.layers, self._numbers, strict=True))
@@ -350,12 +354,8 @@ class Evictor:
             newest_B=newest_B,
         )
 
-    def _shape(self, cache: KVCache, budgets: Sequence[int] | None) -> Shape:
+    def _shape(self, cache: KVCache, budgets: Sequence[int] | None, pages: int = 0) -> Shape:
         config = self.model.config
-        longest = max(len(pages) for layer in cache.layers for pages in layer.lists)
-        # Where heads keep different numbers the longest list follows from the data: few sizes, each of which is a graph.
-        ragged = self.policy.allocation.ragged
-        pages = pool_size(longest, 2) if ragged else max(longest, cache.planned_pages)
         return Shape(
             heads=config.num_kv_heads,
             page=cache.layers[0].pool.page,
@@ -366,6 +366,17 @@ class Evictor:
             num_layers=config.num_layers,
             budgets=None if budgets is None else tuple(budgets),
         )
+
+    def _pages(self, cache: KVCache) -> int:
+        """Of every list for a graph to look at. How long they are may follow from the data, so in few sizes."""
+        policy, layers = self.policy, cache.layers
+        least = LEAST_COLUMNS // layers[0].pool.page
+        pages = max(cache.planned_pages, least if policy.allocation.ragged else 1)
+        if isinstance(policy.budget, float):
+            pages = least
+        while pages < max(len(pages) for layer in layers for pages in layer.lists):
+            pages *= 2
+        return min(pages, layers[0].max_pages)
 
     def _newest(self, budgets: Sequence[int]) -> list[int]:
         return [self.policy.newest(budget) for budget in budgets]

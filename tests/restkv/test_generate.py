@@ -264,11 +264,12 @@ COMPILED: dict[str, tuple[Policy, dict[str, Any]]] = {
     "case", [next(iter(COMPILED)), *(pytest.param(c, marks=pytest.mark.slow) for c in list(COMPILED)[1:])]
 )
 def test_compiled_tokens_are_the_eager_ones(case):
-    """Ragged batches of two sizes of prompts, one graph; then the same prompts in chunks, one more for the chunk."""
+    """Ragged batches of two sizes of prompts: a graph for the step and one for the eviction."""
     torch._dynamo.reset()
     policy, traits = COMPILED[case]
     eager, compiled = (small_lm(backend, group=3, head_dim=16, **traits) for backend in ("sdpa", "flex"))
-    for lengths, graphs in (((33, 5), 1), ((50, 49), 0)):
+    first = 1 + compiled.engine.masks(policy)
+    for lengths, graphs in (((33, 5), first), ((50, 49), 0)):
         prompts = [small_ids(length, seed=length) for length in lengths]
         want = eager.generate(prompts, policy, max_new_tokens=40)
         got = compiled.generate(prompts, policy, max_new_tokens=40)
@@ -284,7 +285,7 @@ def test_compiled_chunks_are_the_eager_ones():
     policy = ReSTKV(budget=20, window=4, interval=8)
     eager, compiled = (small_lm(backend, group=3, head_dim=16, windows=(9, None)) for backend in ("sdpa", "flex"))
     how = {"max_new_tokens": 20, "prefill": "chunked", "chunk": 16}
-    for lengths, graphs in (((70, 5), 3), ((16, 33), 0)):  # a chunk of one row; a step of all rows
+    for lengths, graphs in (((70, 5), 4), ((16, 33), 0)):  # a chunk of one row; a step of all rows, and their eviction
         prompts = [small_ids(length, seed=length) for length in lengths]
         want = eager.generate(prompts, policy, **how)
         got = compiled.generate(prompts, policy, **how)

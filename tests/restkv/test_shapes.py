@@ -23,6 +23,7 @@ from make.small import eagerly, small_ids, small_model
 from restkv import session as sessions
 from restkv.engine import COMPILED_SHAPES, Engine
 from restkv.lm import LM
+from restkv.masking import Entries, Shape
 from restkv.policies import H2O, AdaKV, FullCache, LaCache, Policy, PyramidKV, ReSTKV, SnapKV, StreamingLLM
 from restkv.session import Session
 
@@ -63,8 +64,10 @@ class Server:
         self.lm = LM(small_model(), None, "flex")
         monkeypatch.setattr(self.lm.engine, "decode", self.noting("decode"))
         monkeypatch.setattr(self.lm.engine, "hidden", self.noting("hidden"))
+        monkeypatch.setattr(self.lm.engine, "evict", self.evict)
         monkeypatch.setattr(sessions, "prefill", self.prefill)
         monkeypatch.setattr(sessions.Evictor, "round", self.round)
+        monkeypatch.setattr(sessions.Evictor, "reclaim", self.round)
         monkeypatch.setattr(sessions.Evictor, "_align", lambda *_: None)
 
     def noting(self, name: str) -> Callable[..., Tensor]:
@@ -78,6 +81,11 @@ class Server:
             return torch.zeros(len(ids_BT), 23) if name == "decode" else torch.zeros(*ids_BT.shape, 24)
 
         return run
+
+    def evict(self, policy: Policy, shape: Shape, layers: list[Entries], *others: Tensor) -> Tensor:
+        tensors = [tensor for layer in layers for tensor in layer if isinstance(tensor, Tensor)]
+        self.shapes["evict"].add((shape, *(t.shape for t in [*tensors, *others])))
+        return torch.tensor([1, self.policy.budget_for(POSITIONS)])
 
     def prefill(self, model, cache, evictor, ids, *_: Any) -> Tensor:
         """What a prompt leaves behind, in numbers."""
