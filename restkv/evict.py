@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import KVCache, LayerCache
-from modeling.pool import Companions
+from modeling.pool import Companions, pool_size
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.compete import Waiting
@@ -299,9 +299,8 @@ class Evictor:
         self._check_protected(cache, active)
         for layer in cache.layers:
             layer.own()
-        first = self.budgets[0]
-        same = all(budgets == first for budgets in self.budgets) and not isinstance(self.policy.budget, float)
-        shape = self._shape(cache, first if same else None, self._pages(cache))
+        same = all(budgets == self.budgets[0] for budgets in self.budgets) and not isinstance(self.policy.budget, float)
+        shape = self._shape(cache, self.budgets[0] if same else None, self._pages(cache))
         layers = [
             self._entries(cache, index, layer.reach, *numbers)
             for index, (layer, numbers) in enumerate(zip(cache.layers, self._numbers, strict=True))
@@ -369,13 +368,17 @@ class Evictor:
 
     def _pages(self, cache: KVCache) -> int:
         """Of every list for a graph to look at. How long they are may follow from the data, so in few sizes."""
-        policy, layers = self.policy, cache.layers
-        least = LEAST_COLUMNS // layers[0].pool.page
-        pages = max(cache.planned_pages, least if policy.allocation.ragged else 1)
+        policy, layers, pages = self.policy, cache.layers, cache.planned_pages
+        longest, least = (
+            max(len(pages) for layer in layers for pages in layer.lists),
+            LEAST_COLUMNS // layers[0].pool.page,
+        )
         if isinstance(policy.budget, float):
             pages = least
-        while pages < max(len(pages) for layer in layers for pages in layer.lists):
-            pages *= 2
+        elif policy.allocation.ragged:  # heads that keep a little more than others are the rule
+            pages = max(pages + max(1, pages // 4), least)
+        if longest > pages:
+            pages = pool_size(longest, 2)
         return min(pages, layers[0].max_pages)
 
     def _newest(self, budgets: Sequence[int]) -> list[int]:

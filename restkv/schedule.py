@@ -9,8 +9,8 @@ from restkv.sizing import AHEAD
 
 COMPACT_EVERY = 32  # tokens between two compactions when eager evictions come more often
 # Compiled evictions only mask, and slots of the dead are read along with their pages until they are compacted: after so many
-# tokens, or when they are such a share of all slots, whichever comes first (docs/results.md has the measurement).
-MASKED_EVERY, DEAD_SHARE = 256, 1 / 3
+# tokens, or when they are such a share of all slots, whichever comes first (docs/performance.md has the measurement).
+MASKED_EVERY, DEAD_SHARE = 64, 1 / 5
 
 
 @dataclass
