@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
-from make.small import small_ids, small_model
+from make.small import eagerly, small_ids, small_lm, small_model
+from modeling.errors import RestKVWarning
 from restkv import engine
 from restkv.cli import main
 from restkv.errors import PromptError
 from restkv.lm import LM
-from restkv.policies import H2O, ReSTKV, SnapKV
+from restkv.observe import Observation
+from restkv.policies import H2O, LaCache, ReSTKV, SnapKV
 from restkv.warmup import warm_up
 
 POLICY = ReSTKV(budget=20, window=4, interval=8)
@@ -54,6 +58,32 @@ def test_the_command_line_says_before_the_answer_that_it_compiles(rambler, monke
     assert [note.startswith("restkv: note: after the first token the step is compiled") for note in notes] == [
         True
     ] * told
+
+
+class Asks(SnapKV):
+    """A plugin's Python that no graph can hold."""
+
+    name = "asks"
+
+    def importance(self, obs: Observation) -> Tensor:
+        return super().importance(obs) * (1 if obs.pos.max().item() >= 0 else 0)
+
+
+def test_a_policy_that_cannot_be_compiled_evicts_eagerly_and_says_so():
+    torch._dynamo.reset()
+    policies = [Asks(20, window=4, interval=8), LaCache(20, span=1), SnapKV(20, window=4, interval=None)]
+    eager, compiled = small_lm(head_dim=16), small_lm("flex", head_dim=16)
+    eagerly(compiled.engine)
+    del compiled.engine.evict  # which is compiled, while steps are not
+    for policy, words in zip(policies, ("eager", "eager", ""), strict=True):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            said = [lm.generate(small_ids(40), policy, max_new_tokens=20) for lm in (eager, compiled, compiled)]
+        told = [str(one.message) for one in seen if one.category is RestKVWarning]
+        assert [text.endswith("asks evicts eagerly from now on") for text in told] == [True] * (policy.name == "asks")
+        assert said[0].tokens == said[1].tokens == said[2].tokens
+        assert said[1].stats.evicts == words and said[1].stats.evictions == said[0].stats.evictions
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -280,6 +280,29 @@ def test_compiled_tokens_are_the_eager_ones(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("budget_by", ["uniform", "global"])
+def test_pages_without_a_living_entry_are_not_read(budget_by):
+    """The newest 20 entries move on through pages of 32, and leave them behind until the compaction."""
+    torch._dynamo.reset()
+    policy = StreamingLLM(20, sinks=0, positions="original", interval=2, compact_every=100, budget_by=budget_by)
+    eager, compiled = (
+        Session(small_lm(backend, group=3, head_dim=16).engine, policy, [50, 9], 200) for backend in ("sdpa", "flex")
+    )
+    prompts, left_out = [small_ids(50), small_ids(9, seed=1)], 0
+    for session in (eager, compiled):
+        session.prefill(prompts)
+    for step in range(110):
+        ids_B = torch.tensor(small_ids(2, seed=step))
+        for session in (eager, compiled):
+            session.feed(ids_B)
+        torch.testing.assert_close(compiled.logits_BV, eager.logits_BV, atol=2e-5, rtol=1e-5)
+        left_out = max(left_out, *(int(layer.skipped.max()) for layer in compiled.cache.layers))
+    assert left_out >= 2
+    assert all(not layer.skipped.any() for layer in compiled.cache.layers), "compacted at 100, and ten tokens since"
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
 def test_compiled_chunks_are_the_eager_ones():
     torch._dynamo.reset()
     policy = ReSTKV(budget=20, window=4, interval=8)
