@@ -260,9 +260,8 @@ COMPILED: dict[str, tuple[Policy, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [next(iter(COMPILED)), *(pytest.param(c, marks=pytest.mark.slow) for c in list(COMPILED)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED)
 def test_compiled_tokens_are_the_eager_ones(case):
     """Ragged batches of two sizes of prompts: a graph for the step and one for the eviction."""
     torch._dynamo.reset()
