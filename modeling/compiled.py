@@ -53,7 +53,7 @@ def teach_inductor() -> None:
 def compiled(function: Callable[..., Result], **options: Any) -> Callable[..., Result]:
     """torch.compile(function, fullgraph=True, dynamic=False, **options): it raises where it cannot compile, and never falls back.
 
-    `function` has to begin with `only_compiled`.
+    `function` has to begin with `only_compiled`, unless it computes the same without a compiler.
 
     Raises (when called):
         CompileError: the compiler is off, or what makes machine code failed, for want of a C++ compiler for instance. Nothing has

@@ -249,6 +249,8 @@ class LayerCache:
 
     def own(self) -> None:
         """Copy every page that is shared, so that this cache may write anywhere in its lists."""
+        if not self.pool.shared_pages:  # looking at every page takes a while
+            return
         copied = False
         for pages in self.lists:
             for index, number in enumerate(pages):

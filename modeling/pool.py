@@ -75,6 +75,7 @@ class PagePool:
         }
         self._free = list(range(num_pages, SINK_PAGE, -1))
         self._refs = [0] * (num_pages + 1)
+        self.shared_pages = 0  # held by several lists
 
     @property
     def num_pages(self) -> int:
@@ -116,6 +117,7 @@ class PagePool:
     def share(self, pages: Iterable[int]) -> None:
         for page in pages:
             assert self._refs[page] > 0, f"page {page} is free and cannot be shared"
+            self.shared_pages += self._refs[page] == 1
             self._refs[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
@@ -127,6 +129,7 @@ class PagePool:
         for page in pages:
             assert self._refs[page] > 0, f"page {page} released twice"
             self._refs[page] -= 1
+            self.shared_pages -= self._refs[page] == 1
             if self._refs[page] == 0:
                 emptied.append(page)
         if emptied:

@@ -89,14 +89,16 @@ class Engine:
         return first
 
     def evict(self, policy: Policy, *inputs: Any) -> Tensor | None:
-        """masking.evict, compiled; None, with nothing done, where it cannot be: this policy evicts eagerly then, for good."""
+        """masking.evict, compiled. None, with nothing done, where it cannot be: a policy evicts eagerly then, for good; a cache
+        of one shape too many does so this time.
+        """
         try:
             return self._evict(policy, *inputs, regions=True)
-        except TooManyShapes:
+        except TooManyShapes:  # the policy's others go on compiled
             self._remark_shapes()
         except CompileError as error:
             warnings.warn(f"{error}. {policy.name} evicts eagerly from now on", RestKVWarning, stacklevel=3)
-        self._eager_policies.add(repr(policy))
+            self._eager_policies.add(repr(policy))
         return None
 
     def _run(

@@ -296,7 +296,8 @@ class Evictor:
         Raises:
             PolicyError: see `round`.
         """
-        self._check_protected(cache, active)
+        if self.policy.protect and any(active):
+            self._check_protected(cache, [on and over for on, over in zip(active, self._over(cache), strict=True)])
         for layer in cache.layers:
             layer.own()
         same = all(budgets == self.budgets[0] for budgets in self.budgets) and not isinstance(self.policy.budget, float)
@@ -369,10 +370,8 @@ class Evictor:
     def _pages(self, cache: KVCache) -> int:
         """Of every list for a graph to look at. How long they are may follow from the data, so in few sizes."""
         policy, layers, pages = self.policy, cache.layers, cache.planned_pages
-        longest, least = (
-            max(len(pages) for layer in layers for pages in layer.lists),
-            LEAST_COLUMNS // layers[0].pool.page,
-        )
+        longest = max(len(one) for layer in layers for one in layer.lists)
+        least = LEAST_COLUMNS // layers[0].pool.page
         if isinstance(policy.budget, float):
             pages = least
         elif policy.allocation.ragged:  # heads that keep a little more than others are the rule

@@ -100,7 +100,7 @@ def evict(
     counted_B: Tensor,
     active_B: Tensor,
     limit_NB: Tensor,
-    regions: bool,
+    regions: bool = False,
 ) -> Tensor:
     """Bring the rows that are over their limit back to their budget, by masks alone; counted_B is brought up to date.
 
@@ -110,7 +110,7 @@ def evict(
         counted_B: int32; queries before these have been counted into the entries' mass.
         active_B: bool, rows that go on; the others lose nothing.
         limit_NB: int64, entries per head beyond which a row is over its budget.
-        regions: layers are regions of the graph.
+        regions: layers are regions of the graph, where it is compiled.
     Returns:
         int64 [2]: whether a row was over its limit, and the most entries that a head held.
     """

@@ -22,6 +22,8 @@ CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU = 1 << 21, 1 << 25
 
 def chunk_elements(device: torch.device) -> int:
     """How many elements a temporary may have."""
+    if torch.compiler.is_compiling():  # every piece would be code of its own, and loops of a graph store little
+        return CHUNK_ELEMENTS_GPU
     return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
 
 

@@ -108,7 +108,7 @@ def nth_largest(x_XC: Tensor, count: int) -> Tensor:
         return _nth_largest_in_graph(x_XC, count)
     lines_NC = _numpy_lines(x_XC, count)
     if lines_NC is None:
-        return x_XC.topk(count).values[..., -1:]
+        return x_XC.topk(count).values[..., -1:].clone(memory_format=torch.contiguous_format)
     place = lines_NC.shape[-1] - count
     return torch.from_numpy(np.partition(lines_NC, place, axis=-1)[:, place].copy()).view(*x_XC.shape[:-1], 1)
 

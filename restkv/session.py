@@ -333,7 +333,10 @@ class Session:
         """
         ids_B = self.sample(sampling, generators)
         drawn = [self._marked(ids_B)]
-        while self.schedule.may_draw(len(drawn), max_tokens, self.engine.masks(self.policy)):
+        masks = (
+            self.engine.masks(self.policy) and not self.policy.protect
+        )  # spans may be refused, when tokens must be out
+        while self.schedule.may_draw(len(drawn), max_tokens, masks):
             self._active_B = self._active_B & ~(ids_B[:, None] == ends_E).any(-1)
             self.feed(ids_B)
             ids_B = self.sample(sampling, generators)
@@ -371,11 +374,7 @@ class Session:
         self._after(1, schedule.compacts_next, active_B)
 
     def _after(self, tokens: int, compact: bool, active_B: Tensor | None = None) -> None:
-        """Count tokens; evict when an interval is over.
-
-        Args:
-            active_B: rows that go on, if masks alone will do.
-        """
+        """Count tokens; evict when an interval is over. active_B: rows that go on, where masks alone will do."""
         due, masked = self.schedule.take(tokens), False
         engine, cache, evictor, rows = self.engine, self.cache, self.evictor, self._padded(self.active)
         if active_B is not None and engine.masks(self.policy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +108,18 @@ def test_order_of_columns_does_not_matter(dtype):
     order = torch.randperm(50, generator=random)
     shuffled = select(score[..., order], pos[..., order], protected[..., order], 20)
     assert torch.equal(shuffled, select(score, pos, protected, 20)[..., order])
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_are_what_a_graph_is_told(count, dtype):
+    """Shapes, strides and offsets; of a dtype that numpy lacks, too, which is a GPU's way."""
+    score = torch.randn(2, 3, 40).to(dtype)
+    pos, among = torch.arange(40).expand(2, 3, 40).contiguous(), torch.ones(2, 3, 40, dtype=torch.bool)
+    cases: list[tuple[Any, tuple[Any, ...]]] = [
+        (torch.ops.restkv.nth_largest.default, (score, count)),
+        (torch.ops.restkv.largest.default, (score, count)),
+        (torch.ops.restkv.top.default, (score, pos, among, torch.full((2, 3), count), count)),
+    ]
+    for operator, arguments in cases:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
