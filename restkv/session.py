@@ -327,15 +327,13 @@ class Session:
         """`sample` and `feed` by turns, up to `max_tokens` tokens without one being read: [N, B], the last of them not yet fed
         (drawn_B).
 
-        It stops short of what the host is needed for. Those that draw one of `ends_E` stop on the
-        device; `finish` must follow once the host has read it. What such a row draws after its end means nothing. A row whose
-        logits are no numbers draws BROKEN: whoever reads the tokens learns it with them.
+        It stops short of what the host is needed for. Rows that draw one of `ends_E` stop on the device; `finish` must follow
+        once the host has read it. What such a row draws after its end means nothing. A row whose logits are no numbers draws
+        BROKEN: whoever reads the tokens learns it with them.
         """
         ids_B = self.sample(sampling, generators)
         drawn = [self._marked(ids_B)]
-        masks = (
-            self.engine.masks(self.policy) and not self.policy.protect
-        )  # spans may be refused, when tokens must be out
+        masks = self.engine.masks(self.policy) and not self.policy.protect  # a refused span would lose tokens
         while self.schedule.may_draw(len(drawn), max_tokens, masks):
             self._active_B = self._active_B & ~(ids_B[:, None] == ends_E).any(-1)
             self.feed(ids_B)
