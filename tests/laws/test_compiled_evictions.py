@@ -1,7 +1,7 @@
 """A compiled eviction keeps what an eager one keeps, ties excepted: every policy and allocation, per KV and per query head.
 
-Two sessions of one small model take the same steps, both eagerly; only their evictions differ. A thousand cases in all, 48
-combinations, each of which is compiled once (docs/testing.md says on which versions of torch all of them were run).
+Two sessions of one small model take the same steps, both eagerly; only their evictions differ. More than a thousand cases in
+all, of combinations that are compiled once each.
 """
 
 from __future__ import annotations
