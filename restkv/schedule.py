@@ -22,6 +22,8 @@ class Schedule:
         period: tokens between two compactions, a multiple of the interval; 0: none.
         planned: tokens still expected.
         since_eviction, since_compaction: tokens taken in since.
+        longest: tokens of the longest row, at most.
+        limit: a row that is no longer has nothing to lose; 0: nobody knows, or attention has to be counted all the same.
         room: tokens for which every list has pages of its own; what they share with a fork does not count.
     """
 
@@ -30,15 +32,20 @@ class Schedule:
     planned: int
     since_eviction: int = 0
     since_compaction: int = 0
+    longest: int = 0
+    limit: int = 0
     room: int = 0
 
     @classmethod
-    def of(cls, policy: Policy, planned: int, entries: float, masks: bool) -> Schedule:
+    def of(
+        cls, policy: Policy, planned: int, entries: float, masks: bool, longest: int = 0, limit: int = 0
+    ) -> Schedule:
         """The schedule of a policy's evictions.
 
         Args:
             entries: per head that an eviction leaves, on average.
             masks: evictions while decoding are compiled and only mask.
+            longest, limit: see Schedule.
         """
         interval = policy.interval if policy.budget is not None else None
         if not interval:
@@ -50,7 +57,7 @@ class Schedule:
             every = min(MASKED_EVERY, int(entries * DEAD_SHARE / (1 - DEAD_SHARE)))
         elif interval < COMPACT_EVERY // 4:  # very frequent evictions only mark entries dead
             every = COMPACT_EVERY + interval - 1
-        return cls(interval, max(1, every // interval) * interval, planned)
+        return cls(interval, max(1, every // interval) * interval, planned, longest=longest, limit=limit)
 
     @property
     def compacts_next(self) -> bool:
@@ -59,8 +66,14 @@ class Schedule:
 
     @property
     def evicts_soon(self) -> bool:
-        """Whether the tokens still expected reach the next eviction."""
-        return self.interval is not None and self.since_eviction + self.planned >= self.interval
+        """Whether the tokens still expected reach an eviction that may have something to do."""
+        reaches = self.interval is not None and self.since_eviction + self.planned >= self.interval
+        return reaches and self.longest + self.planned > self.limit
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether a row may be over its budget."""
+        return self.longest > self.limit
 
     def ahead(self, page: int) -> int:
         """For how many tokens to reserve room now: up to the next compaction, or to the end of a page of `page` slots."""
@@ -83,6 +96,7 @@ class Schedule:
         """Count tokens; True where an eviction is due, which then counts as done."""
         self.since_eviction += tokens
         self.since_compaction += tokens
+        self.longest += tokens
         due = bool(self.interval) and self.since_eviction >= (self.interval or 0)
         if due:
             self.since_eviction = 0

@@ -125,7 +125,8 @@ class Session:
         self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
         layers = engine.model.config.num_layers
         mean = sum(map(sum, self.evictor.budgets)) / (layers * rows)
-        self.schedule = Schedule.of(policy, max_new_tokens, mean, engine.masks(policy))
+        limit = 0 if "mass" in policy.needs else max(min(map(min, self.evictor.budgets)), policy.high_water or 0)
+        self.schedule = Schedule.of(policy, max_new_tokens, mean, engine.masks(policy), max(lengths), limit)
         self._sized = Job(
             lengths=lengths,
             budgets=[-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)][: len(lengths)],
@@ -376,9 +377,9 @@ class Session:
         due, masked = self.schedule.take(tokens), False
         engine, cache, evictor, rows = self.engine, self.cache, self.evictor, self._padded(self.active)
         if active_B is not None and engine.masks(self.policy):
-            if due:
+            if due and self.schedule.may_evict:
                 masked = evictor.mask(cache, rows, active_B, engine.evict)
-            elif self.schedule.evicts_soon and engine.first_eviction(self.policy, cache):
+            elif not due and self.schedule.evicts_soon and engine.first_eviction(self.policy, cache):
                 # Nothing is evicted, but compiled: at an answer's begin, and not in the middle.
                 evictor.mask(cache, self._padded([]), torch.zeros_like(active_B), engine.evict)
         if not due:
@@ -412,6 +413,7 @@ class Session:
         session = cls(engine, policy, job.pop("lengths"), job.pop("max_new_tokens"), saved=saved, **job)
         # Pages are reserved from one compaction to the next, which has to fall on an eviction.
         session.schedule.since_eviction = session.schedule.since_compaction = described["counters"]["since_eviction"]
+        session.schedule.limit = 0  # how long the rows have become since is in the cache
         session.evictor.count(described["counters"]["evictions"], described["counters"]["max_live"])
         if described["last_ids"]:
             session.drawn_B = torch.tensor(described["last_ids"], device=engine.device)

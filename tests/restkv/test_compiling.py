@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_a_policy_that_cannot_be_compiled_evicts_eagerly_and_says_so():
         assert said[0].tokens == said[1].tokens == said[2].tokens
         assert said[1].stats.evicts == words and said[1].stats.evictions == said[0].stats.evictions
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("length, evicted", [(30, False), (90, True)])
+def test_an_answer_that_stays_within_its_budget_compiles_no_eviction(length, evicted):
+    eager, compiled = small_lm(), small_lm("flex")
+    policy = SnapKV(100, window=4, interval=4)
+    calls = Mock(wraps=eagerly(compiled.engine).evict)
+    compiled.engine.evict = calls  # type: ignore[method-assign]
+    said = [lm.generate(small_ids(length), policy, max_new_tokens=40) for lm in (eager, compiled)]
+    assert calls.called == evicted == bool(said[1].stats.evictions)
+    assert said[0].tokens == said[1].tokens and said[0].stats.kept == said[1].stats.kept
+    assert said[0].stats.max_kept == said[1].stats.max_kept
 
 
 @pytest.mark.slow
