@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from modeling.attention import causal_attention, paged_attention
+from modeling.cache import KVCache
 from modeling.compiled import only_compiled
 from modeling.layers import Block, Decoder
-from modeling.pages import KVCache, LayerView
+from modeling.pages import LayerView
 from modeling.pool import SINK_PAGE
 from modeling.rope import rotate
 from modeling.sparse import BlockMap, sparse_attention

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from einops import rearrange
 
-from modeling.pages import KVCache, LayerCache
+from modeling.cache import KVCache
+from modeling.pages import LayerCache
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class PageList:
 def page_lists(layer: LayerCache) -> list[PageList]:
     """The R lists of a layer, read from `pos`, the lists and `used`. Waits for the device: figures for a person."""
     page, pool = layer.pool.page, layer.pool.num_pages
-    pos_Pp, slot_p = rearrange(layer.pool.pos, "(P p) -> P p", p=page).cpu(), torch.arange(page)
+    pos_Pp, slot_p = (
+        rearrange(layer.pool.pos, "(P p) -> P p", p=page).cpu(),
+        torch.arange(page),
+    )  # sync: figures for a person
     lists = []
     for pages, used in zip(layer.lists, layer.lengths(), strict=True):
         written_M = (used - page * torch.arange(len(pages))).clamp(0, page)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling.cache import KVCache
 from modeling.compiled import compiled
 from modeling.errors import CompileError, RestKVWarning
 from modeling.forward import step
 from modeling.layers import Decoder
-from modeling.pages import KVCache, LayerView
+from modeling.pages import LayerView
 from modeling.sparse import sparse_attention
 from restkv.errors import TooManyShapes
 from restkv.evict import Roots, companions_of

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling.cache import KVCache
 from modeling.forward import Watch
 from modeling.layers import Decoder
-from modeling.pages import KVCache, LayerCache
+from modeling.pages import LayerCache
 from modeling.pool import Companions, pool_size
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from modeling.cache import KVCache
 from modeling.forward import Attend, dense_layer
 from modeling.layers import Decoder
-from modeling.pages import KVCache
 from modeling.room import require
 from modeling.sparse import sparse_attention
 from restkv.evict import Evictor

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.cache import KVCache
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
-from modeling.pages import KVCache
 from modeling.room import lacking
 from restkv.engine import Engine
 from restkv.errors import NumericError, PromptError

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from modeling.cache import KVCache
 from modeling.forward import dense_layer
-from modeling.pages import KVCache
 from modeling.sparse import BlockMap
 from restkv.errors import PromptError
 from restkv.evict import Evictor, companions_of

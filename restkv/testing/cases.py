@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from modeling.pages import KVCache
+from modeling.cache import KVCache
 from restkv.errors import PolicyError
 from restkv.observe import Observation
 from restkv.policies import Policy

@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from modeling.pages import KVCache, LayerCache
+from modeling.cache import KVCache
+from modeling.pages import LayerCache
 from restkv.evict import Evictor
 from restkv.policies import Policy
 

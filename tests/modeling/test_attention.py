@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from make.small import small_ids, small_model
 from modeling.attention import CAPPED_LOGITS, MASKED_PAIRS, causal_attention, masked_attention, paged_attention
+from modeling.cache import UNBOUNDED
 from modeling.masks import visible
-from modeling.pages import UNBOUNDED, LayerCache
+from modeling.pages import LayerCache
 from modeling.pool import PagePool
 from restkv.engine import Engine
 from restkv.meter import PeakMemory

@@ -15,10 +15,10 @@ from torch import Tensor
 from make.families import CASES, POSITIONS, logits_of_pieces, prompt_ids, reference_logits
 from make.small import small_ids, small_model
 from modeling import layers
+from modeling.cache import KVCache
 from modeling.checkpoint.loading import load_model
 from modeling.forward import dense_layer, extend, step
 from modeling.layers import WIDENED_ROWS, Decoder
-from modeling.pages import KVCache
 from restkv.engine import Engine
 from restkv.lm import LM
 from restkv.policies import FullCache

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from make.policies import FOUR, POLICY
 from make.small import VOCAB, small_ids, small_lm, small_model
+from modeling.cache import KVCache
 from modeling.forward import step
-from modeling.pages import KVCache
 from modeling.pool import SINK_PAGE
 from restkv.engine import Engine
 from restkv.policies import ReSTKV

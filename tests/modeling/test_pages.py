@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from make.small import VOCAB, small_model
+from modeling.cache import UNBOUNDED, KVCache
 from modeling.forward import extend, step
-from modeling.pages import UNBOUNDED, KVCache, LayerCache
+from modeling.pages import LayerCache
 from modeling.pool import EMPTY, SINK_PAGE, PagePool
 
 CPU = torch.device("cpu")
