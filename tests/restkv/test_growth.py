@@ -200,7 +200,7 @@ def test_whatever_the_allocator_says(failure, monkeypatch, tmp_path, rambler):
         ),
         ("modeling.pages.LayerCache.reserve", "the prompt", lambda: context.ask(" four")),
         ("modeling.pages.LayerCache.view", "the prompt", lambda: context.logprobs([" four five"])),
-        ("modeling.pages.KVCache.create", "the prompt", lambda: lm.compress("one two", FullCache())),
+        ("modeling.cache.KVCache.create", "the prompt", lambda: lm.compress("one two", FullCache())),
     ):
         with monkeypatch.context() as patched, pytest.raises(TooLargeError) as error:
             patched.setattr(place, fails)
