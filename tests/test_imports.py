@@ -29,6 +29,9 @@ def is_peer(path: Path) -> bool:
     return path.is_relative_to(ROOT / "bench" / "speed" / "peers")
 
 
+SCRIPT = ROOT / "bench" / "models" / "convert.py"  # run in a process of its own and imported by nothing
+
+
 def imported(path: Path, whole: bool = False) -> set[str]:
     """Top-level (or whole) names of everything a file imports, inside functions and TYPE_CHECKING blocks as well."""
     names = set()
@@ -38,6 +41,12 @@ def imported(path: Path, whole: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add("." * node.level + (node.module or "") if node.level else str(node.module))
     return {name if whole or name.startswith(".") else name.partition(".")[0] for name in names}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of modules, and of what is imported from them: any of these may be a module."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    return imported(path, whole=True) | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
 
 
 def words(tree: ast.Module) -> Iterator[str]:
@@ -77,9 +86,15 @@ def test_no_test_imports_from_a_test(path: Path) -> None:
     assert not {name for name in imported(path, whole=True) if name.rpartition(".")[2].startswith("test_")}
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if not is_peer(path)], ids=relative)
-def test_only_tests_and_peers_know_transformers(path: Path) -> None:
-    assert not imported(path) & {"transformers", "kvpress", "accelerate"}
+@pytest.mark.parametrize("path", [path for path in SOURCES if not is_peer(path) and path != SCRIPT], ids=relative)
+def test_only_tests_peers_and_one_script_know_transformers(path: Path) -> None:
+    assert not imported(path) & {"transformers", "kvpress", "accelerate", "gguf"}
+
+
+def test_that_script_is_imported_by_nothing_and_imports_nothing_of_ours() -> None:
+    assert not imported(SCRIPT) & {*ORDER, *OF_TESTS}
+    importers = [path for path in SOURCES if path != SCRIPT and "bench.models.convert" in imported_names(path)]
+    assert importers == []
 
 
 @pytest.mark.parametrize(

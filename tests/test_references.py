@@ -31,7 +31,7 @@ ENTRY = re.compile(r'"((?:restkv|modeling|bench)[\w.]*):(\w+)"')
 FOREIGN = frozenset(
     """
     config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
-    manifest.json dataset2prompt.json prompt.py eval_utils.py run_needle_in_haystack.py run_longbench.py
+    manifest.json made.json dataset2prompt.json prompt.py eval_utils.py run_needle_in_haystack.py run_longbench.py
     run_infinite_bench.py prose.txt
     """.split()
 )

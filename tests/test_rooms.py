@@ -21,6 +21,7 @@ ROOMS = (
     "restkv.saving",
     "restkv.testing",
     "restkv.cli",
+    "bench.models",
     "bench.runs",
     "bench.report",
     "bench.quality",

@@ -1,1 +1,1 @@
-"""Other people's code, for comparison: besides tests, the only place that may import transformers or kvpress."""
+"""Other people's code, for comparison: besides tests, the only package that may import transformers or kvpress."""
