@@ -1,4 +1,5 @@
-"""The two ways through a decoder: one layer over a whole prompt, and all layers over a few new tokens.
+"""The two ways through a decoder: one layer over a whole prompt (and over what is read beside it), and all layers over a few new
+tokens.
 
 Letters: B batch rows, T new tokens, L prompt length, H query heads, K KV heads, D head dim, E hidden width, W remembered queries,
 R = B*K page lists, S slots, V vocabulary.
@@ -100,6 +101,40 @@ def dense_layer(
         for rows in pieces:
             finish(q_LHD[rows], rows, chosen)
     return q_WHD.transpose(0, 1), k_KLD, v_KLD, raw_KLD
+
+
+def side_layer(
+    model: Decoder,
+    block: Block,
+    x_TE: Tensor,
+    rotary: list[tuple[Tensor, Tensor]],
+    k_KLD: Tensor,
+    v_KLD: Tensor,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one layer over text that goes on after a prompt: what dense_layer computes of it there; x_TE is updated in place.
+
+    Args:
+        rotary: model.rotary of positions L ... L+T-1, entries [1, T, D].
+        k_KLD, v_KLD: the layer's keys and values of the prompt, or of whatever stands before.
+        chunk: rows at a time.
+    Returns:
+        q [H, T, D], and the text's own k and v [K, T, D], all after RoPE.
+    """
+    config, before = model.config, k_KLD.shape[1]
+    cos_1TD, sin_1TD = rotary[block.rope]
+    room_KTD = x_TE.new_empty(len(k_KLD), len(x_TE), config.head_dim)
+    k_KCD, v_KCD = torch.cat([k_KLD, room_KTD], 1), torch.cat([v_KLD, room_KTD], 1)
+    q_THD = x_TE.new_empty(len(x_TE), config.num_heads, config.head_dim)
+    attention: dict[str, Any] = {"scale": config.attn_scale, "softcap": config.attn_softcap, "window": block.window}
+    for start in range(0, len(x_TE), chunk):
+        rows = slice(start, min(start + chunk, len(x_TE)))
+        q_1tHD, k_1tKD, v_1tKD = block.project(x_TE[None, rows], cos_1TD[:, rows], sin_1TD[:, rows])
+        at = slice(before + rows.start, before + rows.stop)
+        q_THD[rows], k_KCD[:, at], v_KCD[:, at] = q_1tHD[0], k_1tKD[0].transpose(0, 1), v_1tKD[0].transpose(0, 1)
+        o_tHD = causal_attention(q_THD[rows], k_KCD, v_KCD, at.start, **attention)
+        x_TE[rows] = block.finish(x_TE[None, rows], o_tHD[None])[0]
+    return q_THD.transpose(0, 1), k_KCD[:, before:], v_KCD[:, before:]
 
 
 def step(

@@ -20,6 +20,7 @@ from modeling.text.tokenizer import Tokenizer
 from restkv.engine import Engine
 from restkv.errors import PromptError
 from restkv.meter import Meter
+from restkv.probes import Phrases
 from restkv.results import Decoding, Generation, Row, Stats
 from restkv.session import BROKEN, Session
 
@@ -38,7 +39,7 @@ class Answering:
     def __init__(self, model: Decoder, tokenizer: Tokenizer | None, backend: str = "sdpa", named: bool = True) -> None:
         self.model, self._tokenizer = model, tokenizer
         self.config = model.config
-        self.engine = Engine(model, backend, named)
+        self.engine = Engine(model, backend, named, Phrases(tokenizer))
 
     @property
     def tokenizer(self) -> Tokenizer:

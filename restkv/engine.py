@@ -21,10 +21,12 @@ from modeling.layers import Decoder
 from modeling.pages import LayerView
 from modeling.sparse import sparse_attention
 from restkv.errors import TooManyShapes
-from restkv.evict import Roots, companions_of
+from restkv.evict import companions_of
 from restkv.kernels import check_compiler
 from restkv.masking import evict
 from restkv.policies.base import Policy
+from restkv.probes import Phrases
+from restkv.roots import Roots
 
 # Graphs that torch.compile may make of the step. A server of one model and policy makes 2 (r s + s + log2 R) at most, for prompts
 # and answers of up to P positions and R rows at once: r = 1 + log2 R, s = 2 + log2(P / 256). That is 116 for 131,072 positions
@@ -41,6 +43,7 @@ class Engine:
 
     Args:
         backend: "flex" (compiled) or "sdpa" (eager).
+        phrases: what the model is asked to do with a prompt, for probes that ask.
         named: flex was asked for by name. Otherwise it gives way to sdpa, for good and with one warning, where nothing compiles.
     Raises (as `decode`, `hidden` and `attend` do):
         CompileError: flex was asked for by name and cannot be compiled; nothing has been computed.
@@ -49,6 +52,7 @@ class Engine:
     model: Decoder
     backend: str
     named: bool = True
+    phrases: Phrases = field(default_factory=Phrases)
     roots: Roots = field(init=False)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,33 +24,16 @@ from restkv.budgets import Global, GlobalCascade
 from restkv.compete import Waiting
 from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
-from restkv.observe import Observation, group_root_of, root_of
+from restkv.observe import Observation
 from restkv.policies.base import Policy
+from restkv.probes import Phrases, Reading, Seen, looks
 from restkv.protection import check_protected, protected
+from restkv.roots import Roots
 
 LEAST_COLUMNS = (
     512  # of a compiled eviction whose lists may have any length; fewer would be more graphs, and hardly faster
 )
 UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one
-
-
-class Roots:
-    """Square roots of every layer's W_O^h^T W_O^h, computed on first use and kept (float32; D*D numbers per query head)."""
-
-    def __init__(self, model: Decoder) -> None:
-        self._model = model
-        self._made: dict[tuple[int, str], Tensor] = {}
-
-    def get(self, layer: int, needs: frozenset[str]) -> Tensor | None:
-        """[H, D, F] for policies that need "root", [K, G, D, F] for "group_root", else None."""
-        kind = next((name for name in ("group_root", "root") if name in needs), None)
-        if kind is None:
-            return None
-        if (layer, kind) not in self._made:
-            w_o_EHD = self._model.blocks[layer].output_weight()
-            root = root_of(w_o_EHD) if kind == "root" else group_root_of(w_o_EHD, self._model.config.num_kv_heads)
-            self._made[layer, kind] = root
-        return self._made[layer, kind]
 
 
 def companions_of(policy: Policy, model: Decoder) -> Companions:
@@ -117,6 +101,12 @@ class Evictor:
 
     # -- after a prompt
 
+    def reading(self, ids: Sequence[int], phrases: Phrases) -> Reading:
+        """What a one-row cache's prompt has to be read with: nothing besides where nothing will be evicted."""
+        if all(budgets[0] >= len(ids) for budgets in self.budgets):
+            return Reading()
+        return Reading.of(self.policy.probe, ids, phrases)
+
     def watch_prompt(self, layer: int, length: int) -> tuple[Watch | None, Tensor | None]:
         """A callback for dense_layer that adds up the attention of all prompt queries, and the sums [X, L] it fills."""
         if "mass" not in self.policy.needs:
@@ -142,8 +132,12 @@ class Evictor:
         v_KLD: Tensor,
         raw_KLD: Tensor | None,
         mass_XL: Tensor | None,
+        seen: Sequence[Seen] = (),
     ) -> None:
-        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries."""
+        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries.
+
+        seen: the queries that a probe observes; none: the prompt's last ones.
+        """
         heads, length, _ = k_KLD.shape
         device = k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
@@ -162,6 +156,7 @@ class Evictor:
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
+            obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)
         if obs is not None and self.policy.allocation.across_layers:

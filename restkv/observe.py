@@ -57,6 +57,11 @@ class Observation:
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )
+    end: int | None = (
+        None  # entries before this position are compared; None: those older than the oldest observed query
+    )
+    gap: int = 0  # a query counts for entries more than so many positions before it, though it attends to all
+    looks: tuple[Look, ...] = ()  # whose queries score the entries in place of q's: a probe's (restkv/probes.py)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +81,9 @@ class Observation:
 
     @property
     def past(self) -> Tensor:
-        """[B, H, C] bool: entries older than the oldest observed query, which are the ones a policy chooses among."""
+        """[B, H, C] bool: entries older than the oldest observed query (or `end`), which are the ones a policy chooses among."""
+        if self.end is not None:
+            return (self.held >= 0) & (self.held < self.end)
         seen_BW = self.q_pos >= 0
         oldest_B = self.q_pos.masked_fill(~seen_BW, torch.iinfo(self.q_pos.dtype).max).amin(-1)
         oldest_B = oldest_B.masked_fill(~seen_BW.any(-1), 0)
@@ -116,8 +123,24 @@ class Observation:
                 head_slice, query_slice = slice(head, min(head + heads, K)), slice(query, min(query + queries, W))
                 grouped = slice(head_slice.start * self.group, head_slice.stop * self.group)
                 yield Rows(
-                    grouped, query_slice, self.logits(heads=head_slice, queries=query_slice), self._seen_by_all > 0
+                    grouped,
+                    query_slice,
+                    self.logits(heads=head_slice, queries=query_slice),
+                    self._seen_by_all > 0,
+                    self.near(queries=query_slice, heads=head_slice),
                 )
+
+    def near(
+        self, columns: slice | None = None, queries: slice | None = None, heads: slice | None = None
+    ) -> Tensor | None:
+        """Bool [B, H, W, C] of some columns, queries and KV heads (with their groups): entries within `gap` positions before a
+        query, for which it does not count; None where there is no gap.
+        """
+        if not self.gap:
+            return None
+        columns, queries, heads = columns or slice(None), queries or slice(None), heads or slice(None)
+        pos_BK1C, q_pos_B1W1 = self.pos[:, heads, None, columns], self.q_pos[:, None, queries, None]
+        return (pos_BK1C >= q_pos_B1W1 - self.gap).repeat_interleave(self.group, 1)
 
     def logits(self, columns: slice | None = None, queries: slice | None = None, heads: slice | None = None) -> Tensor:
         """Attention logits [B, H, W, C] of some columns, queries and KV heads (with their groups); -inf for what a query may
@@ -157,8 +180,20 @@ class Observation:
         return int(hidden_C.argmax()) if hidden_C.any() else len(hidden_C)
 
     def attention(self, lse_BHW: Tensor, columns: slice | None = None) -> Tensor:
-        """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns."""
-        return torch.exp(self.logits(columns) - lse_BHW[..., None])
+        """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns, less those of `near`, which are 0."""
+        a_BHWC = torch.exp(self.logits(columns) - lse_BHW[..., None])
+        near_BHWC = self.near(columns)
+        return a_BHWC if near_BHWC is None else a_BHWC.masked_fill(near_BHWC, 0)
+
+
+class Look(NamedTuple):
+    """What some queries see of a layer: the entries to be scored, or some of them, and after them entries of their own.
+
+    obs: as if these were all the entries; at: [n] long, which of the scored entries its first n columns are, None: all of them.
+    """
+
+    obs: Observation
+    at: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -168,26 +203,29 @@ class Rows(NamedTuple):
     queries: slice
     logits_BHWC: Tensor
     all_see: bool = False  # every query sees something; the softmax of one that sees nothing is NaN
+    near_BHWC: Tensor | None = None  # see Observation.near
 
     def normalizer_BHW(self) -> Tensor:
         """Log-sum-exp of every row; 0 for a query that sees nothing, so that its weights are 0."""
         lse_BHW = self.logits_BHWC.logsumexp(-1)
         return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0)
 
-    def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
-        """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
+    def attention_BHWC(self) -> Tensor:
+        """These queries' softmax weights, 0 where one does not count (Observation.gap)."""
         if torch.compiler.is_compiling():  # without a NaN, which compiled loops look for one by one
-            a_BHWC = (
-                self.logits_BHWC - self.logits_BHWC.amax(-1, keepdim=True).clamp_min(_lowest(self.logits_BHWC))
-            ).exp()
-            a_BHWC = a_BHWC / a_BHWC.sum(-1, keepdim=True).clamp_min(
-                1
-            )  # the largest is 1, unless the query sees nothing
+            highest_BHW1 = self.logits_BHWC.amax(-1, keepdim=True).clamp_min(_lowest(self.logits_BHWC))
+            a_BHWC = (self.logits_BHWC - highest_BHW1).exp()
+            # The largest is 1, unless the query sees nothing.
+            a_BHWC = a_BHWC / a_BHWC.sum(-1, keepdim=True).clamp_min(1)
         else:
             a_BHWC = self.logits_BHWC.softmax(-1)
             if not self.all_see:
                 a_BHWC.nan_to_num_(0)
-        total_BHC[:, self.heads] += (weight_BW[:, None, None, self.queries] @ a_BHWC)[:, :, 0]
+        return a_BHWC if self.near_BHWC is None else a_BHWC.masked_fill(self.near_BHWC, 0)
+
+    def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
+        """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
+        total_BHC[:, self.heads] += (weight_BW[:, None, None, self.queries] @ self.attention_BHWC())[:, :, 0]
 
 
 def attention_BHWC(obs: Observation) -> Tensor:
@@ -201,6 +239,15 @@ def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
     for rows in obs.rows():
         rows.add_attention(total_BHC, weight_BW)
     return total_BHC
+
+
+def strongest_attention(obs: Observation) -> Tensor:
+    """The most of a softmax weight that any observed query gives, [B, H, C] in obs.dtype."""
+    most_BHC = nothing(obs)
+    for rows in obs.rows():
+        part_BHC = most_BHC[:, rows.heads]
+        most_BHC[:, rows.heads] = torch.maximum(part_BHC, rows.attention_BHWC().amax(2))
+    return most_BHC
 
 
 def nothing(obs: Observation) -> Tensor:

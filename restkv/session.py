@@ -25,6 +25,7 @@ from restkv.evict import Evictor
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies.base import TOO_MANY, Policy, require_policy
 from restkv.prefill import Progress, prefill
+from restkv.probes import check_readable
 from restkv.sampling import Sampling, sample
 from restkv.schedule import Schedule
 from restkv.sizing import AHEAD, LONGEST, Job, power, room_for, too_large
@@ -119,6 +120,7 @@ class Session:
             "forks": forks,
         }
         self._chunked, self._chunk = prefill == "chunked", chunk
+        check_readable(policy.probe, self._chunked and policy.budget is not None)
         # A compiled step knows few numbers of rows and of tokens: what is missing is padding.
         few = engine.backend == "flex"
         rows = power(len(lengths)) if few else len(lengths)
@@ -206,8 +208,8 @@ class Session:
             cache, evictor = self.cache.row(row), self.evictor.row(row)
             first = ids[: self._chunk] if self._chunked else ids
             layers_done = None if self._chunked else progress
-            x_1E = prefill(engine.model, cache, evictor, first, layers_done, self._pattern, engine.attend)
-            logits_1V = engine.model.head(x_1E)
+            how = layers_done, self._pattern, engine.attend, engine.phrases
+            logits_1V = engine.model.head(prefill(engine.model, cache, evictor, first, *how))
             sound_1 = sound(logits_1V)
             if self._chunked and progress is not None:
                 progress(len(first), len(ids))

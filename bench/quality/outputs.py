@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling.forward import dense_layer
 from restkv.lm import LM
 from restkv.observe import Observation, attention_BHWC
-from restkv.prefill import embed
+from restkv.reading import embed
 
 
 @dataclass(frozen=True)

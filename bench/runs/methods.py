@@ -49,7 +49,7 @@ class Method:
     @classmethod
     def parse(cls, text: str, once: bool = False) -> Method:
         """NAME[@PRESET][:OPTION=VALUE]..."""
-        head, *rest = text.split(":")
+        head, *rest = _parts(text)
         name, at, preset = head.partition("@")
         options: dict[str, Any] = {}
         for part in rest:
@@ -91,6 +91,17 @@ class Method:
         """JSON-ready: what a manifest says of the method, for a budget of so many entries, and of the code it runs."""
         policy = self.policy(entries)
         return {"preset": self.preset, "policy": policy_to_dict(policy), "source": _source(type(policy))}
+
+
+def _parts(text: str) -> list[str]:
+    """What colons part: NAME[@PRESET], then options, whose values may have colons (probe=draft:8)."""
+    parts: list[str] = []
+    for part in text.split(":"):
+        if len(parts) > 1 and part and "=" not in part:
+            parts[-1] += f":{part}"
+        else:
+            parts.append(part)
+    return parts
 
 
 def _source(cls: type[Policy]) -> str | None:

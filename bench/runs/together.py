@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from modeling.cache import KVCache
-from modeling.forward import dense_layer
-from modeling.sparse import BlockMap
+from modeling.forward import Watch
 from restkv.errors import PromptError
 from restkv.evict import Evictor, companions_of
 from restkv.lm import LM
 from restkv.meter import Meter
 from restkv.observe import Observation
-from restkv.patterns import Pattern, chooser, parse_prefill
+from restkv.patterns import Pattern, parse_prefill
 from restkv.policies import FullCache, Policy
-from restkv.prefill import embed
+from restkv.probes import Reading
+from restkv.reading import Layer, read_layers
 from restkv.results import Decoding, Generation, Row, Stats
 from restkv.session import Session
 from restkv.sizing import page_size
@@ -269,7 +269,9 @@ class _Scores:
         kind = (type(policy), *(getattr(policy, option.name) for option in fields(policy) if option.name not in later))
         if kind not in self.bound:
             try:
-                return self._once(policy, (kind, None), replace(obs, budget_B=_UnreadTensor(), budgets=_UnreadTuple()))
+                unread: dict[str, Any] = {"budget_B": _UnreadTensor(), "budgets": _UnreadTuple()}
+                looks = tuple(look._replace(obs=replace(look.obs, **unread)) for look in obs.looks)
+                return self._once(policy, (kind, None), replace(obs, looks=looks, **unread))
             except _BudgetRead:
                 self.bound.add(kind)
         return self._once(policy, (kind, obs.budgets), obs)
@@ -288,8 +290,22 @@ def _sharing(policy: Policy, scores: _Scores) -> Policy:
 
 @torch.no_grad()
 def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
-    """Run one prompt through the model and let every row of every session keep its share of it."""
+    """Run one prompt through the model and let every row of every session keep its share of it: once for each probe."""
     rows = [row for group in groups for row in group.rows]
+    by_reading: dict[Reading, list[tuple[KVCache, Evictor]]] = {}
+    for cache, evictor in rows:
+        by_reading.setdefault(evictor.reading(ids, lm.engine.phrases), []).append((cache, evictor))
+    for reading, some in by_reading.items():
+        x_1E = _prefill_rows(lm, some, ids, reading, pattern)
+    logits_1V = lm.model.head(x_1E)
+    for group in groups:
+        group.session.cache.refresh()
+        group.session.logits_BV = logits_1V.expand(len(group.policies), -1)
+
+
+def _prefill_rows(
+    lm: LM, rows: Sequence[tuple[KVCache, Evictor]], ids: Sequence[int], reading: Reading, pattern: Pattern | None
+) -> Tensor:
     policies = [evictor.policy for _, evictor in rows]
     scores = _Scores()
     for _, evictor in rows:
@@ -298,42 +314,35 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
         max(policy.observed_prompt, cache.ring_size, 1) for policy, (cache, _) in zip(policies, rows, strict=True)
     )
     slots = any(policy.slot_positions for policy in policies)
-    x_LE, rotary = embed(lm.model, ids)
-    for index, block in enumerate(lm.model.blocks):
-        # Accumulated attention is the same for all policies that want it, per KV head or per query head.
-        masses = {
-            policy.granularity: evictor.watch_prompt(index, len(ids))
-            for policy, (_, evictor) in zip(policies, rows, strict=True)
-            if "mass" in policy.needs
-        }
-        watches = [watch for watch, _ in masses.values() if watch is not None]
+    masses: dict[str, Tensor | None] = {}
 
-        def watch_all(
-            q_THD: Tensor, k_KCD: Tensor, start: int, chosen: BlockMap | None, watches: list = watches
-        ) -> None:
-            for watch in watches:
-                watch(q_THD, k_KCD, start, chosen)
+    def watch(index: int) -> Watch | None:
+        """Accumulated attention is the same for all policies that want it, per KV head or per query head."""
+        masses.clear()
+        watches = []
+        for policy, (_, evictor) in zip(policies, rows, strict=True):
+            if "mass" in policy.needs and policy.granularity not in masses:
+                callback, masses[policy.granularity] = evictor.watch_prompt(index, len(ids))
+                watches.append(callback)
 
-        q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
-            lm.model,
-            block,
-            x_LE,
-            rotary,
-            last,
-            watch=watch_all if watches else None,
-            raw=slots,
-            choose=chooser(pattern, lm.config, block.window, len(ids)),
-            attend=lm.engine.attend,
-        )
+        def watch_all(*what: Any) -> None:
+            for callback in watches:
+                if callback is not None:
+                    callback(*what)
+
+        return watch_all if watches else None
+
+    def store(index: int, layer: Layer) -> None:
         scores.free.clear()
         for policy, (cache, evictor) in zip(policies, rows, strict=True):
-            mass_XL = masses[policy.granularity][1] if "mass" in policy.needs else None
-            raw = raw_KLD if policy.slot_positions else None
-            evictor.store_prompt(cache, index, q_HWD, k_KLD, v_KLD, raw, mass_XL)
-    logits_1V = lm.model.head(x_LE[-1:])
+            mass_XL = masses[policy.granularity] if "mass" in policy.needs else None
+            raw_KLD = layer.raw_KLD if policy.slot_positions else None
+            evictor.store_prompt(cache, index, layer.q_HWD, layer.k_KLD, layer.v_KLD, raw_KLD, mass_XL, layer.seen)
+
+    x_1E = read_layers(
+        lm.model, ids, reading, last, store, watch=watch, raw=slots, pattern=pattern, attend=lm.engine.attend
+    )
     for (cache, evictor), policy in zip(rows, policies, strict=True):
         evictor.prompt_done(cache, len(ids))
         evictor.policy = policy
-    for group in groups:
-        group.session.cache.refresh()
-        group.session.logits_BV = logits_1V.expand(len(group.policies), -1)
+    return x_1E

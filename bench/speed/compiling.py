@@ -36,9 +36,10 @@ from bench.speed.payoff import pictures, shown
 from bench.speed.workers import Process
 from modeling.layers import Decoder
 from restkv.errors import PromptError
-from restkv.evict import Evictor, Roots
+from restkv.evict import Evictor
 from restkv.patterns import parse_prefill
 from restkv.policies import Policy
+from restkv.roots import Roots
 from restkv.saving.store import policy_to_dict
 
 EAGER, COMPILED = "sdpa", "flex"

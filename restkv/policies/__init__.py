@@ -14,6 +14,7 @@ from restkv.policies.full import FullCache
 from restkv.policies.h2o import H2O
 from restkv.policies.keydiff import KeyDiff
 from restkv.policies.keynorm import KeyNorm
+from restkv.policies.kvzip import KVzip
 from restkv.policies.lacache import LaCache
 from restkv.policies.plugins import load_plugin, plugin_names
 from restkv.policies.pyramidkv import PyramidKV
@@ -31,6 +32,7 @@ __all__ = [
     "AdaKV",
     "ExpectedAttention",
     "FullCache",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "LaCache",
@@ -56,6 +58,7 @@ POLICIES: dict[str, type[Policy]] = {
         TOVA,
         CAOTE,
         ExpectedAttention,
+        KVzip,
         KeyNorm,
         KeyDiff,
         StreamingLLM,

@@ -18,6 +18,7 @@ from modeling.text.characters import brief
 from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
+from restkv.probes import WINDOW, parse_probe
 
 TOO_MANY = 1 << 31  # for positions and numbers of entries, which are int32
 
@@ -33,6 +34,7 @@ class Policy(ABC):
     name: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ("kv", "query")  # the values `granularity` may take
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max")  # the values `gqa` may take
+    observes: ClassVar[bool] = True  # scores depend on queries, which may be those of any probe
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset name -> option values
 
     # Entries kept per KV head (per query head with granularity="query"), window and sinks included, as in the papers.
@@ -53,6 +55,9 @@ class Policy(ABC):
     # How the budget is shared out: a name of ALLOCATIONS, or an Allocation. None: over the whole model ("global"), unless the
     # budget is one per layer.
     budget_by: str | Allocation | None = "uniform"
+    # Whose queries the eviction after a prompt observes: "window", "prompt", "draft:N", "replay", "questions[:FILE]", or some of
+    # them joined by "+" (restkv/probes.py). While decoding it is the last `window` queries.
+    probe: str = WINDOW
 
     def __post_init__(self) -> None:
         self._require(_is_int(self.window) and self.window >= 0, "window", "give a whole number of at least 0")
@@ -85,6 +90,16 @@ class Policy(ABC):
             isinstance(s, (tuple, list)) and len(s) == 2 and all(map(_is_int, s)) and 0 <= s[0] < s[1] for s in spans
         )
         self._require(valid, "protect", "give (start, end) pairs of positions with 0 <= start < end")
+        self._require(isinstance(self.probe, str), "probe", 'give text, such as "draft:8" or "replay"')
+        self._require(
+            self.observes or self.probe == WINDOW,
+            "probe",
+            f"the score of {self.name} depends on no queries that one may choose; leave it at {WINDOW}",
+        )
+        try:
+            parse_probe(self.probe)
+        except PolicyError as error:
+            raise PolicyError(f"{self.name}: {error}") from None
         object.__setattr__(self, "protect", tuple((start, end) for start, end in spans))
         self._check_budget()
 
@@ -214,7 +229,7 @@ class Policy(ABC):
         Returns:
             [B, K, C] for granularity "kv", [B, H, C] for "query"; float32 (float64 for a float64 observation).
         """
-        score_BXC = self.importance(obs)
+        score_BXC = self._seen_by_all(obs) if obs.looks else self.importance(obs)
         G = obs.group
         if self.granularity == "query":
             score_BXC = repeat(score_BXC, "B X C -> B (X G) C", G=obs.q.shape[1] // score_BXC.shape[1])
@@ -224,6 +239,21 @@ class Policy(ABC):
                 score_BXC = reduce(score_BXC, "B (K G) C -> B K C", self.gqa, G=G)
             pos_BXC, hidden_BXC = obs.pos, obs.hidden
         return score_BXC.masked_fill((pos_BXC < 0) | hidden_BXC, -torch.inf)
+
+    def _seen_by_all(self, obs: Observation) -> Tensor:
+        """The most that any of obs.looks says of an entry."""
+        most_BXC: Tensor | None = None
+        for look in obs.looks:
+            score_BXn = self.importance(look.obs)
+            if most_BXC is None:
+                most_BXC = score_BXn.new_full((*score_BXn.shape[:2], obs.pos.shape[-1]), -torch.inf)
+            if look.at is None:
+                most_BXC = torch.maximum(most_BXC, score_BXn[..., : most_BXC.shape[-1]])
+            else:
+                part_BXn = score_BXn[..., : len(look.at)]
+                most_BXC = most_BXC.index_copy(-1, look.at, torch.maximum(most_BXC[..., look.at], part_BXn))
+        assert most_BXC is not None
+        return most_BXC
 
     @abstractmethod
     def importance(self, obs: Observation) -> Tensor:

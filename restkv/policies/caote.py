@@ -25,6 +25,7 @@ class CAOTE(Policy):
     """
 
     name: ClassVar[str] = "caote"
+    observes: ClassVar[bool] = False
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max", "joint")
 
     window: int = 0

@@ -38,6 +38,7 @@ class ExpectedAttention(Policy):
     """
 
     name: ClassVar[str] = "expected-attention"
+    observes: ClassVar[bool] = False
 
     window: int = 0
     sinks: int = 4

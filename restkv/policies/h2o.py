@@ -32,6 +32,7 @@ class H2O(Slotted):
     """
 
     name: ClassVar[str] = "h2o"
+    observes: ClassVar[bool] = False
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"budget": 4 + 512, "recent": 512},

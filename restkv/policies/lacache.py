@@ -56,6 +56,7 @@ class LaCache(Slotted):
     """
 
     name: ClassVar[str] = "lacache"
+    observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -24,6 +24,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    observes: ClassVar[bool] = False
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 
     window: int = 0

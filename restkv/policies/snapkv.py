@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from restkv import pooling
-from restkv.observe import Observation, weighted_attention
+from restkv.observe import Observation, strongest_attention, weighted_attention
 from restkv.policies.base import Policy
 from restkv.pooling import WIDEST
 
@@ -36,6 +36,7 @@ class SnapKV(Policy):
 
     kernel_size: int = 5  # entries pooled over, odd
     pooling: str = "avg"  # "avg" (zeros beyond the ends count), "max" or "none"
+    reduction: str = "mean"  # over the observed queries; "max" suits a probe of many
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,10 +44,14 @@ class SnapKV(Policy):
         valid = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
         self._require(valid, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("pooling", ("avg", "max", "none"))
+        self._one_of("reduction", ("mean", "max"))
 
     def importance(self, obs: Observation) -> Tensor:
         """Pooled attention [B, H, C]."""
-        score_BHC = weighted_attention(obs, (obs.q_pos >= 0).to(obs.dtype))
+        if self.reduction == "max":
+            score_BHC = strongest_attention(obs)
+        else:
+            score_BHC = weighted_attention(obs, (obs.q_pos >= 0).to(obs.dtype))
         if self.pooling == "none":
             return score_BHC
         pool = partial(pooling.average if self.pooling == "avg" else pooling.maximum, kernel=self.kernel_size)

@@ -29,6 +29,7 @@ class StreamingLLM(Slotted):
     """
 
     name: ClassVar[str] = "streamingllm"
+    observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

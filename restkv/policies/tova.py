@@ -26,6 +26,7 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
+    observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"budget": 512}}

@@ -52,7 +52,7 @@ def test_every_policy_keeps_of_a_sparse_prompt_what_an_explicit_mask_leaves_it(p
     config = model.config
     layers, logits_V = explicit(model, ids, pattern)
     evictable = [name for name in known_policies() if name != "full"]
-    policies = [get_policy(name, budget=40) for name in evictable]
+    policies = [get_policy(name, budget=40, probe="window") for name in evictable]
     policies += [get_policy(name, budget=40, granularity="query") for name in ("restkv", "h2o")]
     policies.append(get_policy("restkv", budget=40, budget_by="global"))
     for policy in policies:

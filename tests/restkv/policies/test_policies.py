@@ -177,8 +177,8 @@ def test_get_policy_says_what_exists(args, options, words):
 
 
 def test_get_policy_knows_every_policy_and_the_package_exports_it():
-    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention keynorm keydiff streamingllm lacache random full"
-    assert list(POLICIES) == names.split() and known_policies()[: len(POLICIES)] == tuple(POLICIES)
+    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip keynorm keydiff streamingllm lacache random"
+    assert list(POLICIES) == [*names.split(), "full"] and known_policies()[: len(POLICIES)] == tuple(POLICIES)
     for name, cls in POLICIES.items():
         assert type(get_policy(name, None, **({} if name == "full" else {"budget": 64}))) is cls and cls.name == name
         for preset, values in cls.PRESETS.items():
