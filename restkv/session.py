@@ -247,7 +247,6 @@ class Session:
             self.schedule.room = 0
 
     @own_modes
-    @_says_what_to_lower
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Append tokens as `extend` does, and say how likely each was: log-probabilities (nats), float32, [T] for every row.
 
@@ -257,25 +256,43 @@ class Session:
             PolicyError: see extend.
             NumericError: a token was judged by logits that are no numbers.
         """
-        head, logprobs = self.engine.model.head, [self.logits_BV.new_empty(0)] * len(rows)
-        self._read(rows)
-        for start in range(0, max(map(len, rows)), self._chunk):
-            pieces = [ids[start : start + self._chunk] for ids in rows]
-            x_BTE, logits = self._append(self.cache, pieces, self.engine.hidden), list(self.logits_BV)
-            for row, piece in enumerate(pieces):  # one at a time: logits of all would be large
-                if piece:
-                    after_TV = head(x_BTE[row, : len(piece)])
-                    before_TV = torch.cat([logits[row][None], after_TV[:-1]])
-                    target_T1 = torch.tensor(piece, device=self.engine.device)[:, None]
-                    logprobs[row] = torch.cat([logprobs[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
-                    logits[row] = after_TV[-1]
-            self._take(torch.stack(logits))
-            self._after(max(map(len, pieces)), compact=True)
-            self.schedule.room = 0
+        logprobs = [self.logits_BV.new_empty(0)] * len(rows)
+
+        def judge(row: int, before_TV: Tensor) -> None:
+            at = len(logprobs[row])
+            target_T1 = torch.tensor(rows[row][at : at + len(before_TV)], device=self.engine.device)[:, None]
+            logprobs[row] = torch.cat([logprobs[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
+
+        self.expect(rows, judge)
         for row, logprobs_T in enumerate(logprobs):
             if logprobs_T.isnan().any():  # sync: once per call
                 raise self.numeric_error(row)
         return logprobs
+
+    @own_modes
+    @_says_what_to_lower
+    def expect(self, rows: Sequence[Sequence[int]], judge: Callable[[int, Tensor], None]) -> None:
+        """Append tokens as `extend` does, and show what was expected before each.
+
+        Args:
+            judge: called for every row of every chunk with the row's number and the logits before each of its tokens [T, V],
+                float32; one row at a time, since those of all would be large.
+        Raises:
+            PolicyError: see extend.
+        """
+        head = self.engine.model.head
+        self._read(rows)
+        for start in range(0, max(map(len, rows)), self._chunk):
+            pieces = [ids[start : start + self._chunk] for ids in rows]
+            x_BTE, logits = self._append(self.cache, pieces, self.engine.hidden), list(self.logits_BV)
+            for row, piece in enumerate(pieces):
+                if piece:
+                    after_TV = head(x_BTE[row, : len(piece)])
+                    judge(row, torch.cat([logits[row][None], after_TV[:-1]]))
+                    logits[row] = after_TV[-1]
+            self._take(torch.stack(logits))
+            self._after(max(map(len, pieces)), compact=True)
+            self.schedule.room = 0
 
     def _read(self, rows: Sequence[Sequence[int]]) -> None:
         self.ids = [[*before, *more] for before, more in zip(self.ids, rows, strict=True)]

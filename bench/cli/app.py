@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from bench.cli.caches import kept, mask
+from bench.cli.documents import documents
 from bench.cli.fidelity import fidelity
 from bench.cli.likelihood import anli, perplexity, smoothing
 from bench.cli.lm_eval import PASS_ON, lm_eval
@@ -32,6 +33,7 @@ app.command()(report)
 app.command()(anli)
 app.command()(perplexity)
 app.command()(smoothing)
+app.command()(documents)
 app.command("longbench")(longbench)
 app.command("infinitebench")(infinitebench)
 app.command("ruler-official")(ruler_official)

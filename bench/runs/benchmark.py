@@ -27,6 +27,7 @@ MODULES = {
     "anli": "bench.quality.anli",
     "perplexity": "bench.quality.perplexity",
     "smoothing": "bench.quality.smoothing",
+    "documents": "bench.quality.documents",
     "longbench": "bench.published.run",
     "infinitebench": "bench.published.run",
     "ruler-official": "bench.published.run",
