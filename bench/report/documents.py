@@ -42,7 +42,7 @@ def _parts(what: str, letters: bool, arguments: Mapping[str, Any], rows: Sequenc
         caption = f"KL(full || method) of {what}: nats per token, means over questions [95 %]"
         made.append(tables.rate_table(caption, evicting, arguments, lambda one: one.show(4)))
     shown = [(method, f"{at:g}x", part) for method, at, part in cells]
-    made.append(tables.cell_table(f"{documents} documents, {what}", shown, columns))
+    made.append(tables.cell_table(f"{documents} document{'s' * (documents > 1)}, {what}", shown, columns))
     subject = arguments["methods"][1] if len(arguments["methods"]) > 2 else None
     values = {(method, at): _values(part, "kl") for method, at, part in cells}
     differences = _differences(subject, values)

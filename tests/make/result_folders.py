@@ -20,6 +20,21 @@ CHOICE = {"part": "choice", "question": "aware", "task": "R1", "score": 1.0, "ke
 READ = {"part": "perplexity", "kept": 9.5, "nll": 60.5, "tokens": 20, "words": 9, "text_bytes": 55}
 
 
+JUDGED = {
+    "part": "letters",
+    "question": "aware",
+    "document": 0,
+    "tokens": 80,
+    "answer_tokens": 1,
+    "kl": 0.25,
+    "top1": 0.5,
+    "nll": 1.5,
+    "full_nll": 1.0,
+    "score": 1.0,
+    "kept": 9.5,
+}
+
+
 ASKED = {
     "protocol": "official",
     "checkpoint": "x",
@@ -62,6 +77,10 @@ ALL: dict[str, tuple[dict, Callable[[dict], list[dict]]]] = {
     "smoothing": (
         {"methods": METHODS, "compression": [4.0, 8.0], "tasks": ["R1"], "results": 30},
         smoothing,
+    ),
+    "documents": (
+        {"methods": METHODS, "compression": [4.0, 8.0], "answer": "gold", "score": "letters", "results": 15},
+        lambda arguments: cells(arguments, [4.0, 8.0], "asked", 1.0, JUDGED),
     ),
     "longbench": (
         {"methods": METHODS, "tasks": ["qasper"], "lengths": [], "results": 15, **ASKED},

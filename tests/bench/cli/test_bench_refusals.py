@@ -25,6 +25,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "b.txt").write_bytes(b"caf\xe9")
     (tmp_path / "anli" / "R1").mkdir(parents=True)
+    asked = {"input": "A text.", "instructions": ["Why?"], "outputs": ["So."]}
+    (tmp_path / "leval.jsonl").write_text(json.dumps(asked))
     row = {"premise": "half \ud800", "hypothesis": "b", "label": "n"}
     (tmp_path / "anli" / "R1" / "test.jsonl").write_text(json.dumps(row))
     return tmp_path
@@ -55,6 +57,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "bench perplexity --data lone.jsonl",
             "lone.jsonl, line 2: field 'text' has '\\ud800' at place 12, which is no character",
         ),
+        ("bench documents --data none", "none: cannot be read (No such file"),
+        ("bench documents --data lone.jsonl", "lone.jsonl, line 1: no field 'input'; the row has text"),
+        ("bench documents --data leval.jsonl --compression nan", "compression nan: the prompt over what is kept"),
+        ("bench documents --data leval.jsonl --evict never", "--evict 'never' is not known; choose prompt or always"),
+        ("bench documents --data leval.jsonl --chat", "has no chat template"),
         ("bench anli --data anli --rounds 1", "line 1: field 'premise' has '\\ud800' at place 5"),
         ("bench ruler --methods restkv:budget_by=1 --samples 1", "budget_by 1: choose from uniform"),
         ("bench ruler --methods snapkv:kernel_size=true --samples 1", "kernel_size True: give an odd number"),

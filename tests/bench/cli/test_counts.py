@@ -21,6 +21,7 @@ SEEDS = "--seed"  # a name for what is drawn, and no count
 LIST = re.compile(r"(\d[\d.]*[,:])*\d[\d.]*")
 NEEDED = {
     "bench anli": ["--data", "x"],
+    "bench documents": ["--data", "x"],
     "bench longbench": ["--data", "x"],
     "bench infinitebench": ["--data", "x"],
     "bench ruler-official": ["--data", "x"],

@@ -27,6 +27,7 @@ from bench.published.run import Plan
 from bench.published.suite import OFFICIAL, PAPER, Suite
 from bench.quality.anli import AnliPlan
 from bench.quality.corpus import Document
+from bench.quality.documents import DocumentsPlan
 from bench.quality.fidelity import FidelityPlan
 from bench.quality.perplexity import PerplexityPlan, Protocol
 from bench.quality.ruler import Plan as RulerPlan
@@ -35,6 +36,7 @@ from bench.report.page import markdown
 from bench.runs.folder import SAMPLES, TIMINGS, read_rows
 from bench.runs.methods import parse_methods
 from bench.runs.run import run
+from make.lines import jsonl
 from make.official_files import write_essays, write_infinitebench, write_longbench, write_ruler
 from restkv.cli.options import RECALL
 from restkv.lm import LM
@@ -78,6 +80,11 @@ def runner(lm: LM, kind: str, data: Path) -> Runner:
     if kind == "smoothing":
         smoothing = SmoothingPlan(METHODS, (4.0, 8.0), None, 128, 16, windows=2, samples=1)
         return lambda folder, report=None: run(lm, smoothing, folder, report)
+    if kind == "documents":
+        pieces = [STORY[at : at + 300] for at in (0, 300)]
+        rows = [{"input": text, "instructions": ["Who?", "Why?"], "outputs": ["Tom.", "So it was."]} for text in pieces]
+        asked = DocumentsPlan(jsonl(data, *rows), METHODS, (4.0, 8.0), "both", answer_tokens=4)
+        return lambda folder, report=None: run(lm, asked, folder, report)
     if kind == "ruler":
         made = RulerPlan(("niah_single", "vt"), (160,), METHODS, (8.0, 4.0), 1)
         return lambda folder, report=None: run(lm, made, folder, report=report)
@@ -91,7 +98,7 @@ def runner(lm: LM, kind: str, data: Path) -> Runner:
 
 KINDS = (
     "longbench", "infinitebench", "ruler-official", "needle-official", "anli", "streaming", "prefill", "chunked", "smoothing",
-    "ruler", "fidelity",
+    "documents", "ruler", "fidelity",
 )  # fmt: skip
 
 

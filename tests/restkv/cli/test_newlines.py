@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.published.haystack import _essays
-from bench.quality import anli, corpus
+from bench.quality import anli, corpus, leval
 from modeling.text.characters import decoded
 from restkv.cli import main
 from restkv.cli.app import _command
@@ -141,6 +141,7 @@ FILES = {
     (" methods", "--bytes"),
     (" bench anli", "--model"),
     (" bench perplexity", "--model"),
+    (" bench documents", "--model"),
     (" bench speed", "--peer-python"),
     (" bench memory", "--peer-python"),
     *((f" bench {name}", "--model") for name in ("longbench", "infinitebench", "ruler-official", "needle-official")),
@@ -149,7 +150,9 @@ FILES = {
 
 @pytest.mark.parametrize(("words", "option"), text_options())
 def test_every_text_of_the_command_line_is_refused_where_it_is_no_text(words, option, capsys):
-    needed = {"anli", "longbench", "infinitebench", "ruler-official", "needle-official"} & set(words.split())
+    needed = {"anli", "documents", "longbench", "infinitebench", "ruler-official", "needle-official"} & set(
+        words.split()
+    )
     more = ["--data", "nowhere"] if needed else ["snapkv"] if words == " fuzz" else []
     assert main([*words.split(), *more, option, "a\udcff"]) == 2
     assert capsys.readouterr().err == f"restkv: error: {option}: not UTF-8 text (byte 1); convert it first\n"
@@ -195,6 +198,8 @@ def test_files_of_benches_are_read_by_the_same_rule(end, mark, tmp_path):
     assert [page.text for page in pages] == [f"{line}\r\nsecond" for line in LINES if line]  # spelled, not written
     row = {"uid": "1", "premise": "p", "hypothesis": "h", "label": "e"}
     assert len(anli.read_examples(write("c.jsonl", [json.dumps(row)] * 3))) == 3
+    asked = {"input": "a\r\nb", "instructions": ["c"], "outputs": ["d"]}
+    assert [one.text for one in leval.read_leval(write("e.jsonl", [json.dumps(asked)] * 3))] == ["a\r\nb"] * 3
     (tmp_path / "essays").mkdir()
     write("essays/d.txt", LINES)
     assert _essays(tmp_path / "essays") == ["\n".join(LINES)]
@@ -206,3 +211,5 @@ def test_deep_rows_are_named(tmp_path):
         corpus.read_documents(tmp_path / "deep.jsonl")
     with pytest.raises(PromptError, match=r"deep\.jsonl, line 1: not JSON"):
         anli.read_examples(tmp_path / "deep.jsonl")
+    with pytest.raises(PromptError, match=r"deep\.jsonl, line 1: not JSON"):
+        leval.read_leval(tmp_path / "deep.jsonl")

@@ -27,6 +27,7 @@ READERS = (
     "bench fidelity --text {}",
     "bench perplexity --data {}",
     "bench smoothing --text {}",
+    "bench documents --data {}",
 )
 
 
