@@ -26,8 +26,9 @@ from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
 from restkv.observe import Observation
 from restkv.policies.base import Policy
-from restkv.probes import Phrases, Reading, Seen, looks
+from restkv.probes import Phrases, Reading, looks
 from restkv.protection import check_protected, protected
+from restkv.reading import Layer
 from restkv.roots import Roots
 
 LEAST_COLUMNS = (
@@ -123,28 +124,17 @@ class Evictor:
 
         return watch, mass_XL
 
-    def store_prompt(
-        self,
-        cache: KVCache,
-        layer: int,
-        q_HWD: Tensor,
-        k_KLD: Tensor,
-        v_KLD: Tensor,
-        raw_KLD: Tensor | None,
-        mass_XL: Tensor | None,
-        seen: Sequence[Seen] = (),
-    ) -> None:
-        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries.
-
-        seen: the queries that a probe observes; none: the prompt's last ones.
-        """
+    def store_prompt(self, cache: KVCache, layer: int, read: Layer, mass_XL: Tensor | None) -> None:
+        """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries."""
+        q_HWD, k_KLD, v_KLD, raw_KLD, stream_W, seen = read
         heads, length, _ = k_KLD.shape
         device = k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
         budget = self.budgets[layer][0]
         keep_1XL = obs = None
         if budget < length:
-            q_1HWD = q_HWD[None, :, -min(max(self.policy.observed_prompt, 1), length) :]
+            observed = min(max(self.policy.observed_prompt, 1), length)
+            q_1HWD = q_HWD[None, :, -observed:]
             obs = self._observation(
                 layer,
                 q=q_1HWD,
@@ -156,6 +146,8 @@ class Evictor:
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
+            if stream_W is not None:
+                obs = replace(obs, stream=stream_W[None, -observed:])
             obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)

@@ -57,6 +57,9 @@ class Observation:
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )
+    stream: Tensor | None = (
+        None  # [B, W] float32, length of the residual stream before the layer where each query comes from
+    )
     end: int | None = (
         None  # entries before this position are compared; None: those older than the oldest observed query
     )
@@ -210,8 +213,8 @@ class Rows(NamedTuple):
         lse_BHW = self.logits_BHWC.logsumexp(-1)
         return lse_BHW.masked_fill(lse_BHW == -torch.inf, 0)
 
-    def attention_BHWC(self) -> Tensor:
-        """These queries' softmax weights, 0 where one does not count (Observation.gap)."""
+    def weights_BHWC(self) -> Tensor:
+        """These queries' softmax weights, 0 throughout for one that sees nothing."""
         if torch.compiler.is_compiling():  # without a NaN, which compiled loops look for one by one
             highest_BHW1 = self.logits_BHWC.amax(-1, keepdim=True).clamp_min(_lowest(self.logits_BHWC))
             a_BHWC = (self.logits_BHWC - highest_BHW1).exp()
@@ -221,6 +224,11 @@ class Rows(NamedTuple):
             a_BHWC = self.logits_BHWC.softmax(-1)
             if not self.all_see:
                 a_BHWC.nan_to_num_(0)
+        return a_BHWC
+
+    def attention_BHWC(self) -> Tensor:
+        """The same, 0 where a query does not count (Observation.gap)."""
+        a_BHWC = self.weights_BHWC()
         return a_BHWC if self.near_BHWC is None else a_BHWC.masked_fill(self.near_BHWC, 0)
 
     def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:

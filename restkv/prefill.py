@@ -61,7 +61,7 @@ def prefill(
         return callback
 
     def store(index: int, layer: Layer) -> None:
-        evictor.store_prompt(cache, index, *layer[:-1], masses.pop(index), layer.seen)
+        evictor.store_prompt(cache, index, layer, masses.pop(index))
         if progress is not None:
             progress(index + 1, config.num_layers)
 

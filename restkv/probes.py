@@ -72,7 +72,7 @@ class Seen(NamedTuple):
 
     q_HQD: consecutive ones; `first` is the position of the first. k_KTD, v_KTD: entries that they see after the prompt's, or
     None. part: see Side. gap: a query counts for entries more than so many positions before it. newest: the prompt's newest
-    queries are observed with them, as many as the policy's window has room for.
+    queries are observed with them, as many as the policy's window has room for. stream_Q: see Observation.
     """
 
     q_HQD: Tensor
@@ -82,6 +82,7 @@ class Seen(NamedTuple):
     part: tuple[int, int] | None = None
     gap: int = 0
     newest: bool = False
+    stream_Q: Tensor | None = None
 
 
 class Phrases:
@@ -345,7 +346,10 @@ def _look(obs: Observation, seen: Seen, window: int) -> Look:
         q_1HQD = torch.cat([obs.q[:, :, max(0, obs.q.shape[2] - room) :], q_1HQD], 2)
     q_pos_1Q = torch.arange(stop - q_1HQD.shape[2], stop, device=device)[None]
     end = length if seen.gap else None  # what a query of the prompt counts for is not older than all of them
-    view = replace(obs, q=q_1HQD, q_pos=q_pos_1Q, k=k, v=v, pos=pos, end=end, gap=seen.gap)
+    stream_1Q = None if seen.stream_Q is None else seen.stream_Q[None]
+    if seen.newest and stream_1Q is not None and obs.stream is not None:
+        stream_1Q = torch.cat([obs.stream, stream_1Q], 1)[:, -q_1HQD.shape[2] :]
+    view = replace(obs, q=q_1HQD, q_pos=q_pos_1Q, k=k, v=v, pos=pos, end=end, gap=seen.gap, stream=stream_1Q)
     return Look(replace(view, protected=None, mass=None), at_n)
 
 

@@ -18,14 +18,17 @@ from restkv.probes import Reading, Seen
 
 
 class Layer(NamedTuple):
-    """One layer of a prompt that has been read: the last queries [H, W, D], keys, values and, if asked for, unrotated keys
-    [K, L, D] of all its tokens; and what the probe observes besides the window.
+    """One layer of a prompt that has been read.
+
+    q_HWD: the last queries; k_KLD, v_KLD and, if asked for, unrotated keys raw_KLD of all tokens. stream_W: of the last queries
+    (see Observation). seen: what the probe observes besides the window.
     """
 
     q_HWD: Tensor
     k_KLD: Tensor
     v_KLD: Tensor
-    raw_KLD: Tensor | None
+    raw_KLD: Tensor | None = None
+    stream_W: Tensor | None = None
     seen: tuple[Seen, ...] = ()
 
 
@@ -58,6 +61,7 @@ def read_layers(
     sides = [(side, *embed(model, side.ids, length)) for side in reading.sides]
     held: list[Layer] = []
     for index, block in enumerate(model.blocks):
+        stream_W = _length(x_LE[max(0, length - max(last, reading.own)) :])
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
             model,
             block,
@@ -71,12 +75,14 @@ def read_layers(
         )
         seen = []
         if reading.own:
-            seen.append(Seen(q_HWD[:, -reading.own :], length - reading.own, gap=reading.gap))
+            own = slice(len(stream_W) - reading.own, None)
+            seen.append(Seen(q_HWD[:, own], length - reading.own, gap=reading.gap, stream_Q=stream_W[own]))
         for side, x_TE, side_rotary in sides:
+            stream_T = _length(x_TE)
             q_HTD, k_KTD, v_KTD = side_layer(model, block, x_TE, side_rotary, k_KLD, v_KLD)
-            seen.append(Seen(q_HTD, length, k_KTD, v_KTD, side.part))
-        newest_HWD = q_HWD[:, max(0, q_HWD.shape[1] - last) :]
-        layer = Layer(newest_HWD, k_KLD, v_KLD, raw_KLD, tuple(seen))
+            seen.append(Seen(q_HTD, length, k_KTD, v_KTD, side.part, stream_Q=stream_T))
+        newest = slice(max(0, len(stream_W) - last), None)
+        layer = Layer(q_HWD[:, newest], k_KLD, v_KLD, raw_KLD, stream_W[newest], tuple(seen))
         if reading.drafts:
             held.append(layer)
         else:
@@ -93,7 +99,7 @@ def _draft(model: Decoder, x_1E: Tensor, layers: Sequence[Layer], count: int) ->
     length = layers[0].k_KLD.shape[1]
     none_H0D = [layer.q_HWD[:, :0] for layer in layers]
     seen = [
-        Seen(none, length, layer.k_KLD[:, :0], layer.v_KLD[:, :0], newest=True)
+        Seen(none, length, layer.k_KLD[:, :0], layer.v_KLD[:, :0], newest=True, stream_Q=_length(x_1E[:0]))
         for none, layer in zip(none_H0D, layers, strict=True)
     ]
     for step in range(count):
@@ -102,14 +108,19 @@ def _draft(model: Decoder, x_1E: Tensor, layers: Sequence[Layer], count: int) ->
             break
         x_1E, rotary = embed(model, [token], length + step)
         for index, (block, layer, own) in enumerate(zip(model.blocks, layers, seen, strict=True)):
-            assert own.k_KTD is not None and own.v_KTD is not None
+            assert own.k_KTD is not None and own.v_KTD is not None and own.stream_Q is not None
+            stream_Q = torch.cat([own.stream_Q, _length(x_1E)])
             before = torch.cat([layer.k_KLD, own.k_KTD], 1), torch.cat([layer.v_KLD, own.v_KTD], 1)
             new = side_layer(model, block, x_1E, rotary, *before)
             q_HQD, k_KTD, v_KTD = (
                 torch.cat(pair, 1) for pair in zip((own.q_HQD, own.k_KTD, own.v_KTD), new, strict=True)
             )
-            seen[index] = own._replace(q_HQD=q_HQD, k_KTD=k_KTD, v_KTD=v_KTD)
+            seen[index] = own._replace(q_HQD=q_HQD, k_KTD=k_KTD, v_KTD=v_KTD, stream_Q=stream_Q)
     return seen
+
+
+def _length(x_TE: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x_TE, dim=-1, dtype=torch.float32)
 
 
 def embed(model: Decoder, ids: Sequence[int], start: int = 0) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -336,8 +336,8 @@ def _prefill_rows(
         scores.free.clear()
         for policy, (cache, evictor) in zip(policies, rows, strict=True):
             mass_XL = masses[policy.granularity] if "mass" in policy.needs else None
-            raw_KLD = layer.raw_KLD if policy.slot_positions else None
-            evictor.store_prompt(cache, index, layer.q_HWD, layer.k_KLD, layer.v_KLD, raw_KLD, mass_XL, layer.seen)
+            one = layer if policy.slot_positions else layer._replace(raw_KLD=None)
+            evictor.store_prompt(cache, index, one, mass_XL)
 
     x_1E = read_layers(
         lm.model, ids, reading, last, store, watch=watch, raw=slots, pattern=pattern, attend=lm.engine.attend

@@ -20,6 +20,7 @@ from modeling.families.registry import config_from_dict
 from modeling.layers import Decoder
 from restkv.engine import Engine
 from restkv.evict import Evictor
+from restkv.reading import Layer
 from restkv.saving.store import policy_from_dict
 from restkv.session import Session
 
@@ -128,7 +129,7 @@ class Ours(Worker):
         for layer, (q_HWD, k_KLD, v_KLD) in enumerate(layers):
             _, mass_XL = evictor.watch_prompt(layer, context)
             raw_KLD = k_KLD if self._policy.slot_positions else None
-            evictor.store_prompt(cache, layer, q_HWD, k_KLD, v_KLD, raw_KLD, mass_XL)
+            evictor.store_prompt(cache, layer, Layer(q_HWD, k_KLD, v_KLD, raw_KLD), mass_XL)
         evictor.prompt_done(cache, context)
 
     def drop(self) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from restkv import pooling
 from restkv.budgets import Allocation
+from restkv.change import strongest_change
 from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
 from restkv.policies.base import TOO_MANY, Policy, is_number
@@ -78,6 +79,8 @@ class ReSTKV(Policy):
     drift: str = "released"  # "symmetric" leaves out the observation window's columns and the shift of +1 at zero drift
     pooling: str = "adaptive"  # or "avg", "max" (fixed kernel, zeros beyond the ends), "none"
     output_weight: bool = True  # False: ||o - v|| instead of ||(o - v) W_O||
+    reduction: str = "mean"  # over the observed queries; "max" suits a probe of many, aggregate="indicator" only
+    relative: bool = False  # reduction="max": divide by the length of the residual stream where the query comes from
     normalize: bool = False  # divide each query's indicator by the length of its output, aggregate="indicator" only
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class ReSTKV(Policy):
         valid = not isinstance(self.kernel_size, bool) and self.kernel_size in range(1, WIDEST, 2)
         self._require(valid, "kernel_size", f"give an odd number of at least 1, below {WIDEST}")
         self._one_of("aggregate", ("attention", "indicator"))
+        self._one_of("reduction", ("mean", "max"))
         self._one_of("drift", ("released", "symmetric"))
         self._one_of("pooling", ("adaptive", "avg", "max", "none"))
         attention, joint = self.aggregate == "attention", self.gqa == "joint"
@@ -103,6 +107,15 @@ class ReSTKV(Policy):
         self._require(
             not (self.normalize and attention), "normalize", 'only aggregate="indicator" has per-query outputs'
         )
+        strongest = self.reduction == "max"
+        fits = not attention and self.alpha is None and not self.normalize and self.output_weight and not joint
+        self._require(
+            not strongest or fits,
+            "reduction",
+            'the largest change is that of a single query and head; set aggregate="indicator" and leave out alpha, normalize, '
+            "output_weight and gqa=joint",
+        )
+        self._require(strongest or not self.relative, "relative", 'only reduction="max" divides by it; leave it out')
         self._require(not joint or self.output_weight, "gqa", "joint adds up projected outputs; set output_weight=True")
         self._require(not joint or self.granularity == "kv", "gqa", "query heads with sets of their own share no entry")
 
@@ -136,6 +149,11 @@ class ReSTKV(Policy):
 
         drift: to be made of the same logits.
         """
+        if self.reduction == "max":
+            if drift is not None:
+                for rows in obs.rows():
+                    drift.add(rows)
+            return strongest_change(obs, self.relative)
         weight_BW = _query_weights(obs.q_pos, self.alpha).to(obs.dtype)
         averaged = self.aggregate == "attention"
         a_BHC, lse_BHW = nothing(obs), obs.q.new_zeros(obs.q.shape[:3], dtype=obs.dtype)

@@ -19,6 +19,7 @@ from restkv.evict import Evictor
 from restkv.lm import LM
 from restkv.patterns import FlexPrefill, Pattern
 from restkv.policies import FullCache, get_policy, known_policies
+from restkv.reading import Layer
 from restkv.session import Session
 from restkv.testing.watch import entries_of
 from twins.reference_sparse import choose_slowly, mask_of, masked_output, masked_weights
@@ -71,7 +72,7 @@ def test_every_policy_keeps_of_a_sparse_prompt_what_an_explicit_mask_leaves_it(p
                 )
             mine = raw if policy.slot_positions else None
             evictor.store_prompt(
-                cache, index, q[:, LENGTH - last :], k, v, mine, None if mass is None else mass.float()
+                cache, index, Layer(q[:, LENGTH - last :], k, v, mine), None if mass is None else mass.float()
             )
         evictor.prompt_done(cache, LENGTH)
         for ours, theirs in zip(session.cache.layers, cache.layers, strict=True):
