@@ -247,32 +247,10 @@ class Session:
             self.schedule.room = 0
 
     @own_modes
-    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Append tokens as `extend` does, and say how likely each was: log-probabilities (nats), float32, [T] for every row.
-
-        A token is judged by the cache as it was before its chunk, and by the chunk's earlier tokens.
-
-        Raises:
-            PolicyError: see extend.
-            NumericError: a token was judged by logits that are no numbers.
-        """
-        logprobs = [self.logits_BV.new_empty(0)] * len(rows)
-
-        def judge(row: int, before_TV: Tensor) -> None:
-            at = len(logprobs[row])
-            target_T1 = torch.tensor(rows[row][at : at + len(before_TV)], device=self.engine.device)[:, None]
-            logprobs[row] = torch.cat([logprobs[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
-
-        self.expect(rows, judge)
-        for row, logprobs_T in enumerate(logprobs):
-            if logprobs_T.isnan().any():  # sync: once per call
-                raise self.numeric_error(row)
-        return logprobs
-
-    @own_modes
     @_says_what_to_lower
     def expect(self, rows: Sequence[Sequence[int]], judge: Callable[[int, Tensor], None]) -> None:
-        """Append tokens as `extend` does, and show what was expected before each.
+        """Append tokens as `extend` does, and show what was expected before each: by the cache as it was before its chunk, and by
+        the chunk's earlier tokens.
 
         Args:
             judge: called for every row of every chunk with the row's number and the logits before each of its tokens [T, V],

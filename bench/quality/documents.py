@@ -331,7 +331,8 @@ class Judged:
 
     def see(self, at: int, log_TV: Tensor) -> None:
         full_TV, answer_T = (of[at : at + len(log_TV)] for of in (self.full.log_TV, self.full.answer_T))
-        self.kl += float((full_TV.exp() * (full_TV - log_TV)).sum())
+        apart_TV = full_TV.exp() * (full_TV - log_TV)
+        self.kl += float(apart_TV.where(full_TV > -torch.inf, 0.0).sum())  # a padded vocabulary has logits of -inf
         self.same += float((log_TV.argmax(-1) == full_TV.argmax(-1)).sum())
         self.nats -= _likelihood(log_TV, answer_T)
         if at == 0:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.quality.corpus import Document, Window, cut_windows
-from bench.quality.teacher_forcing import PIECE, tail_logprobs
+from bench.quality.teacher_forcing import PIECE, logprobs, tail_logprobs
 from bench.report.likelihood import perplexity_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
@@ -198,7 +198,7 @@ def read(
     session = Session(lm.engine, policy, lengths, later, chunk=chunk, extends=by_chunks)
     session.prefill(begun)
     if by_chunks:
-        return session, session.logprobs(scored)
+        return session, logprobs(session, scored)
     ids_BT = torch.tensor(scored, device=lm.device)
     said = []
     for t in range(later):

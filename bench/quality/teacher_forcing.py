@@ -122,10 +122,31 @@ def tail_logprobs(lm: LM, policies: Sequence[Policy], prompt: Ids, tail: Ids) ->
 
     def likely(session: Session) -> list[Tensor]:
         rows = len(session.active)
-        pieces = [session.logprobs([tail[at : at + PIECE]] * rows) for at in range(0, len(tail), PIECE)]
+        pieces = [logprobs(session, [tail[at : at + PIECE]] * rows) for at in range(0, len(tail), PIECE)]
         return [torch.cat(row) for row in zip(*pieces, strict=True)]
 
     return under_each(lm, policies, prompt, len(tail), likely, extends=True)
+
+
+@torch.no_grad()
+def logprobs(session: Session, rows: Sequence[Ids]) -> list[Tensor]:
+    """Append tokens to a session, and say how likely each was: log-probabilities (nats), float32, [T] for every row.
+
+    Raises:
+        NumericError: a token was judged by logits that are no numbers.
+    """
+    said = [session.logits_BV.new_empty(0)] * len(rows)
+
+    def judge(row: int, before_TV: Tensor) -> None:
+        at = len(said[row])
+        target_T1 = torch.tensor(rows[row][at : at + len(before_TV)], device=before_TV.device)[:, None]
+        said[row] = torch.cat([said[row], before_TV.log_softmax(-1).gather(1, target_T1)[:, 0]])
+
+    session.expect(rows, judge)
+    for row, said_T in enumerate(said):
+        if said_T.isnan().any():  # sync: once per call
+            raise session.numeric_error(row)
+    return said
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import restkv
+from bench.quality.teacher_forcing import logprobs
 from make.policies import FOUR, POLICY
 from make.small import small_ids, small_lm, small_model
 from modeling.nonfinite import numeric_error, sound
@@ -140,7 +141,7 @@ def test_logits_logprobs_and_scores():
     assert all(map(math.isfinite, lm.logprobs(IDS, [[1, 2, 7]])))  # the last token is judged, not read
     asked: list[Callable[[], object]] = [
         lambda: lm.logprobs(IDS, [[1, 2], [1, 7, 2]]),
-        lambda: session.logprobs([[1, 2], [1, 7, 2]]),
+        lambda: logprobs(session, [[1, 2], [1, 7, 2]]),
     ]
     for ask in asked:
         with pytest.raises(NumericError) as error:

@@ -15,6 +15,7 @@ import torch
 from torch._inductor.exc import CppCompileError
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.quality.teacher_forcing import logprobs
 from bench.speed.floor import measure_machine
 from bench.speed.peers.hf import Transformers
 from make.small import small_ids, small_model
@@ -139,7 +140,7 @@ def test_auto_gives_way_wherever_it_first_compiles(way):
         if way == "logprobs":
             session = Session(lm.engine, FullCache(), [3], 30, extends=True)
             session.prefill([IDS[:3]])
-            return session.logprobs([IDS[3:20]])[0].tolist()
+            return logprobs(session, [IDS[3:20]])[0].tolist()
         if way == "context":
             context = lm.compress(IDS, POLICY)
             assert isinstance(context, CompressedContext)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import restkv
+from bench.quality.teacher_forcing import logprobs
 from make.small import VOCAB, small_ids, small_lm, small_model
 from restkv.lm import LM
 from restkv.policies import H2O, FullCache, Policy, ReSTKV, SnapKV, StreamingLLM
@@ -226,7 +227,7 @@ def test_log_probabilities_of_appended_tokens_are_those_of_reading_them_one_by_o
     for policy in (FullCache(), SnapKV(budget=10, window=4, interval=None), SnapKV(budget=10, window=4, interval=3)):
         session = Session(lm.engine, policy, [20, 13], 9, chunk=3, extends=True)
         session.prefill(prompts)
-        said = session.logprobs(rows)
+        said = logprobs(session, rows)
         for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
             alone = Session(lm.engine, policy, [len(prompt)], 9, chunk=3, extends=True)
             alone.prefill([prompt])

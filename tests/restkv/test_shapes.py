@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.quality.teacher_forcing import logprobs
 from make.places import environment
 from make.policies import FOUR, POLICY, SOME
 from make.small import eagerly, small_ids, small_model
@@ -140,7 +141,7 @@ class Server:
         elif kind == "logprobs":
             session = self.session(1, forks=1)
             self.answer(session.fork())
-            session.logprobs([[0] * self.some(600)])
+            logprobs(session, [[0] * self.some(600)])
         elif kind == "chat":
             session = self.session(1, extends=True)
             session.extend([[0] * self.some(600)])
@@ -196,7 +197,7 @@ def test_rows_and_tokens_that_are_only_padding_change_nothing(name, rows):
         session.finish(rows - 1)
         for token in range(12):
             session.feed(torch.tensor([token] * rows))
-        judged = session.fork().logprobs([[1, 2, 3]] * rows)
+        judged = logprobs(session.fork(), [[1, 2, 3]] * rows)
         assert len(session.logits_BV) == len(judged) == rows
         said.append(
             (

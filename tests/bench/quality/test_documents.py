@@ -128,6 +128,20 @@ def test_an_own_answer_ends_where_the_model_ends_it(lm: LM) -> None:
     assert short["answer_tokens"] == 1 and short["nll"] < whole["nll"] * OWN
 
 
+def test_a_vocabulary_may_be_padded(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With logits of -inf for what is no token, as some families have; the others' distributions stay as they are."""
+    real, asked, policies = Decoder.head, Asked(0, [1, 2], [3, 5, 4]), POLICIES[:2]
+
+    def padded(self: Decoder, x: Tensor) -> Tensor:
+        logits = real(self, x)
+        return torch.cat([logits, torch.full_like(logits[..., :3], -torch.inf)], -1)
+
+    _, want = compare_all(lm, policies, PROMPT, [asked], OWN)
+    monkeypatch.setattr(Decoder, "head", padded)
+    _, found = compare_all(lm, policies, PROMPT, [asked], OWN)
+    assert found[0][1] == pytest.approx(want[0][1], abs=1e-9)
+
+
 def test_numbers_that_are_none_end_a_run() -> None:
     lm = LM(small_model(**MODEL), None)
     lm.model.embed_tokens.weight[21] = float("nan")
