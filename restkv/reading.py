@@ -120,7 +120,7 @@ def _draft(model: Decoder, x_1E: Tensor, layers: Sequence[Layer], count: int) ->
 
 
 def _length(x_TE: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x_TE, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(x_TE, dim=-1, dtype=torch.promote_types(x_TE.dtype, torch.float32))
 
 
 def embed(model: Decoder, ids: Sequence[int], start: int = 0) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -19,7 +19,7 @@ from restkv.policies.base import Policy
 class KVzip(Policy):
     """Score = the largest softmax weight that any observed query of the group's heads gives; one budget for the whole model.
 
-    The queries are those of a replay of the text, whose eviction so serves any question (docs/sources.md §2.13). As published,
+    The queries are those of a replay of the text, whose eviction so serves any question (docs/sources.md §2.9). As published,
     nothing but the score decides who shares the budget (Global without a floor), the first 4 entries stay, and nothing is evicted
     while decoding. An `interval` evicts then by the last `window` queries.
     """

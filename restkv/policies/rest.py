@@ -56,7 +56,8 @@ class ReSTKV(Policy):
     the paper's choice in both. Presets named after its scripts fix what these ran, with one set per query head (as released:
     G times the bytes of a KV-head cache of that budget) and one eviction, after the prompt: "paper-longbench" (floor 5;
     also needle), "paper-ruler" (floor 21; also InfiniteBench), "eq7" (floor 5, the paper's own indicator). Options override
-    a preset: get_policy("restkv", preset="paper-ruler", budget=1024, granularity="kv").
+    a preset: get_policy("restkv", preset="paper-ruler", budget=1024, granularity="kv"). The preset "replay" is for a context that
+    is compressed before any question is known: the largest relative change over the queries of a replay (docs/probes.md).
 
     tau, `normalize` and gqa="joint" are refused where they would have no effect or no meaning.
     """
@@ -68,6 +69,16 @@ class ReSTKV(Policy):
         "paper-longbench": {**_SCRIPTS, "kernel_size": 5},
         "paper-ruler": {**_SCRIPTS, "kernel_size": 21},
         "eq7": {**_SCRIPTS, "kernel_size": 5, "aggregate": "indicator"},
+        "replay": {
+            "aggregate": "indicator",
+            "reduction": "max",
+            "relative": True,
+            "pooling": "none",
+            "gqa": "max",
+            "window": 8,
+            "sinks": 4,
+            "probe": "replay",
+        },
     }
 
     budget_by: str | Allocation | None = None
@@ -79,6 +90,7 @@ class ReSTKV(Policy):
     drift: str = "released"  # "symmetric" leaves out the observation window's columns and the shift of +1 at zero drift
     pooling: str = "adaptive"  # or "avg", "max" (fixed kernel, zeros beyond the ends), "none"
     output_weight: bool = True  # False: ||o - v|| instead of ||(o - v) W_O||
+    # max over w of Eq. 7's summands in place of their mean; with `relative` each over the length of its query's residual stream.
     reduction: str = "mean"  # over the observed queries; "max" suits a probe of many, aggregate="indicator" only
     relative: bool = False  # reduction="max": divide by the length of the residual stream where the query comes from
     normalize: bool = False  # divide each query's indicator by the length of its output, aggregate="indicator" only
