@@ -201,10 +201,12 @@ class LM(Answering):
 
         Args:
             context: text or token ids.
-            policy: ReSTKV(budget=1024) when none is given.
+            policy: get_policy("restkv", "replay", budget=1024) when none is given: the text is read twice then, which is what keeps
+                answers whose question is not known yet (docs/probes.md). With prefill="chunked", ReSTKV(budget=1024).
             prefill, chunk: see Session.
         """
-        policy = ReSTKV(budget=1024) if policy is None else policy
+        if policy is None:
+            policy = ReSTKV(budget=1024, **({} if str(prefill) == "chunked" else ReSTKV.PRESETS["replay"]))
         ids = self.encode(context)
         session = Session(self.engine, policy, [len(ids)], chunk, prefill=prefill, chunk=chunk, extends=True, forks=1)
         session.prefill([ids])

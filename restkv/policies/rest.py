@@ -34,6 +34,14 @@ LEAST_SCALE = 0.01  # a kernel is at most 2 / scale times as wide as the cache
 MOST_TAU = 16  # higher powers of a length leave the range of float32
 _PAPER = {"alpha": 0.3, "budget_by": "uniform"}
 _SCRIPTS = {**_PAPER, "granularity": "query", "interval": None}
+_STRONGEST = {
+    "aggregate": "indicator",
+    "reduction": "max",
+    "relative": True,
+    "pooling": "none",
+    "gqa": "max",
+    "sinks": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,9 @@ class ReSTKV(Policy):
     the paper's choice in both. Presets named after its scripts fix what these ran, with one set per query head (as released:
     G times the bytes of a KV-head cache of that budget) and one eviction, after the prompt: "paper-longbench" (floor 5;
     also needle), "paper-ruler" (floor 21; also InfiniteBench), "eq7" (floor 5, the paper's own indicator). Options override
-    a preset: get_policy("restkv", preset="paper-ruler", budget=1024, granularity="kv"). The preset "replay" is for a context that
-    is compressed before any question is known: the largest relative change over the queries of a replay (docs/probes.md).
+    a preset: get_policy("restkv", preset="paper-ruler", budget=1024, granularity="kv"). Two are ours (docs/probes.md):
+    "replay" for a context that is compressed before any question is known, "draft" where the question is in sight: the largest
+    relative change over the queries of a replay, or over the prompt's own and eight drafts'.
 
     tau, `normalize` and gqa="joint" are refused where they would have no effect or no meaning.
     """
@@ -69,16 +78,8 @@ class ReSTKV(Policy):
         "paper-longbench": {**_SCRIPTS, "kernel_size": 5},
         "paper-ruler": {**_SCRIPTS, "kernel_size": 21},
         "eq7": {**_SCRIPTS, "kernel_size": 5, "aggregate": "indicator"},
-        "replay": {
-            "aggregate": "indicator",
-            "reduction": "max",
-            "relative": True,
-            "pooling": "none",
-            "gqa": "max",
-            "window": 8,
-            "sinks": 4,
-            "probe": "replay",
-        },
+        "replay": {**_STRONGEST, "window": 8, "probe": "replay"},
+        "draft": {**_STRONGEST, "probe": "prompt+draft:8"},
     }
 
     budget_by: str | Allocation | None = None
