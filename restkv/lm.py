@@ -201,8 +201,8 @@ class LM(Answering):
 
         Args:
             context: text or token ids.
-            policy: get_policy("restkv", "replay", budget=1024) when none is given: the text is read twice then, which is what keeps
-                answers whose question is not known yet (docs/probes.md). With prefill="chunked", ReSTKV(budget=1024).
+            policy: get_policy("restkv", "replay", budget=1024) when none is given: the text is read twice then, which keeps the
+                answers to questions that are not known yet (docs/probes.md). With prefill="chunked", ReSTKV(budget=1024).
             prefill, chunk: see Session.
         """
         if policy is None:
