@@ -28,17 +28,19 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from modeling.text.characters import brief
 from modeling.text.tokenizer import Tokenizer
 from restkv.errors import PolicyError
+from restkv.files import reason
 from restkv.observe import Look, Observation
-from restkv.plugins import PluginError, entry_points, load, origin
+from restkv.plugins import PluginError, entry_points, load, origin, origins
 
 WINDOW = "window"
 GROUP = "restkv.probes"
 PIECE = 2048  # tokens that are replayed at once, as in KVzip's code
 FIRST = 4  # entries of the prompt's begin that every piece attends to, as there
 QUOTED = 8  # tokens by which a request names where a later piece begins
-MOST_DRAFTS, MOST_QUESTIONS = 1 << 12, 1 << 10
+MOST_DRAFTS, MOST_QUESTIONS, MOST_BYTES = 1 << 12, 1 << 10, 1 << 20
 QUESTIONS = (
     "What is this text about?",
     "Who are the people and groups in it, and what does each of them do?",
@@ -122,7 +124,9 @@ class Probe(ABC):
             PolicyError: it takes no such argument.
         """
         if argument is not None:
-            raise PolicyError(f"probe {cls.name}:{argument}: {cls.name} takes nothing after a colon; leave it out")
+            raise PolicyError(
+                f"probe {brief(f'{cls.name}:{argument}')}: {cls.name} takes nothing after a colon; leave it out"
+            )
         return cls()
 
     def sides(self, ids: Sequence[int], phrases: Phrases) -> list[Side]:
@@ -179,8 +183,11 @@ class Draft(Probe):
         """draft:N."""
         if argument is None:
             return cls()
-        if not argument.isascii() or not argument.isdigit() or not 1 <= int(argument[:9]) <= MOST_DRAFTS:
-            raise PolicyError(f"probe draft:{argument}: give the tokens to draft, 1 to {MOST_DRAFTS}")
+        whole = (
+            argument.isascii() and argument.isdigit() and len(argument) < 10
+        )  # longer ones may be too long for int()
+        if not whole or not 1 <= int(argument) <= MOST_DRAFTS:
+            raise PolicyError(f"probe {brief(f'draft:{argument}')}: give the tokens to draft, 1 to {MOST_DRAFTS}")
         return cls(int(argument))
 
     @property
@@ -221,32 +228,42 @@ class Questions(Probe):
     @classmethod
     def of(cls, argument: str | None) -> Probe:
         """questions:FILE."""
+        if argument == "":
+            raise PolicyError("probe questions:: name a file after the colon, or leave it out for general questions")
         return cls(argument)
 
     def sides(self, ids: Sequence[int], phrases: Phrases) -> list[Side]:
         """A side for every question.
 
         Raises:
-            PolicyError: the file cannot be read, or there are none or too many in it.
+            PolicyError: the file cannot be read, there are none or too many in it, or there is no tokenizer to ask with.
         """
         texts = QUESTIONS if self.path is None else _lines(self.path)
         sides = [Side(phrases.request(f"Question: {text}")) for text in texts]
-        return [side for side in sides if side.ids]
+        if not all(side.ids for side in sides):
+            raise PolicyError("probe questions: this model has no tokenizer to ask with; choose another probe")
+        return sides
 
 
 def _lines(path: str) -> list[str]:
+    """The lines of a file that are not empty."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            lines = [line.strip() for line, _ in zip(file, range(MOST_QUESTIONS + 1), strict=False)]
-    except (OSError, UnicodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise PolicyError(f"probe questions: {path} cannot be read ({said})") from None
-    lines = [line for line in lines if line]
-    if not 1 <= len(lines) <= MOST_QUESTIONS:
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeError:
+        raise PolicyError(f"probe questions: {brief(path)} cannot be read (it is not UTF-8)") from None
+    except (OSError, ValueError) as error:  # a ValueError: a zero in the name
+        said = reason(error) if isinstance(error, OSError) else "there can be no such name"
+        raise PolicyError(f"probe questions: {brief(path)} cannot be read ({said})") from None
+    questions = [line.strip() for line in lines if line.strip()]
+    if len(data) > MOST_BYTES:
+        raise PolicyError(f"probe questions: {brief(path)} is too large; give at most {MOST_BYTES} bytes")
+    if not 1 <= len(questions) <= MOST_QUESTIONS:
         raise PolicyError(
-            f"probe questions: {path} has {len(lines) or 'no'} questions; give 1 to {MOST_QUESTIONS} lines"
+            f"probe questions: {brief(path)} has {len(questions) or 'no'} questions; give 1 to {MOST_QUESTIONS} lines"
         )
-    return lines
+    return questions
 
 
 PROBES: dict[str, type[Probe]] = {cls.name: cls for cls in (Window, Own, Draft, Replay, Questions)}
@@ -267,25 +284,28 @@ def parse_probe(text: str) -> tuple[Probe, ...]:
         name, colon, argument = part.partition(":")
         cls = PROBES.get(name) or _plugin(name)
         if cls is None:
-            raise PolicyError(f"probe {text!r}: {name!r} is unknown; choose from {', '.join(PROBES)}, joined by +")
+            known = ", ".join([*PROBES, *sorted({point.name for point in entry_points(group=GROUP)} - set(PROBES))])
+            raise PolicyError(f"probe {brief(text)}: {brief(name)} is unknown; choose from {known}, joined by +")
         probes.append(cls.of(argument if colon else None))
     if len({probe.name for probe in probes}) < len(probes):
-        raise PolicyError(f"probe {text!r}: one of them is given twice")
+        raise PolicyError(f"probe {brief(text)}: one of them is given twice")
     return tuple(probes)
 
 
 def _plugin(name: str) -> type[Probe] | None:
     """The probe that an installed package registers under a name."""
-    for point in entry_points(group=GROUP):
-        if point.name == name:
-            try:
-                cls: Any = load(point)
-            except PluginError as error:
-                raise PolicyError(f"probe {name!r}: {origin(point)} cannot be imported ({error})") from error
-            if not (isinstance(cls, type) and issubclass(cls, Probe) and getattr(cls, "name", None) == name):
-                raise PolicyError(f"probe {name!r}: {origin(point)} is no restkv.probes.Probe of that name")
-            return cls
-    return None
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not points:
+        return None
+    if len(points) > 1:
+        raise PolicyError(f"probe {name!r}: registered by {origins(points)}; uninstall all but one")
+    try:
+        cls: Any = load(points[0])
+    except PluginError as error:
+        raise PolicyError(f"probe {name!r}: {origin(points[0])} cannot be imported ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, Probe) and getattr(cls, "name", None) == name):
+        raise PolicyError(f"probe {name!r}: {origin(points[0])} is no restkv.probes.Probe of that name")
+    return cls
 
 
 @dataclass(frozen=True)

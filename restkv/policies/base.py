@@ -92,7 +92,7 @@ class Policy(ABC):
         self._require(valid, "protect", "give (start, end) pairs of positions with 0 <= start < end")
         self._require(isinstance(self.probe, str), "probe", 'give text, such as "draft:8" or "replay"')
         self._require(
-            self.observes or self.probe == WINDOW,
+            (self.observes and "mass" not in self.needs) or self.probe == WINDOW,
             "probe",
             f"the score of {self.name} depends on no queries that one may choose; leave it at {WINDOW}",
         )

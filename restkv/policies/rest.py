@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -170,22 +170,28 @@ class ReSTKV(Policy):
         weight_BW = _query_weights(obs.q_pos, self.alpha).to(obs.dtype)
         averaged = self.aggregate == "attention"
         a_BHC, lse_BHW = nothing(obs), obs.q.new_zeros(obs.q.shape[:3], dtype=obs.dtype)
+        whole_BHC = nothing(obs) if obs.gap else a_BHC  # an output is of all that is attended to, whatever counts
         top_BHW = torch.zeros_like(lse_BHW, dtype=torch.long)
         for rows in obs.rows():
             if drift is not None:
                 drift.add(rows)
             if averaged:
                 rows.add_attention(a_BHC, weight_BW)
+                if obs.gap:
+                    rows._replace(near_BHWC=None).add_attention(whole_BHC, weight_BW)
             else:
                 lse_BHW[:, rows.heads, rows.queries] = rows.normalizer_BHW()
                 top_BHW[:, rows.heads, rows.queries] = rows.logits_BHWC.argmax(-1)
-        attention: Callable[[slice], Tensor]  # columns -> [B, H, Q, C]
+        attention: Callable[[slice], Tensor]  # columns -> [B, H, Q, C]: what counts (Observation.gap) ...
+        whole: Callable[[slice], Tensor]  # ... and all there is
         if averaged:
             attention, weight_BQ = (lambda c: a_BHC[:, :, None, c]), torch.ones_like(weight_BW[:, :1])
-            out = _outputs(obs, attention, a_BHC.argmax(-1)[..., None], obs.past)
+            whole = lambda c: whole_BHC[:, :, None, c]  # noqa: E731
+            out = _outputs(obs, whole, whole_BHC.argmax(-1)[..., None], obs.past)
         else:
             attention, weight_BQ = partial(obs.attention, lse_BHW), weight_BW
-            out = _outputs(obs, attention, top_BHW, obs.held >= 0)
+            whole = partial(replace(obs, gap=0).attention, lse_BHW)
+            out = _outputs(obs, whole, top_BHW, obs.held >= 0)
         B, K, G, Q, D = out.o_BKGQD.shape
         change = self._joint_change if self.gqa == "joint" else self._change
         # For a query's top entry 1 - a is the others' mass, and o - v is that mass times (rest - v).
@@ -193,8 +199,9 @@ class ReSTKV(Policy):
         parts = []
         for columns, index_C in obs.chunks(B * K * G * D * (Q if self.gqa == "joint" else max(1, Q // D))):
             a_BKGQC = rearrange(attention(columns), "B (K G) Q C -> B K G Q C", K=K)
+            whole_BKGQC = rearrange(whole(columns), "B (K G) Q C -> B K G Q C", K=K) if obs.gap else a_BKGQC
             top_BKGQC = index_C == out.top_BKGQ1
-            odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - a_BKGQC))
+            odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - whole_BKGQC))
             change_BXQC = change(obs, odds_BKGQC, top_BKGQC, out, obs.v[:, :, columns].to(obs.dtype))
             parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
         return torch.cat(parts, -1)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -24,29 +23,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from laws.law import watched
-from make.small import small_ids, small_model
-from modeling.layers import Block, Decoder
+from laws.models import MODELS, model_of
+from make.small import small_ids
+from modeling.layers import Decoder
 from restkv import schedule
 from restkv.engine import Engine
 from restkv.errors import PolicyError
 from restkv.evict import UNLIMITED
 from restkv.policies import FullCache, Policy, get_policy
 from restkv.session import Session
-from restkv.testing.models import exact
 from restkv.testing.watch import snapshot
 from twins.masking import Ranked
 
 FEW, MANY = 40, 625  # examples of each of the 6 tests: 240 on every run, 3,750 in the slow one
-
-
-@lru_cache(maxsize=64)
-def model_of(double: bool, softcap: float | None, **traits: Any) -> Decoder:
-    model = small_model(**traits)
-    model = exact(model) if double else model
-    parts: list[Decoder | Block] = [model, *model.blocks]
-    for part in parts:  # `exact` takes no capped model; attention itself caps in float64
-        part.config = replace(part.config, attn_softcap=softcap)
-    return model
 
 
 @dataclass(frozen=True)
@@ -87,23 +76,6 @@ class Job:
             patch.setattr(schedule, "COMPACT_EVERY", self.every)
             return Session(Engine(model, "sdpa"), self.policy, lengths, self.new, **how)
 
-
-MODELS = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 3),
-        "windows": st.lists(st.sampled_from([None, None, 4, 9, 30]), min_size=1, max_size=3).map(tuple),
-        "kv_heads": st.integers(1, 2),
-        "group": st.integers(1, 3),
-        "head_dim": st.sampled_from([2, 6]),
-        "hidden": st.just(12),
-        "thetas": st.sampled_from([(100.0,), (100.0, 7.0)]),
-        "fused": st.booleans(),
-        "qk_norm": st.booleans(),
-        "qkv_bias": st.booleans(),
-        "post_norms": st.booleans(),
-        "softcap": st.sampled_from([None, None, 1.5]),
-    }
-)
 
 # Scores that have a slow twin in tests/twins/reference.py.
 SCORED = st.one_of(

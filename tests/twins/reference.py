@@ -27,10 +27,17 @@ class Head:
         self.v = [obs.v[b, k_head, c].double().numpy() for c in self.columns]
         keys = [obs.k[b, k_head, c].double().numpy() for c in self.columns]
         rows = [(w, p) for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0]
-        first = rows[0][1] if rows else 0
+        first = obs.end if obs.end is not None else rows[0][1] if rows else 0
         self.newest = rows[-1][1] if rows else -1
         self.past = [i for i, p in enumerate(self.pos) if p < first]
-        self.attention = [self.softmax(obs, obs.q[b, h, w].double().numpy(), p, keys) for w, p in rows]
+        self.seen = [self.softmax(obs, obs.q[b, h, w].double().numpy(), p, keys) for w, p in rows]
+        self.attention = self.seen  # less what is too near to count
+        if obs.gap:
+            lines = zip(rows, self.seen, strict=True)
+            self.attention = [
+                [a if p < q_pos - obs.gap else 0.0 for a, p in zip(line, self.pos, strict=True)]
+                for (_, q_pos), line in lines
+            ]
 
     def softmax(self, obs, q, q_pos, keys):
         exps = []
@@ -61,17 +68,20 @@ def over_time(policy, values):
     return sum(values) / len(values) if policy.alpha is None else ema(values, policy.alpha)
 
 
-def removal(heads, attention, outputs, i, projections, policy):
-    """Length of the change of the summed outputs of `heads` when their common entry i goes, and of that output itself."""
+def removal(heads, attention, seen, outputs, i, projections, policy):
+    """Length of the change of the summed outputs of `heads` when their common entry i goes, and of that output itself.
+
+    attention, seen: weights that count, and all.
+    """
     change = whole = 0.0
-    for head, a, o, w_o in zip(heads, attention, outputs, projections, strict=True):
-        odds = a[i] / max(1 - a[i], np.finfo(np.float64).eps)
+    for head, a, all_of, o, w_o in zip(heads, attention, seen, outputs, projections, strict=True):
+        odds = a[i] / max(1 - all_of[i], np.finfo(np.float64).eps)
         change = change + w_o @ (odds * (o - head.v[i]))
         whole = whole + w_o @ o
     size: Any = np.linalg.norm(change)
     if policy.tau != 1:
-        (a,) = attention
-        odds = a[i] / max(1 - a[i], np.finfo(np.float64).eps)
+        (a,), (all_of,) = attention, seen
+        odds = a[i] / max(1 - all_of[i], np.finfo(np.float64).eps)
         size = odds * np.linalg.norm(change / odds) ** policy.tau if odds else 0.0
     return size / np.linalg.norm(whole) if policy.normalize else size
 
@@ -80,22 +90,23 @@ def rest_line(heads, projections, policy, budget):
     """Smoothed ReST-KV scores of the past entries of one scored head (a group of several for gqa="joint")."""
     past = heads[0].past
     if policy.aggregate == "attention":
-        mixed = []
+        mixed: list[list[float]] = []
+        seen: list[list[float]] = []
         for head in heads:
-            n = len(head.pos)
-            mixed.append(
-                [over_time(policy, [row[i] for row in head.attention]) if i in past else 0.0 for i in range(n)]
-            )
-        outputs = [head.output(a, past) for head, a in zip(heads, mixed, strict=True)]
-        line = [removal(heads, mixed, outputs, i, projections, policy) for i in past]
+            for rows, into in ((head.attention, mixed), (head.seen, seen)):
+                columns = range(len(head.pos))
+                into.append([over_time(policy, [row[i] for row in rows]) if i in past else 0.0 for i in columns])
+        outputs = [head.output(a, past) for head, a in zip(heads, seen, strict=True)]
+        line = [removal(heads, mixed, seen, outputs, i, projections, policy) for i in past]
     else:
         line = []
         for i in past:
             per_query = []
             for w in range(len(heads[0].attention)):
                 attention = [head.attention[w] for head in heads]
-                outputs = [head.output(a, range(len(a))) for head, a in zip(heads, attention, strict=True)]
-                per_query.append(removal(heads, attention, outputs, i, projections, policy))
+                seen = [head.seen[w] for head in heads]
+                outputs = [head.output(a, range(len(a))) for head, a in zip(heads, seen, strict=True)]
+                per_query.append(removal(heads, attention, seen, outputs, i, projections, policy))
             line.append(over_time(policy, per_query))
     if policy.pooling == "adaptive":
         return adaptive(line, *kernel_and_shift([drift(head, policy, budget) for head in heads], policy))
@@ -106,10 +117,10 @@ def drift(head, policy, budget):
     """Mean place of the entries the older queries look at most, minus the newer ones' (docs/sources.md §1.2 item 7)."""
     kept = max(1, budget - policy.window)
     halves: tuple[list[int], list[int]] = ([], [])
-    for w, row in enumerate(head.attention):
+    for w, row in enumerate(head.seen):
         ranked = [i for i, a in enumerate(row) if a > 0 and (policy.drift == "released" or i in head.past)]
         top = sorted(ranked, key=lambda i: row[i])[-kept:]
-        halves[w >= len(head.attention) // 2].extend(top)
+        halves[w >= len(head.seen) // 2].extend(top)
     if not halves[0] or not halves[1]:
         return None
     return sum(halves[0]) / len(halves[0]) - sum(halves[1]) / len(halves[1])
@@ -147,7 +158,16 @@ def pooled(line, policy):
 
 def snap_line(heads, projections, policy, budget):
     (head,) = heads
-    return pooled([sum(row[i] for row in head.attention) for i in head.past], policy)
+    over = max if policy.reduction == "max" else sum
+    return pooled([over(row[i] for row in head.attention) for i in head.past], policy)
+
+
+def zip_line(heads, projections, policy, budget):
+    (head,) = heads
+    return [max(row[i] for row in head.attention) for i in head.past]
+
+
+LINES = {"restkv": rest_line, "snapkv": snap_line, "adakv": snap_line, "pyramidkv": snap_line, "kvzip": zip_line}
 
 
 def scores(policy, obs, w_o_EHD=None):
@@ -155,7 +175,7 @@ def scores(policy, obs, w_o_EHD=None):
     B, H = obs.q.shape[:2]
     K, C = obs.k.shape[1:3]
     G = H // K
-    line_of = {"restkv": rest_line, "snapkv": snap_line}[policy.name]
+    line_of = LINES[policy.name]
     per_head = policy.granularity == "query"
     out = np.full((B, H if per_head else K, C), NOTHING)
     for b in range(B):

@@ -1,0 +1,163 @@
+"""The slow twin of probes: what a policy keeps of a prompt when other queries than its last ones are observed.
+
+What a probe reads is appended to the prompt, a dense model reads both, and the entries of the appended text are dropped. Scores
+are those of twins/reference.py, the selections those of twins/reference_budgets.py.
+
+Letters: N layers, H query heads, K KV heads, X heads with a kept set of their own, L prompt length, W observed queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from modeling.layers import Decoder
+from restkv.observe import Observation
+from restkv.policies import Policy
+from restkv.testing.dense import Dense
+from restkv.testing.watch import protected
+from twins import reference, reference_budgets
+
+NOTHING = -math.inf
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How probes are: tokens of a piece of the replay, the gap of `prompt`, and the requests in front of what is read: one for
+    the first piece, one for later ones (before and after 8 quoted tokens), one for each question.
+    """
+
+    piece: int
+    gap: int
+    first: Sequence[int] = ()
+    later: tuple[Sequence[int], Sequence[int]] = ((), ())
+    questions: Sequence[Sequence[int]] = ()
+    eos: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """Queries at these positions of a dense model's text, and the columns (positions) that they share their attention among."""
+
+    text: Dense
+    queries: Sequence[int]
+    columns: Sequence[int]
+    end: int | None = None
+    gap: int = 0
+
+
+def read(model: Decoder, ids: Sequence[int]) -> Dense:
+    text = Dense(model)
+    text.run(ids)
+    return text
+
+
+def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settings: Settings) -> list[View]:
+    """What each part of a probe observes."""
+    L, found = len(prompt), []
+    for part in probe.split("+"):
+        name, _, number = part.partition(":")
+        if name == "window":
+            found.append(View(read(model, prompt), range(max(0, L - window), L), range(L)))
+        elif name == "prompt":
+            found.append(View(read(model, prompt), range(L // 2, L), range(L), L, settings.gap))
+        elif name == "draft":
+            text = Dense(model)
+            logits_V, said = text.run(prompt), 0
+            while said < int(number or 8) and int(logits_V.argmax()) not in settings.eos:
+                logits_V, said = text.run([int(logits_V.argmax())]), said + 1
+            oldest = max(0, L - max(0, window - said))
+            found.append(View(text, range(oldest, L + said), range(L + said)))
+        elif name == "replay":
+            for start in range(0, L, settings.piece):
+                again = list(prompt[start : start + settings.piece])
+                before, after = settings.later
+                asked = [*before, *prompt[max(0, start - 8) : start], *after] if start else settings.first
+                text = read(model, [*prompt, *asked, *again])
+                sees = (
+                    sorted({*range(min(4, start)), *range(start, start + len(again))})
+                    if settings.piece < L
+                    else range(L)
+                )
+                found.append(View(text, range(L, text.length), [*sees, *range(L, text.length)]))
+        else:
+            for asked in settings.questions:
+                text = read(model, [*prompt, *asked])
+                found.append(View(text, range(L, text.length), range(text.length)))
+    return found or views(model, "window", prompt, window, settings)
+
+
+def scores(
+    model: Decoder, policy: Policy, views: Sequence[View], layer: int, length: int, budget: int
+) -> list[list[float]]:
+    """[X][L]: the most that any view says of an entry; nothing where no later query will see it."""
+    block, config = model.blocks[layer], model.config
+    H, G = config.num_heads, config.group
+    scored = [range(h, h + G) for h in range(0, H, G)] if policy.gqa == "joint" else [range(h, h + 1) for h in range(H)]
+    best = [[NOTHING] * length for _ in scored]
+    w_o = [block.output_weight()[:, h].double().numpy() for h in range(H)]
+    if not getattr(policy, "output_weight", True):
+        w_o = [np.eye(config.head_dim)] * H
+    for view in views:
+        columns = torch.tensor(list(view.columns))
+        obs = Observation(
+            q=view.text.q[layer][list(view.queries)].transpose(0, 1)[None],
+            q_pos=torch.tensor(list(view.queries))[None],
+            k=view.text.k[layer][columns].transpose(0, 1)[None],
+            v=view.text.v[layer][columns].transpose(0, 1)[None],
+            pos=columns.expand(1, config.num_kv_heads, -1),
+            root=None,
+            softmax_scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            sliding_window=block.window,
+            end=view.end,
+            gap=view.gap,
+        )
+        heads = [reference.Head(obs, 0, h) for h in range(H)]
+        for line, members in zip(best, scored, strict=True):
+            mine = [heads[h] for h in members]
+            for i, score in enumerate(reference.LINES[policy.name](mine, [w_o[h] for h in members], policy, budget)):
+                p = mine[0].pos[mine[0].past[i]]
+                if p < length:
+                    line[p] = max(line[p], score)
+    if policy.granularity == "kv" and policy.gqa != "joint":
+        groups = [zip(*best[h : h + G], strict=True) for h in range(0, H, G)]
+        best = [[max(several) if policy.gqa == "max" else sum(several) / G for several in group] for group in groups]
+    if block.window is not None:
+        best = [[NOTHING if p <= length - block.window else score for p, score in enumerate(line)] for line in best]
+    return best
+
+
+def kept(
+    model: Decoder, policy: Policy, probe: str, prompt: Sequence[int], settings: Settings
+) -> tuple[list[list[list[float]]], list[list[set[int]]]]:
+    """Scores [X][L] of the layers that lose something, 0 for what is protected; and positions [N][X] that stay of a prompt."""
+    L, config, share = len(prompt), model.config, policy.allocation.name
+    budgets = policy.layer_budgets(L, config.num_layers)
+    everything = [set(range(L))] * (config.num_heads if policy.granularity == "query" else config.num_kv_heads)
+    seen = views(model, probe, prompt, policy.window, settings) if min(budgets) < L else []
+    layers, out = [], []
+    for index, budget in enumerate(budgets):
+        if budget >= L:
+            out.append(everything)
+            continue
+        score = scores(model, policy, seen, index, L, budget)
+        always = protected(policy, range(L), L, budget)
+        score = [[0.0 if p in always else float(s) for p, s in enumerate(line)] for line in score]
+        layer = score, [range(L)] * len(score), [[p in always for p in range(L)]] * len(score)
+        layers.append(layer)
+        if share == "adakv":
+            options = {name: getattr(policy.allocation, name) for name in ("floor", "normalize", "exact")}
+            chosen = reference_budgets.adakv(*layer, budget, **options)
+            out.append([{p for head, p in chosen if head == x} for x in range(len(score))])
+        elif share != "global":
+            out.append([reference.select(*one, budget) for one in zip(*layer, strict=True)])
+    if share == "global" and layers:
+        chosen = reference_budgets.whole_model(layers, budgets[0], vars(policy.allocation)["floor"])
+        heads = range(len(everything))
+        out = [[{p for n, x, p in chosen if (n, x) == (index, head)} for head in heads] for index in range(len(layers))]
+    return [layer[0] for layer in layers], out
