@@ -56,7 +56,7 @@ def record(case: Case, plus: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for case in CASES:
         score, kept = record(case, plus=False)
         plus, _ = record(case, plus=True)
