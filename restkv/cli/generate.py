@@ -55,6 +55,14 @@ class KeepOptions:
         str | None,
         keep_option(help="How layers and heads share the budget: uniform, pyramid, adakv, global (restkv's default)."),
     ] = None
+    probe: Annotated[
+        str | None,
+        keep_option(
+            help="Whose queries the prompt's eviction observes: window; prompt (its own, no further pass); draft:N (N steps, "
+            "with the full cache alive); replay (the prompt is read twice); questions or questions:FILE; some joined by +.",
+            show_default="window, or the preset's",
+        ),
+    ] = None
     window: Annotated[
         int | None,
         keep_option(max=MOST_TOKENS, help="Newest entries always kept; their queries are the ones observed."),
