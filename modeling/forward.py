@@ -134,7 +134,8 @@ def side_layer(
         q_THD[rows], k_KCD[:, at], v_KCD[:, at] = q_1tHD[0], k_1tKD[0].transpose(0, 1), v_1tKD[0].transpose(0, 1)
         o_tHD = causal_attention(q_THD[rows], k_KCD, v_KCD, at.start, **attention)
         x_TE[rows] = block.finish(x_TE[None, rows], o_tHD[None])[0]
-    return q_THD.transpose(0, 1), k_KCD[:, before:], v_KCD[:, before:]
+    # Copies: parts of the whole would keep the prompt's entries alive once more for every text that is read.
+    return q_THD.transpose(0, 1), k_KCD[:, before:].clone(), v_KCD[:, before:].clone()
 
 
 def step(

@@ -192,10 +192,11 @@ class Observation:
 class Look(NamedTuple):
     """What some queries see of a layer: the entries to be scored, or some of them, and after them entries of their own.
 
-    obs: as if these were all the entries; at: [n] long, which of the scored entries its first n columns are, None: all of them.
+    of: makes, of the layer's observation, one as if these were all the entries (a copy of the keys and values: not before it is
+    needed, and only for so long); at: [n] long, which of the scored entries its first n columns are, None: all of them.
     """
 
-    obs: Observation
+    of: Callable[[Observation], Observation]
     at: Tensor | None = None
 
 

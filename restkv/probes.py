@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -345,16 +345,20 @@ def looks(probe: str, obs: Observation, seen: Sequence[Seen], window: int) -> tu
     """
     if not seen:
         return ()
-    newest = [Look(obs)] if WINDOW in probe.split("+") else []
+    newest = [Look(lambda obs: obs)] if WINDOW in probe.split("+") else []
     return (*newest, *(_look(obs, one, window) for one in seen))
 
 
 def _look(obs: Observation, seen: Seen, window: int) -> Look:
-    length, device = obs.pos.shape[-1], obs.pos.device
     at_n = None
     if seen.part is not None:
         start, stop = seen.part
-        at_n = torch.cat([torch.arange(min(FIRST, start)), torch.arange(start, stop)]).to(device)
+        at_n = torch.cat([torch.arange(min(FIRST, start)), torch.arange(start, stop)]).to(obs.pos.device)
+    return Look(partial(_view, seen=seen, at_n=at_n, window=window), at_n)
+
+
+def _view(obs: Observation, seen: Seen, at_n: Tensor | None, window: int) -> Observation:
+    length, device = obs.pos.shape[-1], obs.pos.device
     k, v, pos = (x if at_n is None else x[:, :, at_n] for x in (obs.k, obs.v, obs.pos))
     if seen.k_KTD is not None and seen.v_KTD is not None:
         own_KT = torch.arange(length, length + seen.k_KTD.shape[1], device=device).expand(len(seen.k_KTD), -1)
@@ -370,7 +374,7 @@ def _look(obs: Observation, seen: Seen, window: int) -> Look:
     if seen.newest and stream_1Q is not None and obs.stream is not None:
         stream_1Q = torch.cat([obs.stream, stream_1Q], 1)[:, -q_1HQD.shape[2] :]
     view = replace(obs, q=q_1HQD, q_pos=q_pos_1Q, k=k, v=v, pos=pos, end=end, gap=seen.gap, stream=stream_1Q)
-    return Look(replace(view, protected=None, mass=None), at_n)
+    return replace(view, protected=None, mass=None)
 
 
 def check_readable(probe: str, chunked: bool) -> None:

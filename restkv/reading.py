@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modeling.forward import Attend, Watch, dense_layer, side_layer
-from modeling.layers import Decoder
+from modeling.layers import Block, Decoder
 from restkv.patterns import Pattern, chooser
 from restkv.probes import Reading, Seen
 
@@ -60,7 +60,8 @@ def read_layers(
     x_LE, rotary = embed(model, ids)
     sides = [(side, *embed(model, side.ids, length)) for side in reading.sides]
     held: list[Layer] = []
-    for index, block in enumerate(model.blocks):
+
+    def read(index: int, block: Block) -> Layer:
         stream_W = _length(x_LE[max(0, length - max(last, reading.own)) :])
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
             model,
@@ -82,11 +83,15 @@ def read_layers(
             q_HTD, k_KTD, v_KTD = side_layer(model, block, x_TE, side_rotary, k_KLD, v_KLD)
             seen.append(Seen(q_HTD, length, k_KTD, v_KTD, side.part, stream_Q=stream_T))
         newest = slice(max(0, len(stream_W) - last), None)
-        layer = Layer(q_HWD[:, newest], k_KLD, v_KLD, raw_KLD, stream_W[newest], tuple(seen))
+        return Layer(q_HWD[:, newest], k_KLD, v_KLD, raw_KLD, stream_W[newest], tuple(seen))
+
+    for index, block in enumerate(model.blocks):
+        layer = read(index, block)
         if reading.drafts:
             held.append(layer)
         else:
             store(index, layer)
+        del layer  # not kept alive while the next one is read
     if held:
         drafts = _draft(model, x_LE[-1:].clone(), held, reading.drafts)
         for index, drafted in enumerate(drafts):

@@ -270,8 +270,7 @@ class _Scores:
         if kind not in self.bound:
             try:
                 unread: dict[str, Any] = {"budget_B": _UnreadTensor(), "budgets": _UnreadTuple()}
-                looks = tuple(look._replace(obs=replace(look.obs, **unread)) for look in obs.looks)
-                return self._once(policy, (kind, None), replace(obs, looks=looks, **unread))
+                return self._once(policy, (kind, None), replace(obs, **unread))
             except _BudgetRead:
                 self.bound.add(kind)
         return self._once(policy, (kind, obs.budgets), obs)

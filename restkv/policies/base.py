@@ -244,7 +244,7 @@ class Policy(ABC):
         """The most that any of obs.looks says of an entry."""
         most_BXC: Tensor | None = None
         for look in obs.looks:
-            score_BXn = self.importance(look.obs)
+            score_BXn = self.importance(look.of(obs))
             if most_BXC is None:
                 most_BXC = score_BXn.new_full((*score_BXn.shape[:2], obs.pos.shape[-1]), -torch.inf)
             if look.at is None:

@@ -17,11 +17,12 @@ from make.small import small_ids, small_model
 from modeling import layers
 from modeling.cache import KVCache
 from modeling.checkpoint.loading import load_model
-from modeling.forward import dense_layer, extend, step
+from modeling.forward import dense_layer, extend, side_layer, step
 from modeling.layers import WIDENED_ROWS, Decoder
 from restkv.engine import Engine
 from restkv.lm import LM
 from restkv.policies import FullCache
+from restkv.reading import embed
 from restkv.session import Session
 
 PROMPT = 40  # tokens prefilled before decoding starts: fewer than any trained length, more than some windows
@@ -260,3 +261,23 @@ def test_a_compiled_product_of_one_row_is_the_product(dtype, outputs):
     exact = x_11E.double() @ weight.double().T + bias_O.double()
     assert y.dtype == dtype and y.shape == (1, 1, outputs)
     torch.testing.assert_close(y.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=10 * torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def test_text_beside_a_prompt_is_as_if_it_went_on_and_keeps_nothing_of_the_prompt_alive():
+    """In any chunks. Its keys and values are copies: one prompt may have a thousand texts beside it."""
+    model, ids = small_model(windows=(None, 7)), small_ids(50)
+    for chunk in (1024, 4):
+        (x_LE, rotary), (x_TE, later), (both, all_of) = (
+            embed(model, ids[:40]),
+            embed(model, ids[40:], 40),
+            embed(model, ids),
+        )
+        for block in model.blocks:
+            _, k_KLD, v_KLD, _ = dense_layer(model, block, x_LE, rotary, 1)
+            parts = side_layer(model, block, x_TE, later, k_KLD, v_KLD, chunk)
+            q_HWD, *whole, _ = dense_layer(model, block, both, all_of, 10)
+            for mine, theirs in zip(parts, (q_HWD, *(x[:, 40:] for x in whole)), strict=True):
+                assert largest_gap(mine, theirs) < 1e-4
+            assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+        assert largest_gap(x_TE, both[40:]) < 1e-4

@@ -23,11 +23,12 @@ from make.small import small_ids, small_model
 from modeling.checkpoint.loading import load_model
 from modeling.forward import CHUNK
 from modeling.layers import Decoder
+from restkv import probes
 from restkv.budgets import Pyramid
 from restkv.engine import Engine
 from restkv.lm import LM
 from restkv.meter import PeakMemory
-from restkv.policies import H2O, TOVA, FullCache, KeyDiff, LaCache, Policy, ReSTKV, SnapKV, StreamingLLM
+from restkv.policies import H2O, TOVA, FullCache, KeyDiff, KVzip, LaCache, Policy, ReSTKV, SnapKV, StreamingLLM
 from restkv.schedule import COMPACT_EVERY
 from restkv.session import Session
 from restkv.sizing import page_size
@@ -217,9 +218,14 @@ PROMPT = 4_000
 
 
 @torch.no_grad()
-def peaks(depths: list[int], budget_by: str, prefill: str) -> list[int]:
+def peaks(
+    depths: list[int], budget_by: str, prefill: str = "dense", probe: str = "window", piece: int = probes.PIECE
+) -> list[int]:
     """Called apart: bytes by which the process peaks over what it held while a prompt goes through models of these depths."""
-    policy, out = ReSTKV(128, budget_by=budget_by), []
+    policy: Policy = ReSTKV(128, budget_by=budget_by)
+    if probe != "window":
+        policy = KVzip(128, budget_by=budget_by, probe=probe)
+    probes.PIECE, out = piece, []
     for depth in [1, *depths]:  # the first run makes buffers that come to stay
         session = Session(Engine(wide_model(depth), "sdpa"), policy, [PROMPT], 1, prefill=prefill)
         before = psutil.Process().memory_info().rss
@@ -254,6 +260,32 @@ def test_a_prompt_peaks_at_one_layer(budget_by, prefill):
         )
     grown = measured[-1] - measured[1]
     assert grown < layer / 2, f"{depths} layers take {[peak / MIB for peak in measured]} MiB"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak to reset")
+@pytest.mark.parametrize(
+    ("budget_by", "probe", "piece"),
+    [
+        ("uniform", "replay", 2048),
+        ("global", "replay", 200),
+        ("uniform", "prompt", 2048),
+        ("uniform", "draft:4", 2048),
+    ],
+)
+def test_a_probe_peaks_at_one_layer_unless_it_drafts(budget_by, probe, piece):
+    """A replay takes one more hidden state, and of one layer its queries, keys and values, in however many pieces it is read; a
+    draft takes the full cache."""
+    depths = [1, 3, 9]
+    layer = PROMPT * wide_model(1).config.kv_bytes_per_token(torch.float32)
+    measured = apart(f"peaks({depths}, {budget_by!r}, probe={probe!r}, piece={piece})")
+    grown = measured[-1] - measured[1]
+    if probe.startswith("draft"):
+        assert 5 * layer < grown < 8 * layer
+    else:
+        assert measured[-1] < 8 * layer and grown < layer / 2, (
+            f"{depths} layers take {[peak / MIB for peak in measured]} MiB"
+        )
 
 
 # -- bytes
