@@ -6,8 +6,8 @@ and drafts whose queries are observed and whose own entries are never kept.
 
     window            the last `window` queries of the prompt
     prompt            those of the prompt's second half, each for entries well before it
-    draft[:N]         the newest `window` queries of the prompt and of N tokens that the model itself goes on with
-                      (as in LAQ, arXiv 2505.20334)
+    draft[:N]         those of N tokens that the model itself goes on with, and of the prompt's newest as many as are missing
+                      to `window` (as in LAQ, arXiv 2505.20334)
     replay            the prompt read once more, after a sentence that asks for it (KVzip, arXiv 2505.23416)
     questions[:FILE]  questions about a text: general ones, or those of a file, one a line
 

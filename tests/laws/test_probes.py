@@ -117,6 +117,18 @@ SCORED = st.one_of(
             "alpha": st.sampled_from([None, 0.3]),
         }
     ),
+    st.fixed_dictionaries(
+        {
+            "name": st.just("restkv"),
+            "aggregate": st.just("indicator"),
+            "reduction": st.just("max"),
+            "relative": st.booleans(),
+            "budget_by": SHARES,
+            "gqa": st.sampled_from(["mean", "max"]),
+            "pooling": st.sampled_from(["adaptive", "max", "none"]),
+            "scale": st.sampled_from([2, 2000]),
+        }
+    ),
 )
 SINGLE = ["window", "prompt", "draft:1", "draft:9", "replay", "questions"]
 JOINED = [
@@ -210,8 +222,11 @@ def test_a_dense_model_that_reads_everything_scores_and_keeps_the_same(job: Job)
         session = job.session()
     model, policy, (prompt,) = job.model(), job.policy, job.prompts
     theirs, want = probed.kept(model, policy, policy.probe, prompt, job.settings)
+    squared = (
+        policy.name == "restkv" and vars(policy)["reduction"] == "max"
+    )  # distances from squares lose half of the digits
     for mine_XL, theirs_XL in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(mine_XL, mine_XL.new_tensor(theirs_XL), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(mine_XL, mine_XL.new_tensor(theirs_XL), rtol=1e-6, atol=1e-7 if squared else 1e-12)
     assert [[sorted(head) for head in layer] for layer in want] == held(session)
     dense = Dense(model)
     logits_V = dense.run(prompt)

@@ -9,11 +9,15 @@ Letters: N layers, H query heads, K KV heads, X heads with a kept set of their o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from modeling.layers import Decoder
 from restkv.observe import Observation
@@ -39,19 +43,41 @@ class Settings:
     eos: Sequence[int] = ()
 
 
+class Text(Dense):
+    """A dense model's text, and of every layer the lengths of the residual stream before it."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.stream: list[list[float]] = [[] for _ in model.blocks]
+
+    def run(self, ids: Sequence[int]) -> Tensor:
+        with ExitStack() as stack:
+            for block, lengths in zip(self.model.blocks, self.stream, strict=True):
+                stack.enter_context(patch.object(block, "project", self._noting(block.project, lengths)))
+            return super().run(ids)
+
+    @staticmethod
+    def _noting(project: Callable[..., Any], lengths: list[float]) -> Callable[..., Any]:
+        def call(x_1TE: Tensor, *rest: Tensor) -> Any:
+            lengths.extend(x_1TE[0].norm(dim=-1).tolist())
+            return project(x_1TE, *rest)
+
+        return call
+
+
 @dataclass(frozen=True)
 class View:
     """Queries at these positions of a dense model's text, and the columns (positions) that they share their attention among."""
 
-    text: Dense
+    text: Text
     queries: Sequence[int]
     columns: Sequence[int]
     end: int | None = None
     gap: int = 0
 
 
-def read(model: Decoder, ids: Sequence[int]) -> Dense:
-    text = Dense(model)
+def read(model: Decoder, ids: Sequence[int]) -> Text:
+    text = Text(model)
     text.run(ids)
     return text
 
@@ -66,7 +92,7 @@ def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settin
         elif name == "prompt":
             found.append(View(read(model, prompt), range(L // 2, L), range(L), L, settings.gap))
         elif name == "draft":
-            text = Dense(model)
+            text = Text(model)
             logits_V, said = text.run(prompt), 0
             while said < int(number or 8) and int(logits_V.argmax()) not in settings.eos:
                 logits_V, said = text.run([int(logits_V.argmax())]), said + 1
@@ -116,6 +142,7 @@ def scores(
             sliding_window=block.window,
             end=view.end,
             gap=view.gap,
+            stream=torch.tensor([[view.text.stream[layer][p] for p in view.queries]]),
         )
         heads = [reference.Head(obs, 0, h) for h in range(H)]
         for line, members in zip(best, scored, strict=True):

@@ -29,6 +29,7 @@ class Head:
         rows = [(w, p) for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0]
         first = obs.end if obs.end is not None else rows[0][1] if rows else 0
         self.newest = rows[-1][1] if rows else -1
+        self.stream = [1.0] * len(rows) if obs.stream is None else [float(obs.stream[b, w]) for w, _ in rows]
         self.past = [i for i, p in enumerate(self.pos) if p < first]
         self.seen = [self.softmax(obs, obs.q[b, h, w].double().numpy(), p, keys) for w, p in rows]
         self.attention = self.seen  # less what is too near to count
@@ -106,8 +107,9 @@ def rest_line(heads, projections, policy, budget):
                 attention = [head.attention[w] for head in heads]
                 seen = [head.seen[w] for head in heads]
                 outputs = [head.output(a, range(len(a))) for head, a in zip(heads, seen, strict=True)]
-                per_query.append(removal(heads, attention, seen, outputs, i, projections, policy))
-            line.append(over_time(policy, per_query))
+                size = removal(heads, attention, seen, outputs, i, projections, policy)
+                per_query.append(size / heads[0].stream[w] if policy.relative else size)
+            line.append(max(per_query, default=0.0) if policy.reduction == "max" else over_time(policy, per_query))
     if policy.pooling == "adaptive":
         return adaptive(line, *kernel_and_shift([drift(head, policy, budget) for head in heads], policy))
     return pooled(line, policy)
