@@ -17,8 +17,8 @@ PROBES = ["prompt", "draft:4", "replay", "questions", "window+draft:2+replay"]
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_probe_is_an_option_like_any_other(run, rambler, probe):
-    method = ("--method", "snapkv", "--budget", 12, "--window", 4, "--set", f"probe={probe}")
-    ran = run("generate", "-p", STORY, "-n", 4, *method, "--json")
+    method = ("--method", "snapkv", "--budget", 12, "--window", 4)
+    ran = run("generate", "-p", STORY, "-n", 4, *method, "--probe", probe, "--json")
     expected = restkv.load(rambler).generate(STORY, restkv.SnapKV(12, window=4, probe=probe), max_new_tokens=4)
     shown = json.loads(ran.out)
     assert (ran.code, shown["tokens"], shown["policy"]["probe"]) == (0, expected.tokens, probe)
