@@ -16,6 +16,7 @@ from restkv.errors import PolicyError
 from restkv.observe import Observation
 from restkv.policies import Policy
 from restkv.policies.base import TOO_MANY
+from restkv.probes import WINDOW
 from restkv.testing.observed import observation, prepared
 from restkv.testing.sessions import Job
 
@@ -137,7 +138,9 @@ def schedules(draw: Callable[..., Any], policy: Policy, *, vary: bool = True) ->
         seed=draw(SEEDS),
         lengths=tuple(lengths),
         new=draw(st.integers(5, 9) | st.integers(0, 9)),
-        chunk=draw(st.sampled_from([None, None, 7])),
+        chunk=draw(
+            st.sampled_from([None, None, 7 if chosen.probe == WINDOW else None])
+        ),  # a chunk takes no other probe
         windows=tuple(draw(st.lists(st.sampled_from([None, None, 6]), min_size=layers, max_size=layers))),
         kv_heads=draw(st.sampled_from([2, 1])),
         group=draw(st.sampled_from([1, 2, 3, 8])),
