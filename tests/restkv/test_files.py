@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -283,40 +282,44 @@ def test_the_command_names_a_folder_before_it_loads_anything(
 # -- several processes, some of them killed
 
 
-class Counts:
-    """Numbers that processes share."""
+Part = dict[str, Any]  # numbers that one process counts
 
-    NAMES = ("loads", "unlike", "failed", "saves", "saving")
+
+class Counts:
+    """Numbers that several processes count, each its own part: a lock would stay taken by one that is killed while it counts."""
+
+    NAMES = ("loads", "unlike", "failed", "saves")
 
     def __init__(self) -> None:
-        self.shared: dict[str, Synchronized] = {name: FORK.Value("q", 0) for name in self.NAMES}
+        self.parts: list[Part] = []
 
-    def add(self, name: str, count: int = 1) -> None:
-        with self.shared[name].get_lock():
-            self.shared[name].value += count
+    def part(self) -> Part:
+        """For a process that is about to be started."""
+        self.parts.append({name: FORK.Value("q", 0, lock=False) for name in self.NAMES})
+        return self.parts[-1]
 
     def __getitem__(self, name: str) -> int:
-        return self.shared[name].value
+        return sum(part[name].value for part in self.parts)
 
 
-def save_for_ever(contexts: list[CompressedContext], path: Path, busy: Any, counts: Counts) -> None:
+def save_for_ever(contexts: list[CompressedContext], path: Path, busy: Any, counts: Part) -> None:
     while True:
         for context in contexts:
             busy.value = 1
             context.save(path)
             busy.value = 0
-            counts.add("saves")
+            counts["saves"].value += 1
 
 
-def load_for_ever(lm: LM, path: Path, known: set[str], counts: Counts) -> None:
+def load_for_ever(lm: LM, path: Path, known: set[str], counts: Part) -> None:
     """Bytes are compared, and what load makes of them."""
     while True:
-        counts.add("unlike", hashlib.sha256(path.read_bytes()).hexdigest() not in known)
+        counts["unlike"].value += hashlib.sha256(path.read_bytes()).hexdigest() not in known
         try:
             CompressedContext.load(path, lm)
         except Exception:
-            counts.add("failed")
-        counts.add("loads")
+            counts["failed"].value += 1
+        counts["loads"].value += 1
 
 
 def started(target: Callable[..., None], *arguments: object) -> Any:
@@ -340,12 +343,12 @@ def save_and_kill(folder: Path, rounds: int) -> dict[str, int]:
         known.add(hashlib.sha256(path.read_bytes()).hexdigest())
     counts, rng = Counts(), random.Random(17)
     found = {"rounds": rounds, "killed": 0, "killed while saving": 0, "temporary files left by a kill": 0}
-    readers = [started(load_for_ever, lm, path, known, counts) for _ in range(2)]
+    readers = [started(load_for_ever, lm, path, known, counts.part()) for _ in range(2)]
     for _ in range(rounds):
         before = counts["saves"]
         busy = [FORK.Value("b", 0, lock=False) for _ in range(2)]
         savers = [
-            started(save_for_ever, contexts[::step], path, flag, counts)
+            started(save_for_ever, contexts[::step], path, flag, counts.part())
             for step, flag in zip((1, -1), busy, strict=True)
         ]
         while counts["saves"] == before:
