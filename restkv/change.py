@@ -11,29 +11,32 @@ projected outputs (restkv.observe.root_of); h and k are some of the heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from restkv.observe import Observation, nothing
+from restkv.observe import Observation, Rows, nothing
 
 
-def strongest_change(obs: Observation, relative: bool) -> Tensor:
+def strongest_change(obs: Observation, relative: bool, also: Callable[[Rows], None] | None = None) -> Tensor:
     """max over the observed queries of A_n / (1 - A_n) * ||(o - v_n) W_O||: [B, H, C] in obs.dtype.
 
     Args:
         obs: with the roots of W_O.
         relative: divide by the length of the query's residual stream (obs.stream), where it is known.
+        also: called with every piece of the logits before it is used.
     """
-    assert obs.root is not None, "this needs the roots of W_O (Policy.needs)"
     most_BHC, G, dtype = nothing(obs), obs.group, obs.dtype
+    projected = None  # heads, and their values: pieces of the same heads follow one another
     for rows in obs.rows():
-        heads = slice(rows.heads.start // G, rows.heads.stop // G)
+        if also is not None:
+            also(rows)
+        if projected is None or projected[0] != rows.heads:
+            projected = rows.heads, *_projected(obs, rows.heads)
+        _, v_BkCD, root_kGDF, v_BkGCF, square_BkG1C = projected
         a_BkGwC = rearrange(rows.weights_BHWC(), "B (k G) w C -> B k G w C", G=G)
-        v_BkCD, root_kGDF = (
-            obs.v[:, heads].to(dtype),
-            rearrange(obs.root[rows.heads].to(dtype), "(k G) D F -> k G D F", G=G),
-        )
         top_BkGw1 = a_BkGwC.argmax(-1, keepdim=True)
         top_a_BkGw1 = a_BkGwC.gather(-1, top_BkGw1)
         # Without the top entry: its own removal is a * (rest - v), which 1 - a would round to nothing.
@@ -46,16 +49,14 @@ def strongest_change(obs: Observation, relative: bool) -> Tensor:
         top_v_BkGwD = rearrange(v_BkCD.gather(2, at_BkwD), "B k (G w) D -> B k G w D", G=G)
         rest_BkGwD = sum_BkGwD / mass_BkGw1.clamp_min(torch.finfo(dtype).tiny)
         o_BkGwF = (sum_BkGwD + top_a_BkGw1 * top_v_BkGwD) @ root_kGDF
-        v_BkGCF = v_BkCD[:, :, None] @ root_kGDF
         square_BkGwC = torch.baddbmm(
-            v_BkGCF.square().sum(-1).flatten(0, 2)[:, None], o_BkGwF.flatten(0, 2), v_BkGCF.flatten(0, 2).mT, alpha=-2
+            square_BkG1C.flatten(0, 2), o_BkGwF.flatten(0, 2), v_BkGCF.flatten(0, 2).mT, alpha=-2
         ).view_as(a_BkGwC)
         length_BkGwC = square_BkGwC.add_(o_BkGwF.square().sum(-1, keepdim=True)).clamp_min_(0).sqrt_()
         change_BkGwC = length_BkGwC.mul_(a_BkGwC).div_(1 - a_BkGwC)
-        top_BkGw1_change = top_a_BkGw1 * torch.linalg.vector_norm(
-            (rest_BkGwD - top_v_BkGwD) @ root_kGDF, dim=-1, keepdim=True
-        )
-        change_BkGwC.scatter_(-1, top_BkGw1, top_BkGw1_change)
+        top_move_BkGwF = (rest_BkGwD - top_v_BkGwD) @ root_kGDF
+        top_length_BkGw1 = torch.linalg.vector_norm(top_move_BkGwF, dim=-1, keepdim=True)
+        change_BkGwC.scatter_(-1, top_BkGw1, top_a_BkGw1 * top_length_BkGw1)
         if relative and obs.stream is not None:
             change_BkGwC /= obs.stream[:, None, None, rows.queries, None].to(dtype)
         change_BHwC = rearrange(change_BkGwC, "B k G w C -> B (k G) w C")
@@ -63,3 +64,15 @@ def strongest_change(obs: Observation, relative: bool) -> Tensor:
             change_BHwC = change_BHwC.masked_fill(rows.near_BHWC, 0)
         most_BHC[:, rows.heads] = torch.maximum(most_BHC[:, rows.heads], change_BHwC.amax(2))
     return most_BHC
+
+
+def _projected(obs: Observation, heads_h: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some query heads' groups: values [B, k, C, D], roots [k, G, D, F], values as every head projects them [B, k, G, C, F],
+    and the squares of their lengths [B, k, G, 1, C].
+    """
+    assert obs.root is not None, "this needs the roots of W_O (Policy.needs)"
+    heads_k = slice(heads_h.start // obs.group, heads_h.stop // obs.group)
+    v_BkCD = obs.v[:, heads_k].to(obs.dtype)
+    root_kGDF = rearrange(obs.root[heads_h].to(obs.dtype), "(k G) D F -> k G D F", G=obs.group)
+    v_BkGCF = v_BkCD[:, :, None] @ root_kGDF
+    return v_BkCD, root_kGDF, v_BkGCF, v_BkGCF.square().sum(-1)[..., None, :]

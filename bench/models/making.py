@@ -18,7 +18,8 @@ from bench.models.folders import RECORD, in_cache, is_whole, write_record
 from bench.models.listed import Model, ModelError
 from restkv.files import refusal
 
-NEEDED = ("transformers", "gguf", "accelerate")  # by convert.py
+CONVERT = Path(__file__).parents[1] / "speed" / "peers" / "convert.py"  # there, since it imports transformers
+NEEDED = ("transformers", "gguf", "accelerate")  # by CONVERT
 
 Say = Callable[[str], None]
 
@@ -69,12 +70,12 @@ def _make(model: Model, place: Path, say: Say) -> None:
 
 
 def convert(model: Model, gguf: Path, out: Path) -> None:
-    """A Hugging Face folder of a GGUF file, by convert.py in a process of its own.
+    """A Hugging Face folder of a GGUF file, by a script in a process of its own.
 
     Raises:
         ModelError: it failed.
     """
-    command = [sys.executable, "-P", str(Path(__file__).with_name("convert.py")), str(gguf), str(out)]
+    command = [sys.executable, "-P", str(CONVERT), str(gguf), str(out)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all there is to know is in the file
     done = subprocess.run(
         command, env=offline, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace"

@@ -163,10 +163,7 @@ class ReSTKV(Policy):
         drift: to be made of the same logits.
         """
         if self.reduction == "max":
-            if drift is not None:
-                for rows in obs.rows():
-                    drift.add(rows)
-            return strongest_change(obs, self.relative)
+            return strongest_change(obs, self.relative, None if drift is None else drift.add)
         weight_BW = _query_weights(obs.q_pos, self.alpha).to(obs.dtype)
         averaged = self.aggregate == "attention"
         a_BHC, lse_BHW = nothing(obs), obs.q.new_zeros(obs.q.shape[:3], dtype=obs.dtype)

@@ -1,1 +1,1 @@
-"""Other people's code, for comparison: besides tests, the only package that may import transformers or kvpress."""
+"""Other people's code, to compare with and to convert models: besides tests, all that may import transformers or kvpress."""

@@ -1,6 +1,6 @@
 """A script, run in a process of its own: a GGUF file becomes a Hugging Face folder, weights in bfloat16.
 
-    python bench/models/convert.py GGUF OUT
+    python bench/speed/peers/convert.py GGUF OUT
 
 It imports nothing of ours, so that nothing of ours imports transformers.
 """
