@@ -17,7 +17,9 @@ def model(request: pytest.FixtureRequest) -> tuple[str, LM]:
     place = folder(request.param)
     if place is None:
         pytest.skip(f"no such folder in the cache; python -m bench.models {request.param}")
-    return request.param, restkv.load(place, backend="sdpa", dtype="float32")  # bfloat16 rounds as threads share the work
+    return request.param, restkv.load(
+        place, backend="sdpa", dtype="float32"
+    )  # bfloat16 rounds as threads share the work
 
 
 def test_it_goes_on_as_anybody_would(model: tuple[str, LM]) -> None:
