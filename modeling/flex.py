@@ -24,16 +24,17 @@ teach_inductor()  # before any graph that this module is traced into is lowered
 SPARSE_ROWS = 1024  # queries of one compiled call of sparse attention; a chunk is padded to a multiple of it
 
 
-def _capped(softcap: float | None) -> ScoreMod | None:
-    """Attention logits under a soft cap (Gemma 2), if there is one."""
-    if softcap is None:
+def _logits(softcap: float | None, bias_S: Tensor | None = None) -> ScoreMod | None:
+    """Attention logits under a soft cap (Gemma 2) and with what is added to those of each slot, if there is any of it."""
+    if softcap is None and bias_S is None:
         return None
-    cap = softcap
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
+    def logits(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        return score if bias_S is None else score + bias_S[kv]
 
-    return capped
+    return logits
 
 
 # -- over pages
@@ -70,7 +71,7 @@ def paged_flex(
         q_1RqD,
         view.k.expand(1, lists, slots, head_dim),  # stride 0: every list reads the same pool
         view.v.expand(1, lists, slots, head_dim),
-        score_mod=_capped(softcap),
+        score_mod=_logits(softcap, view.bias),
         block_mask=mask,
         scale=scale,
         kernel_options=options,
@@ -202,7 +203,7 @@ def _block_flex(
         q_1HTD,
         k_1KLD,
         v_1KLD,
-        score_mod=_capped(softcap),
+        score_mod=_logits(softcap),
         block_mask=mask,
         scale=scale,
         enable_gqa=True,

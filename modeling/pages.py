@@ -32,7 +32,8 @@ class LayerView(NamedTuple):
     window (a large number where it has none); None when no layer of the model has one. It is a tensor so
     that layers with different windows share one region of nested_compile_region. On torch 2.13 that region tells apart numbers
     a mask function captured, but not what it reads from a captured layer: there the first layer's window would serve them all.
-    raw [S,D] or None: keys before RoPE, for caches whose entries are re-rotated to their slot's rank.
+    raw [S,D] or None: keys before RoPE, for caches whose entries are re-rotated to their slot's rank. bias [S] float32 or None: what
+    is added to every logit of an entry.
     """
 
     k: Tensor
@@ -45,6 +46,7 @@ class LayerView(NamedTuple):
     keep: Tensor | None
     reach: Tensor | None
     raw: Tensor | None
+    bias: Tensor | None
 
 
 def columns(table_RM: Tensor, used_R: Tensor, pages: int, page: int) -> Tensor:
@@ -125,8 +127,8 @@ class LayerCache:
         # The CPU lowering of flex wants one column per page of the pool; rows M apart cost R*M + P integers instead of R*P.
         shape, strides = (len(self.lists), pool.num_pages), (self.max_pages, 1)
         table, listed = (numbers.as_strided(shape, strides) for numbers in (self._table, self._listed))
-        keep, raw = pool.companions.get("keep"), pool.companions.get("raw")
-        return LayerView(pool.k, pool.v, pool.pos, table, self.used, listed, self.skipped, keep, self.reach, raw)
+        keep, raw, bias = (pool.companions.get(name) for name in ("keep", "raw", "bias"))
+        return LayerView(pool.k, pool.v, pool.pos, table, self.used, listed, self.skipped, keep, self.reach, raw, bias)
 
     @property
     def table(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from modeling.pool import read
+from restkv.refit import References
 
 
 class Waiting:
@@ -17,10 +18,19 @@ class Waiting:
         keep_XL: bool, the entries each head (or query head) still has.
         any_KL: bool, those any head of a group still has, n in all; k_nD, v_nD, pos_n are theirs, head after head.
         mass_1XL: accumulated attention of all columns.
+        to_fit: what the layer's survivors are to be refitted to, if they are.
     """
 
-    def __init__(self, keep_XL: Tensor, k_KLD: Tensor, v_KLD: Tensor, pos_KL: Tensor, mass_1XL: Tensor | None) -> None:
-        self.keep_XL, self.mass_1XL = keep_XL, mass_1XL
+    def __init__(
+        self,
+        keep_XL: Tensor,
+        k_KLD: Tensor,
+        v_KLD: Tensor,
+        pos_KL: Tensor,
+        mass_1XL: Tensor | None,
+        to_fit: References | None,
+    ) -> None:
+        self.keep_XL, self.mass_1XL, self.to_fit = keep_XL, mass_1XL, to_fit
         self.any_KL = keep_XL.unflatten(0, (len(k_KLD), -1)).any(1)
         index_n = self.any_KL.flatten().nonzero()[:, 0]
         self.k_nD, self.v_nD, self.pos_n = (read(x.flatten(0, 1), index_n) for x in (k_KLD, v_KLD, pos_KL))

@@ -29,6 +29,7 @@ from restkv.policies.base import Policy
 from restkv.probes import Phrases, Reading, looks
 from restkv.protection import check_protected, protected
 from restkv.reading import Layer
+from restkv.refit import References, references, refit
 from restkv.roots import Roots
 
 LEAST_COLUMNS = (
@@ -46,6 +47,8 @@ def companions_of(policy: Policy, model: Decoder) -> Companions:
         companions["keep"] = ((config.group,), torch.bool)
     if "mass" in policy.needs:
         companions["mass"] = ((config.group if per_query else 1,), torch.float32)
+    if policy.biased:
+        companions["bias"] = ((), torch.float32)
     if policy.slot_positions:
         companions["raw"] = ((config.head_dim,), model.dtype)
     return companions
@@ -151,8 +154,10 @@ class Evictor:
             obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)
+        fitting = obs is not None and self.policy.refit != "none"
+        to_fit = references(obs, seen, self.policy.probe) if obs is not None and fitting else None
         if obs is not None and self.policy.allocation.across_layers:
-            self._compete(obs, mass_XL)
+            self._compete(obs, mass_XL, to_fit)
             return
         if obs is not None:
             keep_1XL = self.policy.keep(obs, self.states)
@@ -160,6 +165,12 @@ class Evictor:
         if raw_KLD is not None:
             companions["raw"] = raw_KLD[None]
         target = cache.layers[layer]
+        if to_fit is not None:
+            assert keep_KL is not None
+            keep_KL = keep_KL[0]
+            flat = {name: data[0][keep_KL] for name, data in companions.items()}
+            self._append(target, keep_KL, k_KLD[keep_KL], v_KLD[keep_KL], pos_KL[keep_KL], flat, to_fit)
+            return
         target.append(
             0,
             k_KLD,
@@ -171,7 +182,7 @@ class Evictor:
         if keep_KL is not None:
             self._moved(target, layer)
 
-    def _compete(self, obs: Observation, mass_XL: Tensor | None) -> None:
+    def _compete(self, obs: Observation, mass_XL: Tensor | None, to_fit: References | None) -> None:
         """Let a layer's entries into the competition for the model's budget; earlier layers lose what they outrank."""
         allocation = self.policy.allocation
         assert isinstance(allocation, Global)
@@ -183,14 +194,33 @@ class Evictor:
         for waiting, stays_n in zip(self._waiting, earlier, strict=True):
             waiting.narrow(stays_n)
         mass_1XL = None if mass_XL is None else mass_XL[None]
-        self._waiting.append(Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL))
+        self._waiting.append(Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL, to_fit))
+
+    def _append(
+        self,
+        layer: LayerCache,
+        keep_KL: Tensor,
+        k_nD: Tensor,
+        v_nD: Tensor,
+        pos_n: Tensor,
+        companions: dict[str, Tensor],
+        to_fit: References | None,
+    ) -> None:
+        """Store the entries marked in keep_KL, refitted."""
+        if to_fit is not None:
+            counts_K = keep_KL.sum(-1).tolist()  # sync: once per layer of a prompt
+            v_nD, bias_n = refit(self.policy.refit, to_fit, counts_K, k_nD, v_nD, pos_n)
+            if self.policy.biased:
+                companions = {**companions, "bias": bias_n}
+        layer.append_chosen(0, keep_KL, k_nD, v_nD, pos_n, companions)
 
     def prompt_done(self, cache: KVCache, length: int) -> None:
         """All layers of a one-row cache hold their share of the prompt."""
         for layer, waiting in zip(cache.layers, self._waiting, strict=False):  # none waits unless layers compete
             _, companions = self._stored(waiting.keep_XL[None], waiting.mass_1XL, layer.heads)
             chosen = {name: data[0][waiting.any_KL] for name, data in companions.items()}
-            layer.append_chosen(0, waiting.any_KL, waiting.k_nD, waiting.v_nD, waiting.pos_n, chosen)
+            entries = waiting.k_nD, waiting.v_nD, waiting.pos_n
+            self._append(layer, waiting.any_KL, *entries, chosen, waiting.to_fit)
         self._waiting, self._cascade = [], None
         cache.next_pos.fill_(length)
         self.counted_B.fill_(length)

@@ -52,7 +52,7 @@ class Entries(NamedTuple):
     """What an eviction reads and writes of one layer: tensors, which a graph takes as inputs (and Rotary, which holds some).
 
     k, v [S,D]; pos [S] int32; table, listed [R,M] and used, skipped [R] int32: see LayerView and LayerCache. keep [S,G] bool,
-    mass [S,1 or G] float32: companions, or None. ring [B*(W+1),H,D]. root: see Observation. reach [1] int32: the sliding
+    mass [S,1 or G] and bias [S] float32: companions, or None. ring [B*(W+1),H,D]. root: see Observation. reach [1] int32: the sliding
     window, or None; number 0-d: which layer it is (where nothing is compiled both are plain numbers). budget_B int64.
     newest_B int64: how many of the newest entries are protected.
     """
@@ -66,6 +66,7 @@ class Entries(NamedTuple):
     skipped: Tensor
     keep: Tensor | None
     mass: Tensor | None
+    bias: Tensor | None
     ring: Tensor
     root: Tensor | None
     reach: int | Tensor | None
@@ -88,6 +89,7 @@ class Entries(NamedTuple):
             skipped=layer.skipped,
             keep=pool.companions.get("keep"),
             mass=pool.companions.get("mass"),
+            bias=pool.companions.get("bias"),
             **others,
         )
 
@@ -164,6 +166,7 @@ def observe(
         num_layers=shape.num_layers,
         keep=companion(layer.keep),
         mass=companion(layer.mass),
+        bias=None if layer.bias is None else read(layer.bias, slot_RC).view(B, K, C),
         protected=protected(policy, pos_BKC, layer.newest_B, next_pos_B),
         budget_B=layer.budget_B,
         budgets=shape.budgets,

@@ -49,6 +49,7 @@ class Observation:
     num_layers: int = 1
     keep: Tensor | None = None  # [B, H, C] bool, granularity "query": the entries each query head still has; None = all
     mass: Tensor | None = None  # [B, X, C] float32, attention an entry has collected so far (H2O)
+    bias: Tensor | None = None  # [B, K, C] float32, added to the logits of an entry that was refitted (restkv/refit.py)
     protected: Tensor | None = None  # [B, K, C] bool, entries that will be kept whatever their score
     budget_B: Tensor | int | None = None  # entries per head to be kept, [B] or the same for all rows
     budgets: tuple[int, ...] | None = (
@@ -158,6 +159,8 @@ class Observation:
         logits_BKGWC = (q_BKQD @ self.k[:, heads, columns].to(self.dtype).mT).view(B, K, G, W, -1)
         if self.softcap is not None:
             logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
+        if self.bias is not None:
+            logits_BKGWC = logits_BKGWC + self.bias[:, heads, None, None, columns]
         start = min(max(0, self._seen_by_all - (columns.start or 0)), logits_BKGWC.shape[-1])
         later_BKGWC, columns = logits_BKGWC[..., start:], slice((columns.start or 0) + start, columns.stop)
         pos_BK11C = self.pos[:, heads, None, None, columns]

@@ -377,14 +377,15 @@ def _view(obs: Observation, seen: Seen, at_n: Tensor | None, window: int) -> Obs
     return replace(view, protected=None, mass=None)
 
 
-def check_readable(probe: str, chunked: bool) -> None:
-    """Refuse a probe for a prompt that is evicted while it is read.
+def check_readable(probe: str, refit: str, chunked: bool) -> None:
+    """Refuse a probe and a refit for a prompt that is evicted while it is read.
 
     Raises:
         PolicyError: it needs the whole prompt.
     """
-    if chunked and probe != WINDOW:
+    option, value, mend = ("probe", probe, WINDOW) if probe != WINDOW else ("refit", refit, "none")
+    if chunked and value != mend:
         raise PolicyError(
-            f"probe {probe!r}: a chunked prefill evicts before all of the prompt has been read; choose probe={WINDOW}, or "
+            f"{option} {value!r}: a chunked prefill evicts before all of the prompt has been read; choose {option}={mend}, or "
             "prefill=dense"
         )

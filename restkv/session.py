@@ -120,7 +120,7 @@ class Session:
             "forks": forks,
         }
         self._chunked, self._chunk = prefill == "chunked", chunk
-        check_readable(policy.probe, self._chunked and policy.budget is not None)
+        check_readable(policy.probe, policy.refit, self._chunked and policy.budget is not None)
         # A compiled step knows few numbers of rows and of tokens: what is missing is padding.
         few = engine.backend == "flex"
         rows = power(len(lengths)) if few else len(lengths)

@@ -91,7 +91,7 @@ def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int,
         rests = policy.interval is None or policy.interval > later
         together = policy.budget is not None and rests
         key = (
-            (max(1, math.ceil(math.log(largest / size, 8) - 1e-9)), policy.slot_positions)
+            (max(1, math.ceil(math.log(largest / size, 8) - 1e-9)), policy.slot_positions, policy.biased)
             if together
             else (policy, index)
         )
@@ -265,7 +265,7 @@ class _Scores:
     bound: set[object] = field(default_factory=set)
 
     def of(self, policy: Policy, obs: Observation) -> Tensor:
-        later = {"budget", "budget_by", "interval", "high_water"}
+        later = {"budget", "budget_by", "interval", "high_water", "refit"}
         kind = (type(policy), *(getattr(policy, option.name) for option in fields(policy) if option.name not in later))
         if kind not in self.bound:
             try:

@@ -63,6 +63,13 @@ class KeepOptions:
             show_default="window, or the preset's",
         ),
     ] = None
+    refit: Annotated[
+        str | None,
+        keep_option(
+            help="Fit what is kept of the prompt to the probe's queries, so that it stands for all: values, bias, both, none.",
+            show_default="none, or the preset's",
+        ),
+    ] = None
     window: Annotated[
         int | None,
         keep_option(max=MOST_TOKENS, help="Newest entries always kept; their queries are the ones observed."),

@@ -19,6 +19,7 @@ from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
 from restkv.probes import WINDOW, parse_probe
+from restkv.refit import REFITS
 
 TOO_MANY = 1 << 31  # for positions and numbers of entries, which are int32
 
@@ -58,6 +59,9 @@ class Policy(ABC):
     # Whose queries the eviction after a prompt observes: "window", "prompt", "draft:N", "replay", "questions[:FILE]", or some of
     # them joined by "+" (restkv/probes.py). While decoding it is the last `window` queries.
     probe: str = WINDOW
+    # What is fitted to the probe's queries once a prompt has been evicted, so that what is kept stands for all: "values", "bias"
+    # (of every kept entry's attention logit) or "both" (restkv/refit.py).
+    refit: str = "none"
 
     def __post_init__(self) -> None:
         self._require(_is_int(self.window) and self.window >= 0, "window", "give a whole number of at least 0")
@@ -85,6 +89,7 @@ class Policy(ABC):
         self._require(isinstance(self.budget_by, Allocation), "budget_by", f"choose from {', '.join(ALLOCATIONS)}")
         self._one_of("granularity", self.granularities)
         self._one_of("gqa", self.reductions)
+        self._one_of("refit", REFITS)
         spans = self.protect if isinstance(self.protect, (tuple, list)) else ()
         valid = spans is self.protect and all(
             isinstance(s, (tuple, list)) and len(s) == 2 and all(map(_is_int, s)) and 0 <= s[0] < s[1] for s in spans
@@ -96,12 +101,23 @@ class Policy(ABC):
             "probe",
             f"the score of {self.name} depends on no queries that one may choose; leave it at {WINDOW}",
         )
+        self._require_refittable()
         try:
             parse_probe(self.probe)
         except PolicyError as error:
             raise PolicyError(f"{self.name}: {error}") from None
         object.__setattr__(self, "protect", tuple((start, end) for start, end in spans))
         self._check_budget()
+
+    def _require_refittable(self) -> None:
+        if self.refit == "none":
+            return
+        observing = self.observes and "mass" not in self.needs
+        self._require(observing, "refit", f"{self.name} observes no queries to fit anything to; leave it at none")
+        mend = 'query heads of a group share their values; choose granularity="kv", or leave it at none'
+        self._require(self.granularity == "kv", "refit", mend)
+        mend = "what is fitted holds for the phases that keys have, and slots change them; leave it at none"
+        self._require(not self.slot_positions, "refit", mend)
 
     def _check_budget(self) -> None:
         if self.budget is None:
@@ -171,6 +187,11 @@ class Policy(ABC):
     def slot_positions(self) -> bool:
         """Whether an entry's RoPE phase follows its rank in the cache instead of its position in the text."""
         return False
+
+    @property
+    def biased(self) -> bool:
+        """Whether entries may have a bias (refit)."""
+        return self.refit in ("bias", "both")
 
     @property
     def traceable(self) -> bool:

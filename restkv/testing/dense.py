@@ -18,6 +18,7 @@ class Dense:
 
     Attributes:
         q, k, v: of every layer, [L, H or K, D], after RoPE.
+        bias: of every layer, [L, K]: what is added to the logits of an entry.
         held: of every layer, the positions that each query head still sees.
     """
 
@@ -27,6 +28,7 @@ class Dense:
         self.q = [torch.zeros(0, config.num_heads, config.head_dim, dtype=model.dtype) for _ in model.blocks]
         self.k = [torch.zeros(0, config.num_kv_heads, config.head_dim, dtype=model.dtype) for _ in model.blocks]
         self.v = list(self.k)
+        self.bias = [torch.zeros(0, config.num_kv_heads, dtype=model.dtype) for _ in model.blocks]
         self.held: list[list[set[int]]] = [[set() for _ in range(config.num_heads)] for _ in model.blocks]
 
     def run(self, ids: Sequence[int]) -> Tensor:
@@ -40,6 +42,7 @@ class Dense:
             fresh = (t[0] for t in block.project(x_1TE, *ropes[block.rope]))
             old = (self.q[i], self.k[i], self.v[i])
             self.q[i], self.k[i], self.v[i] = (torch.cat(pair) for pair in zip(old, fresh, strict=True))
+            self.bias[i] = torch.cat([self.bias[i], self.bias[i].new_zeros(len(ids), config.num_kv_heads)])
             held_HL = torch.zeros(config.num_heads, self.length, dtype=torch.bool)
             for head, mine in enumerate(self.held[i]):
                 mine.update(new)
@@ -52,9 +55,14 @@ class Dense:
             logits_HTL = q_HTD @ k_HLD.mT * config.attn_scale
             if config.attn_softcap is not None:
                 logits_HTL = config.attn_softcap * torch.tanh(logits_HTL / config.attn_softcap)
+            logits_HTL = logits_HTL + self.bias[i].T.repeat_interleave(config.group, 0)[:, None]
             o_HTD = logits_HTL.masked_fill(~seen_HTL, -torch.inf).softmax(-1) @ v_HLD
             x_1TE = block.finish(x_1TE, o_HTD.transpose(0, 1)[None])
         return self.model.head(x_1TE)[0, -1]
+
+    def replace(self, layer: int, head: int, pos: Sequence[int], v_nD: Tensor, bias_n: Tensor) -> None:
+        """Give the entries of a KV head at these positions other values and biases."""
+        self.v[layer][pos, head], self.bias[layer][pos, head] = v_nD, bias_n.to(v_nD.dtype)
 
     def adopt(self, after: Sequence[Sequence[set[int]]]) -> None:
         """Forget what is not in `after`, [layer][query head]: positions that the session holds.

@@ -46,15 +46,16 @@ class Shape:
     softcap: float | None = None
     windowed: bool = False
     query_sets: bool = False
+    biased: bool = False
 
     def __str__(self) -> str:
         extras = [str(self.dtype).removeprefix("torch."), f"cap{self.softcap}" if self.softcap else ""]
-        extras += ["windowed" if self.windowed else "", "query_sets" if self.query_sets else ""]
+        extras += [name for name in ("windowed", "query_sets", "biased") if getattr(self, name)]
         return "-".join([f"B{self.B}K{self.K}G{self.G}T{self.T}D{self.D}p{self.page}", *filter(None, extras)])
 
 
 class Scene:
-    """Random lists over a pool, and a record of what is alive on each: [(pos, k, v, bits)].
+    """Random lists over a pool, and a record of what is alive on each: [(pos, k, v, bits, bias)].
 
     Pages lie scattered, heads hold different numbers of entries (none, exactly a page, ...), entries are dead one by one and
     by whole pages, windows, positions and magnitudes vary, and whatever is not alive is huge.
@@ -65,6 +66,8 @@ class Scene:
         random_ = torch.Generator().manual_seed(seed)
         lists = s.B * s.K
         companions = {"keep": ((s.G,), torch.bool)} if s.query_sets else {}
+        if s.biased:
+            companions["bias"] = ((), torch.float32)
         pool = PagePool(lists * MAX_PAGES, s.page, s.D, s.dtype, CPU, companions)
         scattered = pool.take(lists * MAX_PAGES)
         dice.shuffle(scattered)
@@ -89,13 +92,15 @@ class Scene:
             counts = [dice.choice([0, 1, s.page, s.page + 1, columns, dice.randint(0, columns)]) for _ in range(s.K)]
             keep_KC = torch.arange(columns) < torch.tensor(counts)[:, None]
             bits_KCG = torch.rand(*shape_KC, s.G, generator=random_) < 0.6
-            self.cache.append(row, k_KCD, v_KCD, pos_KC, keep_KC, {"keep": bits_KCG} if s.query_sets else None)
+            bias_KC = 3 * torch.randn(shape_KC, generator=random_)
+            self.cache.append(row, k_KCD, v_KCD, pos_KC, keep_KC, {"keep": bits_KCG, "bias": bias_KC})
             if not s.query_sets:
                 bits_KCG = torch.ones_like(bits_KCG)
+            if not s.biased:
+                bias_KC = torch.zeros_like(bias_KC)
             for head, count in enumerate(counts):
-                entries = zip(
-                    pos_KC[head].tolist(), k_KCD[head].double(), v_KCD[head].double(), bits_KCG[head], strict=True
-                )
+                k_CD, v_CD = k_KCD[head].double(), v_KCD[head].double()
+                entries = zip(pos_KC[head].tolist(), k_CD, v_CD, bits_KCG[head], bias_KC[head].double(), strict=True)
                 self.record.append(list(entries)[:count])
         drop_RC = torch.rand(lists, max(map(len, self.record)), generator=random_) < dice.choice([0, 0.3, 0.9])
         for r in range(lists):
@@ -128,6 +133,8 @@ class Scene:
         pool.v[0, 0, dead_S] = (-size * sign_SD).to(pool.k.dtype)
         if "keep" in pool.companions:
             pool.companions["keep"][dead_S] = True
+        if "bias" in pool.companions:
+            pool.companions["bias"][dead_S] = size * sign_SD[:, 0]
 
     def arguments(self, backend: str) -> tuple[tuple, dict]:
         named = {"scale": self.scale, "softcap": self.shape.softcap, "backend": backend}
@@ -142,13 +149,13 @@ class Scene:
             for h in range(s.K * s.G):
                 entries = self.record[b * s.K + h // s.G]
                 far = -1 if self.window is None else at - self.window
-                seen = [(k, v) for pos, k, v, bits in entries if far < pos <= at and bits[h % s.G]]
+                seen = [(k, v, bias) for pos, k, v, bits, bias in entries if far < pos <= at and bits[h % s.G]]
                 if seen:
-                    keys, values = (torch.stack(x) for x in zip(*seen, strict=True))
+                    keys, values, biases = (torch.stack(x) for x in zip(*seen, strict=True))
                     logits = keys @ self.q_BTHD[b, t, h].double() * self.scale
                     if s.softcap is not None:
                         logits = s.softcap * torch.tanh(logits / s.softcap)
-                    out[b, t, h] = logits.softmax(0) @ values
+                    out[b, t, h] = (logits + biases).softmax(0) @ values
         return out
 
 
@@ -156,6 +163,7 @@ FAST = [
     Shape(B=2, K=2, G=1, T=1, D=16),
     Shape(B=1, K=2, G=3, T=3, D=16, softcap=5.0, windowed=True, query_sets=True),
     Shape(B=2, K=1, G=7, T=1, D=64, page=128, dtype=torch.bfloat16, windowed=True),
+    Shape(B=2, K=2, G=3, T=1, D=16, windowed=True, biased=True),
 ]
 SLOW = [
     Shape(B=1, K=2, G=2, T=1, D=64, windowed=True),
@@ -165,6 +173,7 @@ SLOW = [
     Shape(B=2, K=2, G=8, T=1, D=256, windowed=True, softcap=30.0),
     Shape(B=1, K=2, G=3, T=50, D=16, windowed=True, query_sets=True),
     Shape(B=2, K=2, G=4, T=2, D=32, dtype=torch.float16),
+    Shape(B=1, K=2, G=2, T=3, D=32, page=64, dtype=torch.bfloat16, softcap=20.0, biased=True),
 ]
 SHAPES = [pytest.param(s, id=str(s)) for s in FAST] + [pytest.param(s, id=str(s), marks=pytest.mark.slow) for s in SLOW]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
