@@ -32,8 +32,8 @@ class LayerView(NamedTuple):
     window (a large number where it has none); None when no layer of the model has one. It is a tensor so
     that layers with different windows share one region of nested_compile_region. On torch 2.13 that region tells apart numbers
     a mask function captured, but not what it reads from a captured layer: there the first layer's window would serve them all.
-    raw [S,D] or None: keys before RoPE, for caches whose entries are re-rotated to their slot's rank. bias [S] float32 or None: what
-    is added to every logit of an entry.
+    raw [S,D] or None: keys before RoPE, for caches whose entries are re-rotated to their slot's rank. bias [S] float32 or None:
+    what is added to every logit of an entry.
     """
 
     k: Tensor

@@ -52,8 +52,8 @@ class Entries(NamedTuple):
     """What an eviction reads and writes of one layer: tensors, which a graph takes as inputs (and Rotary, which holds some).
 
     k, v [S,D]; pos [S] int32; table, listed [R,M] and used, skipped [R] int32: see LayerView and LayerCache. keep [S,G] bool,
-    mass [S,1 or G] and bias [S] float32: companions, or None. ring [B*(W+1),H,D]. root: see Observation. reach [1] int32: the sliding
-    window, or None; number 0-d: which layer it is (where nothing is compiled both are plain numbers). budget_B int64.
+    mass [S,1 or G] and bias [S] float32: companions, or None. ring [B*(W+1),H,D]. root: see Observation. reach [1] int32: the
+    sliding window, or None; number 0-d: which layer it is (where nothing is compiled both are plain numbers). budget_B int64.
     newest_B int64: how many of the newest entries are protected.
     """
 

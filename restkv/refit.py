@@ -1,15 +1,14 @@
-"""Refit what is kept: a bias for every kept entry and new values, fitted so that attention to what is kept gives a layer's queries
-what attention to everything gave them (Attention Matching, arXiv 2602.16284).
+"""Refit what is kept: a bias and a new value for every kept entry, fitted so that attention to what is kept gives a layer's
+queries what attention to everything gave them (Attention Matching, arXiv 2602.16284).
 
-For one KV head and reference queries q with weights u_q, with A_qn = exp(s_qn - z_q) an entry's share of the attention that all of
-the prompt got (z_q: its log-sum-exp) and o_q the prompt's output:
+Of one KV head, with reference queries q of weights u_q, and with A_qn = exp(s_qn - z_q) an entry's share of the attention that
+the whole prompt got (z_q: its log-sum-exp) and o_q the prompt's output:
 
     biases   w >= 0 that minimise  sum_q u_q^2 (sum_n A_qn w_n - 1)^2,  b_n = log w_n: the kept entries get the whole mass
     values   v' that minimise      sum_q u_q^2 |sum_n P_qn v'_n - o_q|^2 + ridge |v' - v|^2,  P_qn = A_qn w_n / sum_m A_qm w_m
 
-Only the kept entries, the queries and z_q, o_q are needed for it, so that nothing waits for the end of a competition among layers
-but those. u_q is the root of the share of all attention that the prompt gets from q: what a query pays to its own text need not be
-matched.
+It needs the kept entries, the queries, z_q and o_q, so that nothing else has to wait while layers compete for one budget.
+u_q is the root of the share of q's attention that the prompt gets: what a query pays to its own text need not be matched.
 
 Letters: H query heads, K KV heads, G = H / K, C entries of one head (columns), n kept entries (of one head, or of all heads, head
 after head), m reference queries per query head, M = G * m those of a group, T tokens read after a prompt, D head dim.
@@ -72,9 +71,8 @@ def references(obs: Observation, seen: Sequence[Seen], probe: str) -> References
     q_1HmD, pos_1m = torch.cat(queries, 1)[None], torch.cat(positions)[None]
     stop_m, own_Hm = torch.cat(stops), torch.cat(own, 1)
     view = replace(obs, q=q_1HmD, q_pos=pos_1m, keep=None, mass=None, looks=(), protected=None)
-    H, D = q_1HmD.shape[1], obs.v.shape[-1]
-    lse_Hm, out_HmD = torch.zeros_like(own_Hm), own_Hm.new_zeros(*own_Hm.shape, D)
-    weight_Hm = torch.zeros_like(own_Hm)
+    lse_Hm, weight_Hm = torch.zeros_like(own_Hm), torch.zeros_like(own_Hm)
+    out_HmD = own_Hm.new_zeros(*own_Hm.shape, obs.v.shape[-1])
     for rows in view.rows():
         kv = slice(rows.heads.start // obs.group, rows.heads.stop // obs.group)
         logits_KGmC = rearrange(rows.logits_BHWC, "1 (K G) m C -> K G m C", G=obs.group)
@@ -94,8 +92,10 @@ def references(obs: Observation, seen: Sequence[Seen], probe: str) -> References
         lse_Hm[where], out_HmD[where] = lse_KGm.flatten(0, 1), o_KGmD.flatten(0, 1)
         share_KGm = (lse_KGm - all_KGm).exp().masked_fill(blind_KGm, 0)
         weight_Hm[where] = share_KGm.sqrt().flatten(0, 1)
-    empty = {name: getattr(obs, name)[:, :, :0] for name in ("k", "v", "pos")}
-    return References(replace(view, **empty), stop_m, lse_Hm, out_HmD, weight_Hm)
+    at = replace(
+        view, k=obs.k[:, :, :0], v=obs.v[:, :, :0], pos=obs.pos[:, :, :0]
+    )  # a view of one would keep all alive
+    return References(at, stop_m, lse_Hm, out_HmD, weight_Hm)
 
 
 def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:
@@ -114,8 +114,8 @@ def _own_lse(obs: Observation, part: Seen, q_HmD: Tensor, pos_m: Tensor) -> Tens
         return nothing_Hm
     length = obs.pos.shape[-1]
     own_KT = torch.arange(length, length + part.k_KTD.shape[1], device=pos_m.device).expand(len(part.k_KTD), -1)
-    one = {"k": part.k_KTD[None], "v": part.v_KTD[None], "pos": own_KT[None], "keep": None}
-    view = replace(obs, q=q_HmD[None], q_pos=pos_m[None], **one)
+    k, v, pos = part.k_KTD[None], part.v_KTD[None], own_KT[None]
+    view = replace(obs, q=q_HmD[None], q_pos=pos_m[None], k=k, v=v, pos=pos, keep=None)
     for rows in view.rows():
         nothing_Hm[rows.heads, rows.queries] = rows.logits_BHWC[0].logsumexp(-1)
     return nothing_Hm
@@ -131,8 +131,9 @@ def refit(
     Args:
         kind: "values", "bias" or "both".
         counts_K: how many entries are whose.
+        k_nD, v_nD, pos_n: keys after RoPE, values and positions of the entries.
     """
-    values, biases, G = [], [], of.at.group
+    values, biases, G = [], [], of.at.q.shape[1] // len(counts_K)
     parts = zip(*(x.split(list(counts_K)) for x in (k_nD, v_nD, pos_n)), strict=True)
     for head, (k_cD, v_cD, pos_c) in enumerate(parts):
         group = slice(head * G, (head + 1) * G)
@@ -157,9 +158,9 @@ def refit_head(kind: str, share_Mn: Tensor, v_nD: Tensor, out_MD: Tensor, weight
     if not len(v_nD) or not len(out_MD):
         return v_nD, nothing_n
     tries = [(nothing_n, v_nD)]
-    bias_n = _biases(share_Mn, weight_M) if kind in ("bias", "both") else nothing_n
-    for bias_n in {"values": [nothing_n], "bias": [bias_n], "both": [nothing_n, bias_n]}[kind]:
-        tries.append((bias_n, _values(share_Mn, bias_n, v_nD, out_MD, weight_M) if kind != "bias" else v_nD))
+    biases = [_biases(share_Mn, weight_M)] if kind in ("bias", "both") else []
+    for bias_n in biases if kind == "bias" else [nothing_n, *biases]:
+        tries.append((bias_n, v_nD if kind == "bias" else _values(share_Mn, bias_n, v_nD, out_MD, weight_M)))
     errors = torch.stack([_error(share_Mn, bias, v, out_MD, weight_M) for bias, v in tries])
     bias_n, new_nD = tries[int(errors.argmin())]  # sync: once per head of a prompt
     return new_nD, bias_n

@@ -77,16 +77,16 @@ def test_values_are_those_of_plain_least_squares(head: tuple[Tensor, ...], biase
     share_Mn, v_nD, out_MD, weight_M = head
     bias_n = torch.linspace(-1, 1, len(v_nD), dtype=torch.double) if biased else torch.zeros(len(v_nD)).double()
     mine_nD = refit._values(share_Mn, bias_n, v_nD, out_MD, weight_M)
-    args = (x.numpy() for x in (share_Mn, bias_n, v_nD, out_MD, weight_M))
-    theirs_nD = refitted.values(*args, ridge=refit.RIDGE)
+    share, bias, v, out, weight = (x.numpy() for x in (share_Mn, bias_n, v_nD, out_MD, weight_M))
+    theirs_nD = refitted.values(share, bias, v, out, weight, refit.RIDGE)
     np.testing.assert_allclose(mine_nD.numpy(), theirs_nD, rtol=1e-6, atol=1e-8)
 
 
 @laws(20)
 @given(heads())
 def test_biases_are_the_least_squares_of_the_mass(head: tuple[Tensor, ...]) -> None:
-    """With steps enough, no weight's gradient points where it may still go (the conditions of Karush, Kuhn and Tucker); and as many as
-    are taken leave less than none.
+    """With steps enough, no weight's gradient points where it may still go (the conditions of Karush, Kuhn and Tucker); and as
+    many as are taken leave less than none.
     """
     share_Mn, _, _, weight_M = head
     a_Mn = share_Mn * weight_M[:, None]

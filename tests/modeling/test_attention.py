@@ -22,7 +22,7 @@ from modeling.attention import CAPPED_LOGITS, MASKED_PAIRS, causal_attention, ma
 from modeling.cache import UNBOUNDED
 from modeling.masks import visible
 from modeling.pages import LayerCache
-from modeling.pool import PagePool
+from modeling.pool import Companions, PagePool
 from restkv.engine import Engine
 from restkv.meter import PeakMemory
 from restkv.policies import FullCache
@@ -65,9 +65,8 @@ class Scene:
         s, dice = shape, random.Random(seed)
         random_ = torch.Generator().manual_seed(seed)
         lists = s.B * s.K
-        companions = {"keep": ((s.G,), torch.bool)} if s.query_sets else {}
-        if s.biased:
-            companions["bias"] = ((), torch.float32)
+        keep: Companions = {"keep": ((s.G,), torch.bool)} if s.query_sets else {}
+        companions: Companions = {**keep, **({"bias": ((), torch.float32)} if s.biased else {})}
         pool = PagePool(lists * MAX_PAGES, s.page, s.D, s.dtype, CPU, companions)
         scattered = pool.take(lists * MAX_PAGES)
         dice.shuffle(scattered)

@@ -1,5 +1,5 @@
-"""The slow twin of refits: reference queries and what they get from a dense model that has read everything, and the fit of a head by
-plain least squares, in float64 and in loops.
+"""The slow twin of refits: reference queries and what they get from a dense model that has read everything, and the fit of a head
+by plain least squares, in float64 and in loops.
 
 Letters: L prompt length, M reference queries of a head's group, n kept entries, D head dim.
 """
@@ -20,8 +20,8 @@ Array = NDArray[np.float64]
 def reference(
     text: Text, layer: int, kv: int, query: int, head: int, length: int, gap: int
 ) -> tuple[float, Array, float]:
-    """What a query head's query at a position gets from a prompt of so many tokens: log-sum-exp, output, and the root of the share
-    of its whole attention that goes there.
+    """What a query head's query at a position gets from a prompt of so many tokens: log-sum-exp, output, and the root of the
+    share of its whole attention that goes there.
     """
     config, window = text.config, text.model.blocks[layer].window
     q_D = text.q[layer][query, head].double().numpy()
@@ -60,7 +60,7 @@ def error(share_Mn: Array, bias_n: Array, v_nD: Array, out_MD: Array, weight_M: 
 
 
 def values(share_Mn: Array, bias_n: Array, v_nD: Array, out_MD: Array, weight_M: Array, ridge: float) -> Array:
-    """Ridge regression towards the old values as one least-squares problem of the change: the queries' rows, and one for every entry."""
+    """Ridge regression towards the old values, as least squares of the change: the queries' rows, and one for every entry."""
     p_Mn = weights(share_Mn, bias_n) * weight_M[:, None]
     root = math.sqrt(ridge * (p_Mn**2).sum() / p_Mn.shape[1])
     rows_n = np.concatenate([p_Mn, root * np.eye(p_Mn.shape[1])])
