@@ -44,6 +44,7 @@ TIE = 1e-5  # scores this close, relative to the larger, may rank either way
 SCORES: dict[str, tuple[type[Policy], dict[str, Any]]] = {
     "restkv": (ReSTKV, {"window": 3}),
     "restkv indicator": (ReSTKV, {"window": 3, "aggregate": "indicator", "alpha": 0.3}),
+    "restkv refitted": (ReSTKV, {"window": 3, "refit": "both"}),
     "snapkv": (SnapKV, {"window": 3, "pooling": "max"}),
     "h2o": (H2O, {}),
     "tova": (TOVA, {}),
