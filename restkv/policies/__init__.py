@@ -15,6 +15,7 @@ from restkv.policies.h2o import H2O
 from restkv.policies.keydiff import KeyDiff
 from restkv.policies.keynorm import KeyNorm
 from restkv.policies.kvzip import KVzip
+from restkv.policies.kvzip_plus import KVzipPlus
 from restkv.policies.lacache import LaCache
 from restkv.policies.plugins import load_plugin, plugin_names
 from restkv.policies.pyramidkv import PyramidKV
@@ -33,6 +34,7 @@ __all__ = [
     "ExpectedAttention",
     "FullCache",
     "KVzip",
+    "KVzipPlus",
     "KeyDiff",
     "KeyNorm",
     "LaCache",
@@ -59,6 +61,7 @@ POLICIES: dict[str, type[Policy]] = {
         CAOTE,
         ExpectedAttention,
         KVzip,
+        KVzipPlus,
         KeyNorm,
         KeyDiff,
         StreamingLLM,

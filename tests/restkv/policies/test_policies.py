@@ -22,6 +22,8 @@ from restkv.policies import (
     FullCache,
     KeyDiff,
     KeyNorm,
+    KVzip,
+    KVzipPlus,
     LaCache,
     Policy,
     PyramidKV,
@@ -54,6 +56,9 @@ VARIANTS = {
     "expected-attention": ExpectedAttention(12, future=9),
     "expected-attention max": ExpectedAttention(12, future=9, gqa="max", epsilon=0.02),
     "expected-attention query": ExpectedAttention(12, future=9, granularity="query", covariance=False),
+    "kvzip": KVzip(12, window=4),
+    "kvzip-plus": KVzipPlus(12, window=4),
+    "kvzip-plus query": KVzipPlus(12, window=4, granularity="query"),
     "keynorm": KeyNorm(12),
     "keydiff": KeyDiff(12),
     "streamingllm": StreamingLLM(12),
@@ -177,8 +182,9 @@ def test_get_policy_says_what_exists(args, options, words):
 
 
 def test_get_policy_knows_every_policy_and_the_package_exports_it():
-    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip keynorm keydiff streamingllm lacache random"
-    assert list(POLICIES) == [*names.split(), "full"] and known_policies()[: len(POLICIES)] == tuple(POLICIES)
+    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip kvzip-plus keynorm keydiff".split()
+    names += ["streamingllm", "lacache", "random", "full"]
+    assert list(POLICIES) == names and known_policies()[: len(POLICIES)] == tuple(POLICIES)
     for name, cls in POLICIES.items():
         assert type(get_policy(name, None, **({} if name == "full" else {"budget": 64}))) is cls and cls.name == name
         for preset, values in cls.PRESETS.items():
