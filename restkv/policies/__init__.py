@@ -9,6 +9,7 @@ from restkv.errors import PolicyError, RestKVError
 from restkv.policies.adakv import AdaKV
 from restkv.policies.base import Policy
 from restkv.policies.caote import CAOTE
+from restkv.policies.compactor import Compactor
 from restkv.policies.expected import ExpectedAttention
 from restkv.policies.full import FullCache
 from restkv.policies.h2o import H2O
@@ -31,6 +32,7 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "AdaKV",
+    "Compactor",
     "ExpectedAttention",
     "FullCache",
     "KVzip",
@@ -62,6 +64,7 @@ POLICIES: dict[str, type[Policy]] = {
         ExpectedAttention,
         KVzip,
         KVzipPlus,
+        Compactor,
         KeyNorm,
         KeyDiff,
         StreamingLLM,

@@ -155,6 +155,7 @@ def scores(policy, obs, w_o_EHD=None, frequencies=None, factor=1.0):
             "tova": lambda b, h: tova_line(obs, b, h // G, newest(obs, heads)),  # noqa: B023
             "caote": lambda b, h: caote(policy, obs, heads, h, w_o_EHD),  # noqa: B023
             "expected-attention": lambda b, h: expected(policy, obs, b, h, frequencies, factor),
+            "compactor": lambda b, h: compactor(policy, obs, b, frequencies, factor)[h // G],
         }[policy.name]
         for x in range(out.shape[1]):
             members = [x] if per_head else range(x * G, (x + 1) * G)
@@ -196,14 +197,15 @@ def keydiff(obs, b, k_head):
     return np.array([-(key @ anchor) / np.linalg.norm(key) / (np.linalg.norm(anchor) or 1) for key in keys])
 
 
+def mix(x):
+    """The 32-bit finalizer of MurmurHash3, with plain integers."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+
 def random(policy, obs, b, head, k_head):
-    """The 32-bit finalizer of MurmurHash3, three times, with plain integers; the top 24 bits of it."""
-
-    def mix(x):
-        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
-        return x ^ (x >> 16)
-
+    """Three hashes, the top 24 bits of the last."""
     state = mix(policy.seed ^ mix(head * 4096 + obs.layer))
     return np.array([(mix(state ^ max(p, 0)) >> 8) / 2**24 for p in obs.pos[b, k_head].tolist()])
 
@@ -277,3 +279,70 @@ def expected(policy, obs, b, h, frequencies, factor):
     if policy.value_norm:
         out = (out + policy.epsilon) * np.linalg.norm(numbers(obs.v[b, k_head]), axis=-1)
     return out
+
+
+def compactor(policy, obs, b, frequencies, factor):
+    """[K, C]: leverage and chunk attention, each as z-scores over the layer (arXiv 2507.08143, kvpress 0.5.5)."""
+    K, C = obs.pos.shape[1:]
+    newest = int(obs.q_pos[b, -1])
+    pos = obs.pos[b].tolist()
+    counted = []
+    for line in pos:
+        places = {p: c for c, p in enumerate(line) if p >= 0 and policy.sinks <= p <= newest - policy.window}
+        counted.append([places[p] for p in sorted(places)])
+    leverage: dict[tuple[int, int], float] = {}
+    attention: dict[tuple[int, int], float] = {}
+    for k in range(K):
+        if not counted[k]:
+            continue
+        plain = [np.linalg.inv(rotation(frequencies, pos[k][c], factor)) @ numbers(obs.k[b, k, c]) for c in counted[k]]
+        off = (np.array(plain) - np.mean(plain, axis=0)) @ sketch(policy, obs, k)
+        inverse = np.linalg.inv(off.T @ off + 0.01 * np.eye(off.shape[1]))
+        leverage |= {(k, c): float(x @ inverse @ x) for c, x in zip(counted[k], off, strict=True)}
+        attention |= chunk_attention(policy, obs, b, k, counted[k])
+    share = 1 - policy.budget * K / max(1, sum(p >= 0 for line in pos for p in line))
+    blending = min(1.0, max(0.0, share)) if policy.blending is None else policy.blending
+    out = np.zeros((K, C))
+    for weight, found in ((blending, leverage), (1.0, attention)):
+        values = np.array(list(found.values()))
+        deviation = max(1e-6, values.std(ddof=1) if len(values) > 1 else 0.0)
+        for (k, c), value in found.items():
+            out[k, c] += weight * (value - values.mean()) / deviation
+    return out
+
+
+def chunk_attention(policy, obs, b, k, columns):
+    """{(k, c): ...} of the chunks of a head's entries (columns, oldest first) that an observed query lies in."""
+    found, G = {}, obs.q.shape[1] // obs.k.shape[1]
+    rows = {p: w for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0}
+    line = [0.0] * len(columns)
+    known: list[int] = []
+    for start in range(0, len(columns), policy.chunk_size):
+        chunk = columns[start : start + policy.chunk_size]
+        asking = [rows[p] for p in (int(obs.pos[b, k, c]) for c in chunk) if p in rows]
+        if not asking:
+            continue
+        known += range(start, start + len(chunk))
+        keys = numbers(obs.k[b, k, chunk])
+        for h in range(k * G, (k + 1) * G):
+            for w in asking:
+                logits = keys @ numbers(obs.q[b, h, w])
+                exps = np.exp(logits - logits.max())
+                for i, weight in enumerate(exps / exps.sum()):
+                    line[start + i] += weight / G * len(chunk) / len(asking)
+    for i, c in enumerate(columns):
+        line[i] *= float(np.linalg.norm(numbers(obs.v[b, k, c])))
+    for i in known:
+        found[k, columns[i]] = sum(line[max(0, i - 1) : i + 2]) / 3
+    return found
+
+
+def sketch(policy, obs, k):
+    """[D, S] normal numbers by Box and Muller, of hashes; divided by the root of S."""
+    D, S = obs.k.shape[-1], policy.sketch_dimension
+    state = mix(policy.seed ^ mix(k * 4096 + obs.layer))
+    out = np.zeros((D, S))
+    for i in range(D * S):
+        radius, turn = ((mix(state ^ (2 * i + j)) >> 8) / 2**24 for j in range(2))
+        out[i // S, i % S] = math.sqrt(-2 * math.log(radius + 2**-25)) * math.cos(2 * math.pi * turn)
+    return out / math.sqrt(S)

@@ -18,6 +18,7 @@ from restkv.policies import (
     POLICIES,
     TOVA,
     AdaKV,
+    Compactor,
     ExpectedAttention,
     FullCache,
     KeyDiff,
@@ -59,6 +60,7 @@ VARIANTS = {
     "kvzip": KVzip(12, window=4),
     "kvzip-plus": KVzipPlus(12, window=4),
     "kvzip-plus query": KVzipPlus(12, window=4, granularity="query"),
+    "compactor": Compactor(14, sinks=2),
     "keynorm": KeyNorm(12),
     "keydiff": KeyDiff(12),
     "streamingllm": StreamingLLM(12),
@@ -128,6 +130,11 @@ def test_bad_options_are_one_line_with_value_place_and_mend(values, words):
         ("caote", {"gqa": "joint", "output_weight": True, "granularity": "query"}, "gqa 'joint'"),
         ("expected-attention", {"future": 0}, "future 0"),
         ("expected-attention", {"epsilon": -1}, "epsilon -1"),
+        ("compactor", {"blending": -0.1}, "blending -0.1"),
+        ("compactor", {"sketch_dimension": 0}, "sketch_dimension 0"),
+        ("compactor", {"chunk_size": 2.0}, "chunk_size 2.0"),
+        ("compactor", {"seed": 1 << 32}, "seed 4294967296"),
+        ("compactor", {"granularity": "query"}, "granularity 'query'"),
         ("random", {"seed": -1}, "seed -1"),
         ("random", {"seed": 1.0}, "seed 1.0"),
         ("random", {"gqa": "max"}, "gqa 'max'"),
@@ -182,7 +189,7 @@ def test_get_policy_says_what_exists(args, options, words):
 
 
 def test_get_policy_knows_every_policy_and_the_package_exports_it():
-    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip kvzip-plus keynorm keydiff".split()
+    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip kvzip-plus compactor keynorm keydiff".split()
     names += ["streamingllm", "lacache", "random", "full"]
     assert list(POLICIES) == names and known_policies()[: len(POLICIES)] == tuple(POLICIES)
     for name, cls in POLICIES.items():
