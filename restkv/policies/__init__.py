@@ -10,6 +10,7 @@ from restkv.policies.adakv import AdaKV
 from restkv.policies.base import Policy
 from restkv.policies.caote import CAOTE
 from restkv.policies.compactor import Compactor
+from restkv.policies.curdkv import CurDKV
 from restkv.policies.expected import ExpectedAttention
 from restkv.policies.full import FullCache
 from restkv.policies.h2o import H2O
@@ -22,6 +23,7 @@ from restkv.policies.plugins import load_plugin, plugin_names
 from restkv.policies.pyramidkv import PyramidKV
 from restkv.policies.random import Random
 from restkv.policies.rest import ReSTKV
+from restkv.policies.rkv import RKV
 from restkv.policies.snapkv import SnapKV
 from restkv.policies.streaming import StreamingLLM
 from restkv.policies.tova import TOVA
@@ -30,9 +32,11 @@ __all__ = [
     "CAOTE",
     "H2O",
     "POLICIES",
+    "RKV",
     "TOVA",
     "AdaKV",
     "Compactor",
+    "CurDKV",
     "ExpectedAttention",
     "FullCache",
     "KVzip",
@@ -65,6 +69,8 @@ POLICIES: dict[str, type[Policy]] = {
         KVzip,
         KVzipPlus,
         Compactor,
+        RKV,
+        CurDKV,
         KeyNorm,
         KeyDiff,
         StreamingLLM,

@@ -20,7 +20,7 @@ from modeling.rope import unrotate
 from restkv.errors import PolicyError
 from restkv.observe import Observation, chunk_elements
 from restkv.policies.base import TOO_MANY, Policy, is_number
-from restkv.policies.random import mix
+from restkv.policies.hashes import gaussian
 
 WIDEST_SKETCH, LONGEST_CHUNK = 1 << 10, 1 << 12
 JITTER = 1e-2  # added to the Gram matrix, as in the authors' code
@@ -39,9 +39,8 @@ class Compactor(Policy):
     The softmax is over the chunk, later entries included, and its logits are not scaled (nor capped), as in the authors' code;
     the mean over the group is taken before the product. What is protected (first `sinks`, last `window`) is left out of all
     of it. `blending` is by default the share of the entries that has to go (kvpress). While decoding, the queries are those
-    since the last eviction: a chunk without one says nothing of its entries, and leverage decides.
-
-    The Gaussian numbers are hashes of (seed, layer, head, place): the same at every eviction, in every row and on any device.
+    since the last eviction: a chunk without one says nothing of its entries, and leverage decides. The Gaussian numbers are
+    hashes of `seed`, layer and head.
     """
 
     name: ClassVar[str] = "compactor"
@@ -196,17 +195,6 @@ def standardized(x_BKC: Tensor, counted_BKC: Tensor) -> Tensor:
     off_BKC = (x_BKC - mean_B11).where(counted_BKC, 0)
     square_B11 = off_BKC.square().sum((1, 2), keepdim=True) / (count_B11 - 1).clamp_min(1)
     return off_BKC / square_B11.sqrt().clamp_min(LEAST_DEVIATION)
-
-
-def gaussian(seed: int, layer: int | Tensor, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Normal numbers [K, D, S] in float64, of hashes (Box & Muller 1958): no generator, so that they trace and need no state."""
-    K, D, S = shape
-    head_K1 = torch.arange(K, device=device)[:, None]
-    state_K1 = mix(torch.full_like(head_K1, seed) ^ mix(head_K1 * 4096 + layer))
-    place_n = torch.arange(D * S, device=device) * 2
-    radius_Kn, turn_Kn = ((mix(state_K1 ^ (place_n + i)) >> 8).double() / (1 << 24) for i in range(2))
-    z_Kn = (-2 * (radius_Kn + 2**-25).log()).sqrt() * (2 * math.pi * turn_Kn).cos()
-    return z_Kn.unflatten(1, (D, S))
 
 
 def _plain(obs: Observation, columns: slice) -> Tensor:

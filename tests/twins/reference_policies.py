@@ -156,6 +156,8 @@ def scores(policy, obs, w_o_EHD=None, frequencies=None, factor=1.0):
             "caote": lambda b, h: caote(policy, obs, heads, h, w_o_EHD),  # noqa: B023
             "expected-attention": lambda b, h: expected(policy, obs, b, h, frequencies, factor),
             "compactor": lambda b, h: compactor(policy, obs, b, frequencies, factor)[h // G],
+            "curdkv": lambda b, h: curdkv(policy, obs, b, h // G),
+            "rkv": lambda b, h: rkv(policy, obs, b, h // G),
         }[policy.name]
         for x in range(out.shape[1]):
             members = [x] if per_head else range(x * G, (x + 1) * G)
@@ -339,10 +341,80 @@ def chunk_attention(policy, obs, b, k, columns):
 
 def sketch(policy, obs, k):
     """[D, S] normal numbers by Box and Muller, of hashes; divided by the root of S."""
-    D, S = obs.k.shape[-1], policy.sketch_dimension
-    state = mix(policy.seed ^ mix(k * 4096 + obs.layer))
+    return normal(policy.seed, obs.layer, k, obs.k.shape[-1], policy.sketch_dimension)
+
+
+def normal(seed, layer, k, D, S):
+    state = mix(seed ^ mix(k * 4096 + layer))
     out = np.zeros((D, S))
     for i in range(D * S):
         radius, turn = ((mix(state ^ (2 * i + j)) >> 8) / 2**24 for j in range(2))
         out[i // S, i % S] = math.sqrt(-2 * math.log(radius + 2**-25)) * math.cos(2 * math.pi * turn)
     return out / math.sqrt(S)
+
+
+def oldest_first(obs, b, k):
+    """Columns of a head's entries in order of position."""
+    places = {p: c for c, p in enumerate(obs.pos[b, k].tolist()) if p >= 0}
+    return [places[p] for p in sorted(places)]
+
+
+def curdkv(policy, obs, b, k):
+    """Squares over the sum of their 16 neighbours' (kvpress 0.5.5, bench/speed/peers/README.md)."""
+    columns, out = oldest_first(obs, b, k), np.zeros(obs.pos.shape[-1])
+    found = []
+    for side in (obs.k, obs.v):
+        rows = numbers(side[b, k, columns])
+        if policy.projection is not None:
+            rows = rows @ normal(policy.seed, obs.layer, 0, rows.shape[-1], policy.projection)
+        squares = [float(row @ row) for row in rows]
+        if policy.neighbours is not None:
+            groups = [squares[i : i + policy.neighbours] for i in range(0, len(squares), policy.neighbours)]
+            squares = [x / sum(group) for group in groups for x in group]
+        found.append(squares)
+    both = {
+        "product": lambda x, y: x * y,
+        "key": lambda x, y: x,
+        "value": lambda x, y: y,
+        "mean": lambda x, y: (x + y) / 2,
+    }
+    values = [both[policy.leverage](x, y) for x, y in zip(*found, strict=True)]
+    out[columns] = np.array(values) / sum(values) if values else []
+    return out
+
+
+def rkv(policy, obs, b, k):
+    """The authors' class, entry by entry (docs/sources.md §2.10)."""
+    columns, out, G = oldest_first(obs, b, k), np.zeros(obs.pos.shape[-1]), obs.q.shape[1] // obs.k.shape[1]
+    keys, positions = numbers(obs.k[b, k, columns]), [int(obs.pos[b, k, c]) for c in columns]
+    rows = [w for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0]
+    oldest = int(obs.q_pos[b, rows[0]]) if rows else 0
+    past = [i for i, p in enumerate(positions) if p < oldest]
+    attention = np.zeros(len(columns))
+    for w in rows:
+        seen = [
+            i for i in past if obs.sliding_window is None or positions[i] > int(obs.q_pos[b, w]) - obs.sliding_window
+        ]
+        logits = np.array([[float(keys[i] @ numbers(obs.q[b, h, w])) for i in seen] for h in range(k * G, (k + 1) * G)])
+        logits = logits * obs.softmax_scale
+        if obs.softcap is not None:
+            logits = obs.softcap * np.tanh(logits / obs.softcap)
+        if seen:
+            exps = np.exp(logits.max(0))
+            attention[seen] += exps / exps.sum() / len(rows)
+    half = policy.kernel_size // 2
+    pooled = {i: max(attention[j] for j in past if abs(i - j) <= half) for i in past}
+
+    length = len(columns)
+    cosines = np.zeros((length, length))
+    for i in range(length):
+        for j in range(length):
+            if i != j:
+                sizes = (np.linalg.norm(keys[i]) + 1e-8) * (np.linalg.norm(keys[j]) + 1e-8)
+                cosines[i, j] = keys[i] @ keys[j] / sizes
+        similar = [j for j in range(length) if cosines[i, j] > policy.threshold]
+        cosines[i, max(similar, default=0)] = 0.0
+    means = np.exp(cosines.mean(0)) if length else np.zeros(0)
+    for i, c in enumerate(columns):
+        out[c] = policy.mix_lambda * pooled.get(i, 0.0) - (1 - policy.mix_lambda) * means[i] / means.sum()
+    return out

@@ -1,4 +1,4 @@
-"""Compactor against scores and kept sets recorded from NVIDIA kvpress 0.5.5 (bench/speed/peers/README.md)."""
+"""Compactor and CurDKV against scores and kept sets recorded from NVIDIA kvpress 0.5.5 (bench/speed/peers/README.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from make.places import DATA
 from restkv.observe import Observation
-from restkv.policies import Compactor, Policy, compactor
+from restkv.policies import Compactor, CurDKV, Policy, compactor
 from restkv.testing.observed import protected, rotary
 
 PATH = DATA / "presses" / "presses.safetensors"
@@ -75,3 +75,15 @@ def test_compactor(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(policy.score(obs).double(), exact, rtol=0, atol=2e-5)
     share = 1 - count / data["k_KLD"].shape[1]
     assert share == pytest.approx(press["compression_ratio"], abs=0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_curdkv(case: int) -> None:
+    press, data = recorded(case, "cur")
+    policy = CurDKV(
+        data["kept_KC"].shape[1],
+        sinks=press["num_sinks"],
+        leverage=press["leverage_type"].removeprefix("kv_").replace("avg", "mean"),
+        neighbours=press["local_window_size"] if press["use_local_approximation"] else None,
+    )
+    assert_same(policy, data, rtol=1e-5, atol=1e-7)
