@@ -1,7 +1,8 @@
-"""Compactor (Chari & Van Durme, 2025, arXiv 2507.08143): outliers among the keys, and what the text's own parts look at.
+"""Compactor (Chari & Van Durme, 2025, arXiv 2507.08143): outliers among the keys, and what a text's own parts look at.
 
-Letters: B batch rows, H query heads, K KV heads, G = H / K, C entries of one head (columns), D head dim, W observed queries,
-S numbers of a sketched key; P places of a head's entries in order of position, n chunks of s places, r of a chunk's queries.
+Letters: B batch rows, H query heads, K KV heads, G = H / K, C entries of one head (columns), D head dim, W observed
+queries, S numbers of a sketched key; P places of a head's entries in order of position, n chunks of s places, r of a
+chunk's queries.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ LEAST_DEVIATION = 1e-6
 class Compactor(Policy):
     """Score = blending * z(leverage) + z(attention), z-scores being over all heads and entries of a layer.
 
-    With X the head's keys before RoPE, less their mean, times a Gaussian matrix [D, 48] / sqrt(48), and places in chunks of 256,
+    With X the head's keys before RoPE, less their mean, times a Gaussian matrix [D, 48] / sqrt(48), and places in
+    chunks of 256,
 
         leverage_n  = x_n (X^T X + 0.01)^-1 x_n
         attention_n = mean of three neighbours of ||v|| * sum over the queries q of n's chunk of softmax_chunk(q k)_n
 
-    The softmax is over the chunk, later entries included, and its logits are not scaled (nor capped), as in the authors' code;
-    the mean over the group is taken before the product. What is protected (first `sinks`, last `window`) is left out of all
-    of it. `blending` is by default the share of the entries that has to go (kvpress). While decoding, the queries are those
-    since the last eviction: a chunk without one says nothing of its entries, and leverage decides. The Gaussian numbers are
-    hashes of `seed`, layer and head.
+    The softmax is over the chunk, later entries included, and its logits are not scaled (nor capped), as in the
+    authors' code; the mean over the group is taken before the product. What is protected (first `sinks`, last
+    `window`) is left out of all of it. `blending` is by default the share of the entries that has to go (kvpress).
+    While decoding, the queries are those since the last eviction: a chunk without one says nothing of its entries, and
+    leverage decides. The Gaussian numbers are hashes of `seed`, layer and head.
     """
 
     name: ClassVar[str] = "compactor"
@@ -127,7 +129,7 @@ class Compactor(Policy):
         return torch.cat([((_plain(obs, c) - mean_BK1D) @ basis_BKDS).square().sum(-1) for c in chunks], -1)
 
     def _attention(self, obs: Observation, counted_BKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunk attention times ||v||, over three neighbours, and for which entries it is known (bool): [B, K, C] each."""
+        """Chunk attention times ||v||, over three neighbours, and for which entries it is known: [B, K, C] each."""
         C, W = counted_BKC.shape[-1], obs.q.shape[2]
         s = min(self.chunk_size, C)
         n = -(-C // s)

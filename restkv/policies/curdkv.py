@@ -1,7 +1,7 @@
 """CurDKV (Sengupta et al., 2025, arXiv 2509.15038): keys and values that stand out from their neighbours.
 
-After kvpress 0.5.5. Letters: B batch rows, K KV heads, C entries of one head (columns), D head dim, P places of a head's
-entries in order of position, n groups of s neighbours.
+After kvpress 0.5.5. Letters: B batch rows, K KV heads, C entries of one head (columns), D head dim, P places of a
+head's entries in order of position, n groups of s neighbours.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ WIDEST_PROJECTION = 1 << 10
 class CurDKV(Policy):
     """Score = l(k) * l(v), with l(x) = ||x||^2 over its sum among 16 neighbours; divided by the head's sum.
 
-    The squares are approximations of leverage scores (of a CUR decomposition of the attention output). Neighbours are the
-    places 0 to 15, 16 to 31, ... of the cache. `leverage`: "product", "key", "value" or "mean" of the two. `projection`: first
-    multiply keys and values with a Gaussian matrix of so many columns (20 in kvpress), over its root; hashes of `seed` here.
+    The squares are approximations of leverage scores (of a CUR decomposition of the attention output). Neighbours are
+    the places 0 to 15, 16 to 31, ... of the cache. `leverage`: "product", "key", "value" or "mean" of the two.
+    `projection`: first multiply keys and values with a Gaussian matrix of so many columns (20 in kvpress), over its
+    root; hashes of `seed` here.
     """
 
     name: ClassVar[str] = "curdkv"

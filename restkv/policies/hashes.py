@@ -1,5 +1,6 @@
-"""Random numbers that are hashes of what they are for: no generator, so that they trace, need no state, and are the same at
-every eviction, in every row and on any device.
+"""Random numbers that are hashes of what they are for.
+
+Without a generator they trace, need no state, and are the same at every eviction, in every row and on any device.
 
 Letters: X heads, D and S the numbers of a matrix's rows and columns.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def mix(x: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3: 32 bits (in int64) to 32 bits, one to one, each output bit moved by every input bit."""
+    """The finalizer of MurmurHash3: 32 bits (in int64) to 32, one to one, each output bit moved by every input bit."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = x & 0xFFFFFFFF
         x = (x ^ (x >> shift)) * factor

@@ -1,7 +1,7 @@
 """KVzip+: KVzip's attention times what the entry writes into the residual stream (kvpress 0.5.5; docs/sources.md §2.9).
 
-Letters: B batch rows, H query heads, K KV heads, G = H / K, C entries of one head (columns), W observed queries, D head dim,
-F coordinates after W_O (restkv.observe.root_of).
+Letters: B batch rows, H query heads, K KV heads, G = H / K, C entries of one head (columns), W observed queries, D
+head dim, F coordinates after W_O (restkv.observe.root_of).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from restkv.policies.kvzip import KVzip
 
 @dataclass(frozen=True)
 class KVzipPlus(KVzip):
-    """Score = max over the observed queries of A_q / ||h_q||, times ||W_O^h v||; then the maximum over the group's heads.
+    """Score = max over the observed queries of A_q / ||h_q||, times ||W_O^h v||; then the maximum over the group.
 
     A_q is the softmax of query q, and h_q what the layer projects that query from: the residual stream after its norm.
     The ratio is what an entry adds to the stream, next to what is there. All else is as in KVzip. While decoding nobody

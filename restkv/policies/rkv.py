@@ -1,7 +1,7 @@
 """R-KV (Cai et al., 2025, arXiv 2505.24133): attention, less what other keys say already; for long reasoning.
 
-Letters: B batch rows, K KV heads, G query heads of each, C entries of one head (columns), D head dim, W observed queries;
-k some KV heads, w some queries, r some entries.
+Letters: B batch rows, K KV heads, G query heads of each, C entries of one head (columns), D head dim, W observed
+queries; k some KV heads, w some queries, r some entries.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from restkv.pooling import WIDEST
 class RKV(Policy):
     """Score = lambda * importance - (1 - lambda) * redundancy, after the authors' code (docs/sources.md §2.10).
 
-    importance: the largest logits of a group's heads; softmax over the past entries, mean over the last 8 queries, maximum
-    over 7 neighbours. redundancy: softmax over the head's entries n of the mean over its entries i of cos(k_i, k_n), after
-    RoPE, with 0 for n = i, and for the newest n that i is similar to (a cosine above 0.5; for the oldest entry, where there
-    is none): of entries that say the same the newest is not held to be redundant.
+    importance: the largest logits of a group's heads; softmax over the past entries, mean over the last 8 queries,
+    maximum over 7 neighbours. redundancy: softmax over the head's entries n of the mean over its entries i of cos(k_i,
+    k_n), after RoPE, with 0 for n = i, and for the newest n that i is similar to (a cosine above 0.5; for the oldest
+    entry, where there is none): of entries that say the same the newest is not held to be redundant.
 
-    Meant for decoding, every 128 tokens; a prompt's redundancy takes the time of its attention. Preset "released" has the
-    lambda that the code's class begins with, 0.07; the paper's runs have 0.1.
+    Meant for decoding, every 128 tokens; a prompt's redundancy takes the time of its attention. Preset "released" has
+    the lambda that the code's class begins with, 0.07; the paper's runs have 0.1.
     """
 
     name: ClassVar[str] = "rkv"
@@ -68,7 +68,7 @@ class RKV(Policy):
 
 
 def _past_attention(obs: Observation, past_BKC: Tensor) -> Tensor:
-    """Mean over the observed queries of the softmax over past entries of the group's largest logits, [B, K, C] in obs.dtype."""
+    """Mean over the queries of the softmax over past entries of the group's largest logits, [B, K, C] in obs.dtype."""
     G = obs.group
     seen_BW = obs.q_pos >= 0
     weight_BW = seen_BW / seen_BW.sum(-1, keepdim=True).clamp_min(1).to(obs.dtype)

@@ -2,10 +2,10 @@
 
     bench/speed/peers/.venv/bin/python tests/data/presses/record_presses.py tests/data/presses/presses.safetensors
 
-Tensors of a case, by its number: q_HLD (after RoPE), k_KLD and v_KLD of one layer before compression, and for every press
-NAME.score_KL and NAME.kept_KC (ascending). Compactor draws Gaussian numbers: NAME.sketch_KDS are those, divided by the root of
-S. Its chunks divide what is between its protected entries: kvpress lets the padding of a last chunk attend and be
-attended to, which the authors' own engine does not.
+Tensors of a case, by its number: q_HLD (after RoPE), k_KLD and v_KLD of one layer before compression, and for every
+press NAME.score_KL and NAME.kept_KC (ascending). Compactor draws Gaussian numbers: NAME.sketch_KDS are those, divided
+by the root of S. Its chunks divide what is between its protected entries: kvpress lets the padding of a last chunk
+attend and be attended to, which the authors' own engine does not.
 
 Shapes: H query heads, K KV heads, L prompt length, D head dim, S numbers of a sketched key, C kept entries of one head.
 """

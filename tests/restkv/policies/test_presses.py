@@ -1,4 +1,4 @@
-"""Compactor and CurDKV against scores and kept sets recorded from NVIDIA kvpress 0.5.5 (bench/speed/peers/README.md)."""
+"""Compactor and CurDKV against scores and sets recorded from NVIDIA kvpress 0.5.5 (bench/speed/peers/README.md)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_same(policy: Policy, data: dict[str, Tensor], rtol: float, atol: floa
 
 @pytest.mark.parametrize("case", CASES)
 def test_compactor(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the Gaussian numbers that it drew. It solves in float32, ours in float64: to that its scores are the nearer ones.
+    """With the Gaussian numbers that it drew. It solves in float32: what that loses is all there is between the two.
 
     By default it blends by its ratio, which is the share that goes but for a rounding.
     """
