@@ -94,3 +94,9 @@ def rotate(x_BTHD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of every head by its position's angle; same shape and dtype."""
     first, second = x_BTHD.chunk(2, dim=-1)
     return x_BTHD * cos_BTD[:, :, None] + torch.cat((-second, first), dim=-1) * sin_BTD[:, :, None]
+
+
+def unrotate(x_BTHD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """What `rotate` has turned, as it was before; a scale of the rotation (YaRN) is undone too."""
+    inverse_BTD = 1 / (cos_BTD**2 + sin_BTD**2)
+    return rotate(x_BTHD, cos_BTD * inverse_BTD, -sin_BTD * inverse_BTD)

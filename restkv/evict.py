@@ -129,7 +129,7 @@ class Evictor:
 
     def store_prompt(self, cache: KVCache, layer: int, read: Layer, mass_XL: Tensor | None) -> None:
         """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries."""
-        q_HWD, k_KLD, v_KLD, raw_KLD, stream_W, seen = read
+        q_HWD, k_KLD, v_KLD, raw_KLD, sizes_SW, seen = read
         heads, length, _ = k_KLD.shape
         device = k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
@@ -149,8 +149,8 @@ class Evictor:
                 next_pos_B=torch.tensor([length], device=device),
                 mass=None if mass_XL is None else mass_XL[None],
             )
-            if stream_W is not None:
-                obs = replace(obs, stream=stream_W[None, -observed:])
+            if sizes_SW is not None:
+                obs = replace(obs, sizes=sizes_SW[None, :, -observed:])
             obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)

@@ -1,7 +1,7 @@
 """What a policy sees: the last queries of one layer, its entries, and the attention between them.
 
 Letters: B batch rows, H query heads, K KV heads, G = H/K, C entries of one head (columns), D head dim, W observed
-queries, E hidden width, X = K or H. Query head h reads KV head h // G.
+queries, E hidden width, X = K or H, S kinds of sizes. Query head h reads KV head h // G.
 
 Attention over long contexts is computed in chunks (whole rows of some heads and queries, or some columns of all of them), so
 that nothing of size [H, W, C] or [H, C, D] has to exist beyond one chunk.
@@ -58,9 +58,9 @@ class Observation:
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # positions [B, T] -> cos, sin [B, T, D] float32 (RoPE)
     )
-    stream: Tensor | None = (
-        None  # [B, W] float32, length of the residual stream before the layer where each query comes from
-    )
+    # [B, S, W] float32, lengths of the hidden states that the queries come from: of the residual stream before the layer, and for
+    # a policy that needs "normed" of what the layer projects, the stream after its norm. None where nobody knows them any more.
+    sizes: Tensor | None = None
     end: int | None = (
         None  # entries before this position are compared; None: those older than the oldest observed query
     )
@@ -76,6 +76,16 @@ class Observation:
     def group(self) -> int:
         """G, query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def stream(self) -> Tensor | None:
+        """[B, W] length of the residual stream before the layer where each query comes from; None: unknown."""
+        return None if self.sizes is None else self.sizes[:, 0]
+
+    @property
+    def normed(self) -> Tensor | None:
+        """[B, W] the same of the stream after the layer's norm; None: unknown, or not asked for."""
+        return None if self.sizes is None or self.sizes.shape[1] < 2 else self.sizes[:, 1]
 
     @property
     def held(self) -> Tensor:
@@ -253,12 +263,14 @@ def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
     return total_BHC
 
 
-def strongest_attention(obs: Observation) -> Tensor:
-    """The most of a softmax weight that any observed query gives, [B, H, C] in obs.dtype."""
+def strongest_attention(obs: Observation, weight_BW: Tensor | None = None) -> Tensor:
+    """The most of a softmax weight that any observed query gives, times the query's own weight, [B, H, C] in obs.dtype."""
     most_BHC = nothing(obs)
     for rows in obs.rows():
-        part_BHC = most_BHC[:, rows.heads]
-        most_BHC[:, rows.heads] = torch.maximum(part_BHC, rows.attention_BHWC().amax(2))
+        a_BHWC = rows.attention_BHWC()
+        if weight_BW is not None:
+            a_BHWC.mul_(weight_BW[:, None, rows.queries, None])
+        most_BHC[:, rows.heads] = torch.maximum(most_BHC[:, rows.heads], a_BHWC.amax(2))
     return most_BHC
 
 

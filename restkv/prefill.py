@@ -73,6 +73,7 @@ def prefill(
         store,
         watch=watch,
         raw=evictor.policy.slot_positions,
+        normed="normed" in evictor.policy.needs,
         pattern=pattern,
         attend=attend,
     )

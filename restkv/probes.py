@@ -13,7 +13,7 @@ and drafts whose queries are observed and whose own entries are never kept.
 
 Several are joined by "+": an entry is worth the most that any of them says.
 
-Letters: H query heads, K KV heads, Q queries, L tokens of the prompt, T tokens read after it, D head dim.
+Letters: H query heads, K KV heads, Q queries, L tokens of the prompt, T tokens read after it, D head dim, S kinds of sizes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Seen(NamedTuple):
 
     q_HQD: consecutive ones; `first` is the position of the first. k_KTD, v_KTD: entries that they see after the prompt's, or
     None. part: see Side. gap: a query counts for entries more than so many positions before it. newest: the prompt's newest
-    queries are observed with them, as many as the policy's window has room for. stream_Q: see Observation.
+    queries are observed with them, as many as the policy's window has room for. sizes_SQ: see Observation.
     """
 
     q_HQD: Tensor
@@ -84,7 +84,7 @@ class Seen(NamedTuple):
     part: tuple[int, int] | None = None
     gap: int = 0
     newest: bool = False
-    stream_Q: Tensor | None = None
+    sizes_SQ: Tensor | None = None
 
 
 class Phrases:
@@ -370,10 +370,10 @@ def _view(obs: Observation, seen: Seen, at_n: Tensor | None, window: int) -> Obs
         q_1HQD = torch.cat([obs.q[:, :, max(0, obs.q.shape[2] - room) :], q_1HQD], 2)
     q_pos_1Q = torch.arange(stop - q_1HQD.shape[2], stop, device=device)[None]
     end = length if seen.gap else None  # what a query of the prompt counts for is not older than all of them
-    stream_1Q = None if seen.stream_Q is None else seen.stream_Q[None]
-    if seen.newest and stream_1Q is not None and obs.stream is not None:
-        stream_1Q = torch.cat([obs.stream, stream_1Q], 1)[:, -q_1HQD.shape[2] :]
-    view = replace(obs, q=q_1HQD, q_pos=q_pos_1Q, k=k, v=v, pos=pos, end=end, gap=seen.gap, stream=stream_1Q)
+    sizes_1SQ = None if seen.sizes_SQ is None else seen.sizes_SQ[None]
+    if seen.newest and sizes_1SQ is not None and obs.sizes is not None:
+        sizes_1SQ = torch.cat([obs.sizes, sizes_1SQ], 2)[..., -q_1HQD.shape[2] :]
+    view = replace(obs, q=q_1HQD, q_pos=q_pos_1Q, k=k, v=v, pos=pos, end=end, gap=seen.gap, sizes=sizes_1SQ)
     return replace(view, protected=None, mass=None)
 
 

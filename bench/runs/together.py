@@ -313,6 +313,7 @@ def _prefill_rows(
         max(policy.observed_prompt, cache.ring_size, 1) for policy, (cache, _) in zip(policies, rows, strict=True)
     )
     slots = any(policy.slot_positions for policy in policies)
+    normed = any("normed" in policy.needs for policy in policies)
     masses: dict[str, Tensor | None] = {}
 
     def watch(index: int) -> Watch | None:
@@ -339,7 +340,16 @@ def _prefill_rows(
             evictor.store_prompt(cache, index, one, mass_XL)
 
     x_1E = read_layers(
-        lm.model, ids, reading, last, store, watch=watch, raw=slots, pattern=pattern, attend=lm.engine.attend
+        lm.model,
+        ids,
+        reading,
+        last,
+        store,
+        watch=watch,
+        raw=slots,
+        normed=normed,
+        pattern=pattern,
+        attend=lm.engine.attend,
     )
     for (cache, evictor), policy in zip(rows, policies, strict=True):
         evictor.prompt_done(cache, len(ids))

@@ -9,17 +9,21 @@ from restkv.errors import PolicyError, RestKVError
 from restkv.policies.adakv import AdaKV
 from restkv.policies.base import Policy
 from restkv.policies.caote import CAOTE
+from restkv.policies.compactor import Compactor
+from restkv.policies.curdkv import CurDKV
 from restkv.policies.expected import ExpectedAttention
 from restkv.policies.full import FullCache
 from restkv.policies.h2o import H2O
 from restkv.policies.keydiff import KeyDiff
 from restkv.policies.keynorm import KeyNorm
 from restkv.policies.kvzip import KVzip
+from restkv.policies.kvzip_plus import KVzipPlus
 from restkv.policies.lacache import LaCache
 from restkv.policies.plugins import load_plugin, plugin_names
 from restkv.policies.pyramidkv import PyramidKV
 from restkv.policies.random import Random
 from restkv.policies.rest import ReSTKV
+from restkv.policies.rkv import RKV
 from restkv.policies.snapkv import SnapKV
 from restkv.policies.streaming import StreamingLLM
 from restkv.policies.tova import TOVA
@@ -28,11 +32,15 @@ __all__ = [
     "CAOTE",
     "H2O",
     "POLICIES",
+    "RKV",
     "TOVA",
     "AdaKV",
+    "Compactor",
+    "CurDKV",
     "ExpectedAttention",
     "FullCache",
     "KVzip",
+    "KVzipPlus",
     "KeyDiff",
     "KeyNorm",
     "LaCache",
@@ -59,6 +67,10 @@ POLICIES: dict[str, type[Policy]] = {
         CAOTE,
         ExpectedAttention,
         KVzip,
+        KVzipPlus,
+        Compactor,
+        RKV,
+        CurDKV,
         KeyNorm,
         KeyDiff,
         StreamingLLM,

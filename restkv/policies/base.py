@@ -210,7 +210,7 @@ class Policy(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What an observation must carry besides queries and entries: "root", "group_root", "mass", "rotary"."""
+        """What an observation must carry besides queries and entries: "root", "group_root", "mass", "rotary", "normed"."""
         return frozenset()
 
     def keep(self, obs: Observation, states: Sequence[Any] = ()) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from modeling.rope import rotate
+from modeling.rope import rotate, unrotate
 from restkv.observe import Observation
 from restkv.policies.base import TOO_MANY, Policy, is_number
 
@@ -118,9 +118,8 @@ class ExpectedAttention(Policy):
             pos_BT = obs.q_pos[:, start : start + QUERIES]
             cos_BTD, sin_BTD = self._rotary(obs, pos_BT)
             counted_BT1 = (pos_BT >= self.sinks)[..., None]
-            inverse_BTD = counted_BT1 / (cos_BTD**2 + sin_BTD**2)  # the sum is not 1 where RoPE also scales (YaRN)
             q_BTHD = obs.q[:, :, start : start + QUERIES].transpose(1, 2).to(obs.dtype)
-            yield rotate(q_BTHD, cos_BTD * inverse_BTD, -sin_BTD * inverse_BTD), counted_BT1[..., None]
+            yield unrotate(q_BTHD, cos_BTD, sin_BTD) * counted_BT1[..., None], counted_BT1[..., None]
 
     def _rotary(self, obs: Observation, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
         assert obs.rotary is not None, "this policy needs RoPE at any position (Policy.needs)"

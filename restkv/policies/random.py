@@ -13,6 +13,7 @@ from torch import Tensor
 
 from restkv.observe import Observation
 from restkv.policies.base import Policy
+from restkv.policies.hashes import mix
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,5 @@ class Random(Policy):
         """[B, K, C], or [B, H, C] with a set per query head."""
         pos_BXC = obs.held if self.granularity == "query" else obs.pos
         head_X1 = torch.arange(pos_BXC.shape[1], device=pos_BXC.device)[:, None]
-        state = _mix(torch.full_like(head_X1, self.seed) ^ _mix(head_X1 * 4096 + obs.layer))
-        return (_mix(state ^ pos_BXC.long()) >> 8).to(obs.dtype) / (1 << 24)  # 24 bits: exact in float32
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3: 32 bits (in int64) to 32 bits, one to one, each output bit moved by every input bit."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = x & 0xFFFFFFFF
-        x = (x ^ (x >> shift)) * factor
-    x = x & 0xFFFFFFFF
-    return x ^ (x >> 16)
+        state = mix(torch.full_like(head_X1, self.seed) ^ mix(head_X1 * 4096 + obs.layer))
+        return (mix(state ^ pos_BXC.long()) >> 8).to(obs.dtype) / (1 << 24)  # 24 bits: exact in float32

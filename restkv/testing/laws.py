@@ -29,7 +29,7 @@ from restkv.testing.watch import chooses_itself, exact_counts
 CLOSE, TIE = 1e-9, 1e-9  # relative: scores that are equal, and scores that are ties
 FEW = 16  # elements: what a temporary may have while chunks are tried
 PER_COLUMN = ("k", "v", "pos", "mass", "protected", "keep")  # fields of an observation that have columns
-PER_ROW = ("q", "q_pos", "budget_B", *PER_COLUMN)
+PER_ROW = ("q", "q_pos", "sizes", "budget_B", *PER_COLUMN)
 
 
 class Choice:
@@ -196,6 +196,7 @@ def rows(choice: Choice) -> str | None:
         single = _with(single, PER_COLUMN, lambda part, there_C=there_C: part[:, :, there_C])  # type: ignore[misc]
         budgets = None if obs.budgets is None else obs.budgets[b : b + 1]
         single = replace(single, q=single.q[:, :, seen_W], q_pos=single.q_pos[:, seen_W], budgets=budgets)
+        single = _with(single, ["sizes"], lambda part, seen_W=seen_W: part[..., seen_W])  # type: ignore[misc]
         score_1XC, keep_1XC = choice.score[b : b + 1].clone(), choice.keep[b : b + 1].clone()
         score_1XC[..., there_C] = choice.policy.score(single)
         keep_1XC[..., there_C] = _keep(choice.policy, single)

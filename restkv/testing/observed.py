@@ -1,7 +1,7 @@
 """Random observations: ragged rows, scattered padding, poisoned where nobody may look; and what the engine adds to them.
 
 Letters: B batch rows, H query heads, K KV heads, X K or H, C entries (columns), W observed queries, D head dim, E hidden width,
-T positions.
+T positions, S kinds of sizes.
 """
 
 from __future__ import annotations
@@ -116,6 +116,12 @@ def rotary(frequencies: Sequence[float], factor: float = 1.0) -> Callable[[Tenso
     return at
 
 
+def sizes_of(obs: Observation) -> Tensor:
+    """Lengths [B, S, W] of hidden states as queries may come from: those of the queries, and others."""
+    length_BW = torch.linalg.vector_norm(obs.q.transpose(1, 2).flatten(2), dim=-1)
+    return torch.stack([length_BW, 1 + length_BW.sqrt()], 1)
+
+
 def collected(policy: Policy, obs: Observation) -> Tensor:
     """Attention the entries collect from the observed queries: [B, H, C] per query head, or the mean over each group."""
     mass_BHC = weighted_attention(obs, (obs.q_pos >= 0).to(obs.dtype))
@@ -141,6 +147,7 @@ def prepared(policy: Policy, obs: Observation, w_o_EHD: Tensor, budgets: Sequenc
         root=root_for(policy, w_o_EHD, obs.k.shape[1]),
         mass=collected(policy, obs) if "mass" in policy.needs else None,
         rotary=rotary([1.0 / 10**i for i in range(half)]) if "rotary" in policy.needs else None,
+        sizes=sizes_of(obs) if "normed" in policy.needs else None,
         protected=protected(policy, obs.pos, obs.q_pos[:, -1], budgets),
         budget_B=torch.tensor(budgets),
         budgets=tuple(budgets),

@@ -48,6 +48,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "caote max": ("caote", {"gqa": "max", "output_weight": True}),
     "caote joint": ("caote", {"gqa": "joint", "output_weight": True}),
     "expected-attention max": ("expected-attention", {"gqa": "max", "epsilon": 0.02, "covariance": False, "future": 9}),
+    "compactor chunks": ("compactor", {"chunk_size": 5, "sketch_dimension": 3, "blending": 0.3}),
+    "curdkv projected": ("curdkv", {"projection": 3, "neighbours": 5}),
     "streamingllm original": ("streamingllm", {"positions": "original"}),
     "streamingllm first": ("streamingllm", {"positions": "original", "fill": "first", "window": 3}),
     "lacache original": ("lacache", {"positions": "original"}),

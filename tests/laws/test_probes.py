@@ -103,7 +103,9 @@ SHARES = st.sampled_from(["uniform", "pyramid", "adakv", "global"])
 SCORED = st.one_of(
     st.fixed_dictionaries({"name": st.just("snapkv"), "budget_by": SHARES, **SNAPKV}),
     st.fixed_dictionaries({"name": st.just("adakv"), **SNAPKV}),
-    st.fixed_dictionaries({"name": st.just("kvzip"), "gqa": st.sampled_from(["max", "max", "mean"])}),
+    st.fixed_dictionaries(
+        {"name": st.sampled_from(["kvzip", "kvzip-plus"]), "gqa": st.sampled_from(["max", "max", "mean"])}
+    ),
     st.fixed_dictionaries(
         {
             "name": st.just("restkv"),

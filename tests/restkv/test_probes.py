@@ -254,7 +254,7 @@ def test_a_prompt_longer_than_the_models_positions(probe):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("name", ["kvzip", "restkv", "snapkv"])
+@pytest.mark.parametrize("name", ["kvzip", "kvzip-plus", "restkv", "snapkv"])
 def test_rows_of_a_batch_are_the_prompts_alone_and_only_the_kept_entries_differ(probe, name):
     model, prompts = small_model(2, windows=(9, None)), [small_ids(n, n) for n in (40, 9, 1, 23)]
     policy = get_policy(name, budget=14, window=4, probe=probe, interval=5)

@@ -29,7 +29,7 @@ from twins.reference_sparse import choose_slowly, mask_of, masked_output, masked
 
 @torch.no_grad()
 def explicit(model: Decoder, ids: list[int], pattern: Pattern) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-    """Every layer's q [H, L, D], k and v [K, L, D], unrotated k and attention by column [H, L]; and the last logits [V]."""
+    """Every layer's q [H, L, D], k and v [K, L, D], unrotated k, attention by column [H, L], sizes [S, L]; last logits [V]."""
     length, config = len(ids), model.config
     pos_1L = torch.arange(length)[None]
     x_1LE, ropes = model.embed(torch.tensor([ids])), model.rotary(pos_1L, torch.tensor([length]))
@@ -40,8 +40,9 @@ def explicit(model: Decoder, ids: list[int], pattern: Pattern) -> tuple[list[tup
         listed = choose_slowly(pattern, q, k, config.attn_scale, config.attn_softcap, block.window)
         seen = mask_of(listed, pattern.block, length, block.window)
         weights = masked_weights(q, k, seen, config.attn_scale, config.attn_softcap)
+        sizes = torch.cat([x_1LE, block.input_layernorm(x_1LE)]).norm(dim=-1)
         x_1LE = block.finish(x_1LE, masked_output(weights, v).transpose(0, 1)[None])
-        layers.append((q, k, v, raw, weights.sum(1)))
+        layers.append((q, k, v, raw, weights.sum(1), sizes))
     return layers, model.head(x_1LE)[0, -1]
 
 
@@ -62,7 +63,7 @@ def test_every_policy_keeps_of_a_sparse_prompt_what_an_explicit_mask_leaves_it(p
         expected = Session(session.engine, policy, [LENGTH], 4)
         cache, evictor = expected.cache.row(0), expected.evictor.row(0)
         last = min(max(policy.observed_prompt, cache.ring_size), LENGTH)
-        for index, (q, k, v, raw, mass_HL) in enumerate(layers):
+        for index, (q, k, v, raw, mass_HL, sizes_SL) in enumerate(layers):
             mass = None
             if "mass" in policy.needs:
                 mass = (
@@ -71,9 +72,8 @@ def test_every_policy_keeps_of_a_sparse_prompt_what_an_explicit_mask_leaves_it(p
                     else mass_HL.unflatten(0, (config.num_kv_heads, -1)).mean(1)
                 )
             mine = raw if policy.slot_positions else None
-            evictor.store_prompt(
-                cache, index, Layer(q[:, LENGTH - last :], k, v, mine), None if mass is None else mass.float()
-            )
+            read = Layer(q[:, LENGTH - last :], k, v, mine, sizes_SL[:, LENGTH - last :])
+            evictor.store_prompt(cache, index, read, None if mass is None else mass.float())
         evictor.prompt_done(cache, LENGTH)
         for ours, theirs in zip(session.cache.layers, cache.layers, strict=True):
             for a, b in zip(entries_of(ours), entries_of(theirs), strict=True):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.layers import Decoder
+from modeling.layers import Block, Decoder
 from restkv.observe import Observation
 from restkv.policies import Policy
 from restkv.testing.dense import Dense
@@ -44,22 +44,26 @@ class Settings:
 
 
 class Text(Dense):
-    """A dense model's text, and of every layer the lengths of the residual stream before it."""
+    """A dense model's text, and of every layer the lengths of the residual stream before it, and after its norm."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__(model)
         self.stream: list[list[float]] = [[] for _ in model.blocks]
+        self.normed: list[list[float]] = [[] for _ in model.blocks]
 
     def run(self, ids: Sequence[int]) -> Tensor:
         with ExitStack() as stack:
-            for block, lengths in zip(self.model.blocks, self.stream, strict=True):
-                stack.enter_context(patch.object(block, "project", self._noting(block.project, lengths)))
+            for block, *lengths in zip(self.model.blocks, self.stream, self.normed, strict=True):
+                stack.enter_context(patch.object(block, "project", self._noting(block, *lengths)))
             return super().run(ids)
 
     @staticmethod
-    def _noting(project: Callable[..., Any], lengths: list[float]) -> Callable[..., Any]:
+    def _noting(block: Block, stream: list[float], normed: list[float]) -> Callable[..., Any]:
+        project = block.project
+
         def call(x_1TE: Tensor, *rest: Tensor) -> Any:
-            lengths.extend(x_1TE[0].norm(dim=-1).tolist())
+            stream.extend(x_1TE[0].norm(dim=-1).tolist())
+            normed.extend(block.input_layernorm(x_1TE)[0].norm(dim=-1).tolist())
             return project(x_1TE, *rest)
 
         return call
@@ -142,7 +146,9 @@ def scores(
             sliding_window=block.window,
             end=view.end,
             gap=view.gap,
-            stream=torch.tensor([[view.text.stream[layer][p] for p in view.queries]]),
+            sizes=torch.tensor(
+                [[[sizes[layer][p] for p in view.queries] for sizes in (view.text.stream, view.text.normed)]]
+            ),
         )
         heads = [reference.Head(obs, 0, h) for h in range(H)]
         for line, members in zip(best, scored, strict=True):

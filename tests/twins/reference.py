@@ -29,7 +29,10 @@ class Head:
         rows = [(w, p) for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0]
         first = obs.end if obs.end is not None else rows[0][1] if rows else 0
         self.newest = rows[-1][1] if rows else -1
-        self.stream = [1.0] * len(rows) if obs.stream is None else [float(obs.stream[b, w]) for w, _ in rows]
+        self.stream, self.normed = (
+            [1.0] * len(rows) if sizes is None else [float(sizes[b, w]) for w, _ in rows]
+            for sizes in (obs.stream, obs.normed)
+        )
         self.past = [i for i, p in enumerate(self.pos) if p < first]
         self.seen = [self.softmax(obs, obs.q[b, h, w].double().numpy(), p, keys) for w, p in rows]
         self.attention = self.seen  # less what is too near to count
@@ -166,10 +169,23 @@ def snap_line(heads, projections, policy, budget):
 
 def zip_line(heads, projections, policy, budget):
     (head,) = heads
-    return [max(row[i] for row in head.attention) for i in head.past]
+    return [max((row[i] for row in head.attention), default=0.0) for i in head.past]
 
 
-LINES = {"restkv": rest_line, "snapkv": snap_line, "adakv": snap_line, "pyramidkv": snap_line, "kvzip": zip_line}
+def zip_plus_line(heads, projections, policy, budget):
+    (head,), (w_o,) = heads, projections
+    sized = [[a / size for a in row] for row, size in zip(head.attention, head.normed, strict=True)]
+    return [max((row[i] for row in sized), default=0.0) * np.linalg.norm(w_o @ head.v[i]) for i in head.past]
+
+
+LINES = {
+    "restkv": rest_line,
+    "snapkv": snap_line,
+    "adakv": snap_line,
+    "pyramidkv": snap_line,
+    "kvzip": zip_line,
+    "kvzip-plus": zip_plus_line,
+}
 
 
 def scores(policy, obs, w_o_EHD=None):

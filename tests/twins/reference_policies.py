@@ -155,6 +155,9 @@ def scores(policy, obs, w_o_EHD=None, frequencies=None, factor=1.0):
             "tova": lambda b, h: tova_line(obs, b, h // G, newest(obs, heads)),  # noqa: B023
             "caote": lambda b, h: caote(policy, obs, heads, h, w_o_EHD),  # noqa: B023
             "expected-attention": lambda b, h: expected(policy, obs, b, h, frequencies, factor),
+            "compactor": lambda b, h: compactor(policy, obs, b, frequencies, factor)[h // G],
+            "curdkv": lambda b, h: curdkv(policy, obs, b, h // G),
+            "rkv": lambda b, h: rkv(policy, obs, b, h // G),
         }[policy.name]
         for x in range(out.shape[1]):
             members = [x] if per_head else range(x * G, (x + 1) * G)
@@ -196,14 +199,15 @@ def keydiff(obs, b, k_head):
     return np.array([-(key @ anchor) / np.linalg.norm(key) / (np.linalg.norm(anchor) or 1) for key in keys])
 
 
+def mix(x):
+    """The 32-bit finalizer of MurmurHash3, with plain integers."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+
 def random(policy, obs, b, head, k_head):
-    """The 32-bit finalizer of MurmurHash3, three times, with plain integers; the top 24 bits of it."""
-
-    def mix(x):
-        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
-        return x ^ (x >> 16)
-
+    """Three hashes, the top 24 bits of the last."""
     state = mix(policy.seed ^ mix(head * 4096 + obs.layer))
     return np.array([(mix(state ^ max(p, 0)) >> 8) / 2**24 for p in obs.pos[b, k_head].tolist()])
 
@@ -276,4 +280,141 @@ def expected(policy, obs, b, h, frequencies, factor):
         out[c] = 1 / sum(math.exp(logits[j] - logits[c]) for j in entries)
     if policy.value_norm:
         out = (out + policy.epsilon) * np.linalg.norm(numbers(obs.v[b, k_head]), axis=-1)
+    return out
+
+
+def compactor(policy, obs, b, frequencies, factor):
+    """[K, C]: leverage and chunk attention, each as z-scores over the layer (arXiv 2507.08143, kvpress 0.5.5)."""
+    K, C = obs.pos.shape[1:]
+    newest = int(obs.q_pos[b, -1])
+    pos = obs.pos[b].tolist()
+    counted = []
+    for line in pos:
+        places = {p: c for c, p in enumerate(line) if p >= 0 and policy.sinks <= p <= newest - policy.window}
+        counted.append([places[p] for p in sorted(places)])
+    leverage: dict[tuple[int, int], float] = {}
+    attention: dict[tuple[int, int], float] = {}
+    for k in range(K):
+        if not counted[k]:
+            continue
+        plain = [np.linalg.inv(rotation(frequencies, pos[k][c], factor)) @ numbers(obs.k[b, k, c]) for c in counted[k]]
+        off = (np.array(plain) - np.mean(plain, axis=0)) @ sketch(policy, obs, k)
+        inverse = np.linalg.inv(off.T @ off + 0.01 * np.eye(off.shape[1]))
+        leverage |= {(k, c): float(x @ inverse @ x) for c, x in zip(counted[k], off, strict=True)}
+        attention |= chunk_attention(policy, obs, b, k, counted[k])
+    share = 1 - policy.budget * K / max(1, sum(p >= 0 for line in pos for p in line))
+    blending = min(1.0, max(0.0, share)) if policy.blending is None else policy.blending
+    out = np.zeros((K, C))
+    for weight, found in ((blending, leverage), (1.0, attention)):
+        values = np.array(list(found.values()))
+        deviation = max(1e-6, values.std(ddof=1) if len(values) > 1 else 0.0)
+        for (k, c), value in found.items():
+            out[k, c] += weight * (value - values.mean()) / deviation
+    return out
+
+
+def chunk_attention(policy, obs, b, k, columns):
+    """{(k, c): ...} of the chunks of a head's entries (columns, oldest first) that an observed query lies in."""
+    found, G = {}, obs.q.shape[1] // obs.k.shape[1]
+    rows = {p: w for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0}
+    line = [0.0] * len(columns)
+    known: list[int] = []
+    for start in range(0, len(columns), policy.chunk_size):
+        chunk = columns[start : start + policy.chunk_size]
+        asking = [rows[p] for p in (int(obs.pos[b, k, c]) for c in chunk) if p in rows]
+        if not asking:
+            continue
+        known += range(start, start + len(chunk))
+        keys = numbers(obs.k[b, k, chunk])
+        for h in range(k * G, (k + 1) * G):
+            for w in asking:
+                logits = keys @ numbers(obs.q[b, h, w])
+                exps = np.exp(logits - logits.max())
+                for i, weight in enumerate(exps / exps.sum()):
+                    line[start + i] += weight / G * len(chunk) / len(asking)
+    for i, c in enumerate(columns):
+        line[i] *= float(np.linalg.norm(numbers(obs.v[b, k, c])))
+    for i in known:
+        found[k, columns[i]] = sum(line[max(0, i - 1) : i + 2]) / 3
+    return found
+
+
+def sketch(policy, obs, k):
+    """[D, S] normal numbers by Box and Muller, of hashes; divided by the root of S."""
+    return normal(policy.seed, obs.layer, k, obs.k.shape[-1], policy.sketch_dimension)
+
+
+def normal(seed, layer, k, D, S):
+    state = mix(seed ^ mix(k * 4096 + layer))
+    out = np.zeros((D, S))
+    for i in range(D * S):
+        radius, turn = ((mix(state ^ (2 * i + j)) >> 8) / 2**24 for j in range(2))
+        out[i // S, i % S] = math.sqrt(-2 * math.log(radius + 2**-25)) * math.cos(2 * math.pi * turn)
+    return out / math.sqrt(S)
+
+
+def oldest_first(obs, b, k):
+    """Columns of a head's entries in order of position."""
+    places = {p: c for c, p in enumerate(obs.pos[b, k].tolist()) if p >= 0}
+    return [places[p] for p in sorted(places)]
+
+
+def curdkv(policy, obs, b, k):
+    """Squares over the sum of their 16 neighbours' (kvpress 0.5.5, bench/speed/peers/README.md)."""
+    columns, out = oldest_first(obs, b, k), np.zeros(obs.pos.shape[-1])
+    found = []
+    for side in (obs.k, obs.v):
+        rows = numbers(side[b, k, columns])
+        if policy.projection is not None:
+            rows = rows @ normal(policy.seed, obs.layer, 0, rows.shape[-1], policy.projection)
+        squares = [float(row @ row) for row in rows]
+        if policy.neighbours is not None:
+            groups = [squares[i : i + policy.neighbours] for i in range(0, len(squares), policy.neighbours)]
+            squares = [x / sum(group) for group in groups for x in group]
+        found.append(squares)
+    both = {
+        "product": lambda x, y: x * y,
+        "key": lambda x, y: x,
+        "value": lambda x, y: y,
+        "mean": lambda x, y: (x + y) / 2,
+    }
+    values = [both[policy.leverage](x, y) for x, y in zip(*found, strict=True)]
+    out[columns] = np.array(values) / sum(values) if values else []
+    return out
+
+
+def rkv(policy, obs, b, k):
+    """The authors' class, entry by entry (docs/sources.md §2.10)."""
+    columns, out, G = oldest_first(obs, b, k), np.zeros(obs.pos.shape[-1]), obs.q.shape[1] // obs.k.shape[1]
+    keys, positions = numbers(obs.k[b, k, columns]), [int(obs.pos[b, k, c]) for c in columns]
+    rows = [w for w, p in enumerate(obs.q_pos[b].tolist()) if p >= 0]
+    oldest = int(obs.q_pos[b, rows[0]]) if rows else 0
+    past = [i for i, p in enumerate(positions) if p < oldest]
+    attention = np.zeros(len(columns))
+    for w in rows:
+        seen = [
+            i for i in past if obs.sliding_window is None or positions[i] > int(obs.q_pos[b, w]) - obs.sliding_window
+        ]
+        logits = np.array([[float(keys[i] @ numbers(obs.q[b, h, w])) for i in seen] for h in range(k * G, (k + 1) * G)])
+        logits = logits * obs.softmax_scale
+        if obs.softcap is not None:
+            logits = obs.softcap * np.tanh(logits / obs.softcap)
+        if seen:
+            exps = np.exp(logits.max(0))
+            attention[seen] += exps / exps.sum() / len(rows)
+    half = policy.kernel_size // 2
+    pooled = {i: max(attention[j] for j in past if abs(i - j) <= half) for i in past}
+
+    length = len(columns)
+    cosines = np.zeros((length, length))
+    for i in range(length):
+        for j in range(length):
+            if i != j:
+                sizes = (np.linalg.norm(keys[i]) + 1e-8) * (np.linalg.norm(keys[j]) + 1e-8)
+                cosines[i, j] = keys[i] @ keys[j] / sizes
+        similar = [j for j in range(length) if cosines[i, j] > policy.threshold]
+        cosines[i, max(similar, default=0)] = 0.0
+    means = np.exp(cosines.mean(0)) if length else np.zeros(0)
+    for i, c in enumerate(columns):
+        out[c] = policy.mix_lambda * pooled.get(i, 0.0) - (1 - policy.mix_lambda) * means[i] / means.sum()
     return out

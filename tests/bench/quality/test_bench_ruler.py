@@ -43,7 +43,7 @@ from restkv.session import Session
 EVERY = (
     "restkv,restkv:budget_by=global,restkv:gqa=joint:aggregate=indicator,restkv:granularity=query,snapkv,pyramidkv,adakv,"
     "h2o,h2o:granularity=query,tova,streamingllm,lacache,expected-attention,caote,keynorm,keydiff,random,"
-    "kvzip,kvzip:probe=draft:5,snapkv:probe=draft:5,snapkv:probe=window+draft:5,restkv:granularity=query:probe=prompt+questions"
+    "kvzip-plus,compactor,rkv,curdkv,kvzip,kvzip:probe=draft:5,snapkv:probe=draft:5,snapkv:probe=window+draft:5,restkv:granularity=query:probe=prompt+questions"
 )
 METHODS = parse_methods(EVERY)
 FEW = "restkv,h2o,streamingllm,snapkv:granularity=query"

@@ -266,7 +266,7 @@ def test_inspect_sizes_what_restkv_keeps(run: Callable[..., Ran], budget: str, k
 
 @pytest.mark.parametrize(
     ("budget", "without"),
-    [("64,64,64,64", {"pyramidkv", "streamingllm", "lacache"}), ("16", set()), ("8", {"lacache"})],
+    [("64,64,64,64", {"pyramidkv", "streamingllm", "lacache"}), ("16", set()), ("8", {"lacache", "compactor"})],
 )
 def test_methods_bytes_leaves_out_what_cannot_have_the_budget(
     run: Callable[..., Ran], budget: str, without: set[str]

@@ -16,12 +16,17 @@ from restkv.policies import (
     CAOTE,
     H2O,
     POLICIES,
+    RKV,
     TOVA,
     AdaKV,
+    Compactor,
+    CurDKV,
     ExpectedAttention,
     FullCache,
     KeyDiff,
     KeyNorm,
+    KVzip,
+    KVzipPlus,
     LaCache,
     Policy,
     PyramidKV,
@@ -54,6 +59,13 @@ VARIANTS = {
     "expected-attention": ExpectedAttention(12, future=9),
     "expected-attention max": ExpectedAttention(12, future=9, gqa="max", epsilon=0.02),
     "expected-attention query": ExpectedAttention(12, future=9, granularity="query", covariance=False),
+    "kvzip": KVzip(12, window=4),
+    "kvzip-plus": KVzipPlus(12, window=4),
+    "kvzip-plus query": KVzipPlus(12, window=4, granularity="query"),
+    "compactor": Compactor(14, sinks=2),
+    "rkv": RKV(12, window=4),
+    "curdkv": CurDKV(12),
+    "curdkv projected": CurDKV(12, projection=3, neighbours=None),
     "keynorm": KeyNorm(12),
     "keydiff": KeyDiff(12),
     "streamingllm": StreamingLLM(12),
@@ -123,6 +135,20 @@ def test_bad_options_are_one_line_with_value_place_and_mend(values, words):
         ("caote", {"gqa": "joint", "output_weight": True, "granularity": "query"}, "gqa 'joint'"),
         ("expected-attention", {"future": 0}, "future 0"),
         ("expected-attention", {"epsilon": -1}, "epsilon -1"),
+        ("compactor", {"blending": -0.1}, "blending -0.1"),
+        ("compactor", {"sketch_dimension": 0}, "sketch_dimension 0"),
+        ("compactor", {"chunk_size": 2.0}, "chunk_size 2.0"),
+        ("compactor", {"seed": 1 << 32}, "seed 4294967296"),
+        ("compactor", {"granularity": "query"}, "granularity 'query'"),
+        ("rkv", {"mix_lambda": 1.1}, "mix_lambda 1.1"),
+        ("rkv", {"threshold": 2}, "threshold 2"),
+        ("rkv", {"kernel_size": 4}, "kernel_size 4"),
+        ("rkv", {"window": 0}, "window 0"),
+        ("rkv", {"gqa": "mean"}, "gqa 'mean': choose from max"),
+        ("rkv", {"probe": "replay"}, "probe 'replay'"),
+        ("curdkv", {"leverage": "both"}, "leverage 'both': choose from product"),
+        ("curdkv", {"neighbours": 0}, "neighbours 0"),
+        ("curdkv", {"projection": 2.5}, "projection 2.5"),
         ("random", {"seed": -1}, "seed -1"),
         ("random", {"seed": 1.0}, "seed 1.0"),
         ("random", {"gqa": "max"}, "gqa 'max'"),
@@ -177,8 +203,9 @@ def test_get_policy_says_what_exists(args, options, words):
 
 
 def test_get_policy_knows_every_policy_and_the_package_exports_it():
-    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip keynorm keydiff streamingllm lacache random"
-    assert list(POLICIES) == [*names.split(), "full"] and known_policies()[: len(POLICIES)] == tuple(POLICIES)
+    names = "restkv snapkv pyramidkv adakv h2o tova caote expected-attention kvzip kvzip-plus".split()
+    names += "compactor rkv curdkv keynorm keydiff streamingllm lacache random full".split()
+    assert list(POLICIES) == names and known_policies()[: len(POLICIES)] == tuple(POLICIES)
     for name, cls in POLICIES.items():
         assert type(get_policy(name, None, **({} if name == "full" else {"budget": 64}))) is cls and cls.name == name
         for preset, values in cls.PRESETS.items():

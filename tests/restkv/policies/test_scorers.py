@@ -11,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from restkv.policies import CAOTE, H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Random, StreamingLLM, get_policy
+from restkv.policies import (
+    CAOTE,
+    H2O,
+    RKV,
+    TOVA,
+    Compactor,
+    CurDKV,
+    ExpectedAttention,
+    KeyDiff,
+    KeyNorm,
+    Random,
+    StreamingLLM,
+    get_policy,
+)
 from restkv.testing.cases import shapes
 from restkv.testing.observed import collected, observation, root_for, rotary
 from twins import reference_policies as reference
@@ -88,6 +101,74 @@ def test_expected_attention_of_many_queries_in_parts(monkeypatch):
     obs = replace(obs, rotary=rotary([0.5, 0.1]))
     monkeypatch.setattr("restkv.policies.expected.QUERIES", 5)
     assert_same(ExpectedAttention(9, future=3), obs, w_o, frequencies=[0.5, 0.1])
+
+
+@settings(max_examples=100)
+@given(
+    shape=even_shapes,
+    queries=st.sampled_from([1, 4, 24]),
+    options=st.fixed_dictionaries(
+        {
+            "window": st.sampled_from([0, 1, 4]),
+            "sinks": st.sampled_from([0, 1, 4]),
+            "blending": st.sampled_from([None, 0.0, 0.3, 2.0]),
+            "sketch_dimension": st.sampled_from([1, 3, 48]),
+            "chunk_size": st.sampled_from([1, 3, 8, 256]),
+            "seed": st.integers(0, 2**32 - 1),
+        }
+    ),
+    layer=st.integers(0, 200),
+    factor=st.sampled_from([1.0, 1.3]),
+)
+def test_compactor(shape, queries, options, layer, factor):
+    policy = Compactor(9, **options)
+    obs, w_o = observation(**{**shape, "queries": queries})
+    frequencies = [1.7 / 3**i for i in range(shape["head_dim"] // 2)]
+    obs = replace(obs, rotary=rotary(frequencies, factor), layer=layer, num_layers=201)
+    got, want = policy.score(obs).numpy(), reference.scores(policy, obs, w_o, frequencies=frequencies, factor=factor)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)  # of a Gram matrix that is nearly singular
+
+
+@settings(max_examples=100)
+@given(
+    shape=shapes,
+    options=st.fixed_dictionaries(
+        {
+            "leverage": st.sampled_from(["product", "key", "value", "mean"]),
+            "neighbours": st.sampled_from([None, 1, 3, 16]),
+            "projection": st.sampled_from([None, 1, 20]),
+            "seed": st.integers(0, 2**32 - 1),
+        }
+    ),
+    layer=st.integers(0, 200),
+)
+def test_curdkv(shape, options, layer):
+    obs, w_o = observation(**shape)
+    assert_same(CurDKV(9, **options), replace(obs, layer=layer, num_layers=201), w_o)
+
+
+@settings(max_examples=200)
+@given(
+    shape=shapes,
+    options=st.fixed_dictionaries(
+        {
+            "mix_lambda": st.sampled_from([0.0, 0.07, 0.1, 1.0]),
+            "kernel_size": st.sampled_from([1, 3, 7]),
+            "threshold": st.sampled_from([-1.0, 0.0, 0.5]),
+        }
+    ),
+)
+def test_rkv(shape, options):
+    obs, w_o = observation(**shape)
+    assert_same(RKV(9, **options), obs, w_o)
+
+
+def test_rkv_of_entries_that_say_the_same_favours_the_newest():
+    """Three keys alike among others that are unlike: each older one is more redundant, the newest as little as any other."""
+    obs, _ = observation(kv_heads=1, group=1, columns=12, queries=2, head_dim=8)
+    k = torch.eye(8, dtype=torch.float64)[torch.tensor([0, 1, 2, 3, 1, 4, 5, 1, 6, 7, 0, 2])][None, None]
+    score = RKV(9, window=2, mix_lambda=0.0).score(replace(obs, k=k))[0, 0]
+    assert score[5] == score[7] > score[4] > score[1]
 
 
 @settings(max_examples=100)
