@@ -68,6 +68,28 @@ def values(share_Mn: Array, bias_n: Array, v_nD: Array, out_MD: Array, weight_M:
     return v_nD + np.linalg.lstsq(rows_n, np.concatenate([missed_MD, 0 * v_nD]), rcond=None)[0]
 
 
+def nonnegative(a_Mn: Array, b_M: Array) -> Array:
+    """x >= 0 of the least |a x - b|, by the active sets of Lawson and Hanson (1974)."""
+    n = a_Mn.shape[1]
+    x_n, free = np.zeros(n), np.zeros(n, dtype=bool)
+    for _ in range(10 * n):
+        slope_n = a_Mn.T @ (b_M - a_Mn @ x_n)
+        if free.all() or slope_n[~free].max() <= 1e-12 * max(1e-300, float((a_Mn**2).sum())):
+            break
+        free[np.where(free, -np.inf, slope_n).argmax()] = True
+        while True:
+            best_n = np.zeros(n)
+            best_n[free] = np.linalg.lstsq(a_Mn[:, free], b_M, rcond=None)[0]
+            if not (free & (best_n <= 0)).any():
+                break
+            back = free & (best_n <= 0)
+            x_n = x_n + min(x_n[back] / (x_n[back] - best_n[back])) * (best_n - x_n)
+            free &= x_n > 1e-14
+            x_n[~free] = 0
+        x_n = best_n
+    return x_n
+
+
 def shared_out(total: int, sizes: Sequence[int]) -> list[int]:
     """One at a time, to whoever has the fewest and can take another, the smaller first."""
     given = [0] * len(sizes)
