@@ -260,7 +260,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=40)
+TestLife.settings = settings(max_examples=many(60, 2), stateful_step_count=40)
 
 
 class LongLife(Life):
