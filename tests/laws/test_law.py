@@ -24,6 +24,7 @@ from torch import Tensor
 
 from laws.law import watched
 from laws.models import MODELS, model_of
+from make.effort import many
 from make.small import small_ids
 from modeling.layers import Decoder
 from restkv import schedule
@@ -35,7 +36,8 @@ from restkv.session import Session
 from restkv.testing.watch import snapshot
 from twins.masking import Ranked
 
-FEW, MANY = 40, 625  # examples of each of the 6 tests: 240 on every run, 3,750 in the slow one
+# Examples of each of the 6 tests: 240 on every run, 3,750 in the slow one; 120 and 750 under CI, which runs both.
+FEW, MANY = many(40, 2), many(625)
 
 
 @dataclass(frozen=True)

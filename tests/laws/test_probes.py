@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from laws.models import MODELS, model_of
+from make.effort import many
 from make.small import small_ids
 from modeling.layers import Decoder
 from restkv import probes, schedule
@@ -31,7 +32,7 @@ from restkv.testing.dense import Dense
 from restkv.testing.watch import positions, snapshot
 from twins import probed
 
-FEW, MANY = 40, 600
+FEW, MANY = many(40, 2), many(600)
 FIRST, LATER, ASKED, CLOSING = (3, 5), (6,), ((7, 8, 9), (1, 2)), (4,)
 
 
@@ -241,7 +242,7 @@ def test_a_dense_model_that_reads_everything_scores_and_keeps_the_same(job: Job)
     assert session.cache.next_pos.tolist() == [len(prompt)]
 
 
-@laws(jobs(rows=3), few=20, many=150)
+@laws(jobs(rows=3), few=many(20, 2), many=many(150))
 def test_a_row_of_a_batch_is_the_prompt_alone_and_masked_is_compacted(job: Job) -> None:
     """And so it stays while more is fed: later evictions observe what any session observes."""
     policy, tokens = replace(job.policy, interval=3), torch.tensor(small_ids(24, job.seed)).view(8, 3)

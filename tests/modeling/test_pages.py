@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from make.effort import many
 from make.small import VOCAB, small_model
 from modeling.cache import UNBOUNDED, KVCache
 from modeling.forward import extend, step
@@ -259,7 +260,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=40)
+TestLife.settings = settings(max_examples=many(60, 2), stateful_step_count=40)
 
 
 class LongLife(Life):
@@ -267,7 +268,7 @@ class LongLife(Life):
 
 
 TestLongLife = pytest.mark.slow(LongLife.TestCase)
-TestLongLife.settings = settings(max_examples=300, stateful_step_count=80)
+TestLongLife.settings = settings(max_examples=many(300), stateful_step_count=80)
 
 
 def test_an_entry_lies_where_its_page_says():

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from make.config_draws import ANYTHING, VALID, hostile
+from make.effort import many
 from make.families import CASES
 from make.places import ROOT
 from modeling import fields
@@ -78,7 +79,7 @@ def test_drawn_hostile_configs_are_read_or_refused_in_one_line():
 
 @pytest.mark.slow
 def test_many_drawn_hostile_configs_are_read_or_refused_in_one_line():
-    fuzz(20_000)
+    fuzz(many(20_000, 10))
 
 
 @settings(max_examples=100, deadline=None)

@@ -98,7 +98,7 @@ def test_drawn_configs_give_transformers_logits_or_are_refused(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", VALID)
 def test_many_drawn_configs_give_transformers_logits_or_are_refused(family):
-    compare_many(family, many(1500))
+    compare_many(family, many(1500, 15))
 
 
 HALVES = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -186,7 +186,7 @@ def test_any_side_files_give_what_autotokenizer_gives(files):
 
 @pytest.mark.slow
 @given(files=folders())
-@settings(max_examples=many(10_000))
+@settings(max_examples=many(10_000, 10))
 def test_any_side_files_give_what_autotokenizer_gives_at_length(files):
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         compare(written(files, Path(folder)))

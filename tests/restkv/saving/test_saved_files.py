@@ -185,7 +185,7 @@ def test_an_altered_chat_works_or_is_refused(data, talker, chat, tmp_path_factor
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=many(5000))
+@settings(FEW, max_examples=many(5000, 10))
 @given(data=st.data(), name=st.sampled_from(sorted(POLICIES)))
 def test_thousands_of_altered_contexts(data, name, lm, contexts, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "altered-often"
