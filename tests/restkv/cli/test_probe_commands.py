@@ -1,4 +1,4 @@
-"""Probes on the command line: generate, chat, bench, and what is refused."""
+"""Probes and refits on the command line: generate, chat, bench, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def test_a_probe_is_an_option_like_any_other(run, rambler, probe):
     assert (ran.code, shown["tokens"], shown["policy"]["probe"]) == (0, expected.tokens, probe)
 
 
+@pytest.mark.parametrize("refit", ["values", "bias", "both"])
+def test_a_refit_is_one_too(run, rambler, refit):
+    method = ("--method", "kvzip", "--budget", 20, "--window", 4)
+    ran = run("generate", "-p", STORY, "-n", 4, *method, "--refit", refit, "--json")
+    policy = restkv.get_policy("kvzip", budget=20, window=4, refit=refit)
+    expected = restkv.load(rambler).generate(STORY, policy, max_new_tokens=4)
+    shown = json.loads(ran.out)
+    assert (ran.code, shown["tokens"], shown["policy"]["refit"]) == (0, expected.tokens, refit)
+
+
 def test_kvzip_replays_unless_it_is_told_otherwise(run, tmp_path):
     questions = tmp_path / "questions.txt"
     questions.write_text("Who is Lily?\nWhat did she find?\n")
@@ -47,6 +57,12 @@ def test_kvzip_replays_unless_it_is_told_otherwise(run, tmp_path):
         (("--method", "h2o", "--set", "probe=replay"), "h2o: probe 'replay': the score of h2o depends on no queries"),
         (("--method", "kvzip", "--prefill", "chunked"), "choose probe=window, or prefill=dense"),
         (
+            ("--method", "snapkv", "--refit", "both", "--prefill", "chunked"),
+            "refit 'both': a chunked prefill evicts before all of the prompt has been read; choose refit=none, or prefill",
+        ),
+        (("--method", "kvzip", "--refit", "some"), "kvzip: refit 'some': choose from none, values, bias, both"),
+        (("--method", "keydiff", "--refit", "both"), "keydiff: refit 'both': keydiff observes no queries"),
+        (
             ("--method", "kvzip", "--set", "probe=questions:nowhere"),
             "'nowhere' cannot be read (No such file or directory)",
         ),
@@ -69,7 +85,7 @@ def test_a_chat_takes_probes_and_changes_them(rambler, capsys, monkeypatch):
 
 
 def test_a_bench_takes_methods_with_probes(tmp_path, capsys):
-    methods = "kvzip,snapkv:probe=draft:8:reduction=max,snapkv:probe=window+replay"
+    methods = "kvzip,snapkv:probe=draft:8:reduction=max,snapkv:probe=window+replay,kvzip:refit=both,snapkv:refit=values"
     of = ["--tasks", "niah_single", "--lengths", "256", "--compression", "8", "--samples", "1"]
     assert main(["bench", "ruler", *of, "--methods", methods, "--out", str(tmp_path / "run")]) == 0
     rows = [line for path in (tmp_path / "run").rglob("*.jsonl") for line in path.read_text().splitlines()]
