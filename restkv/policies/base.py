@@ -157,6 +157,18 @@ class Policy(ABC):
             return list(self.budget)
         return self.allocation.layers(self.budget_for(length), self.window + self.sinks, num_layers, length)
 
+    def at_most(self, num_layers: int) -> tuple[int, int]:
+        """Entries per head that a budget of whole numbers comes to, whatever the prompt: the mean over layers, and of one layer.
+
+        Raises:
+            PolicyError: a tuple of budgets is not one per layer.
+        """
+        budget = self.budget
+        if isinstance(budget, int):
+            return self.allocation.at_most(budget, self.window + self.sinks, num_layers)
+        budgets = self.layer_budgets(0, num_layers)
+        return -(-sum(budgets) // num_layers), max(budgets)
+
     def newest(self, budget: int) -> int:
         """How many of the newest entries a head that may keep `budget` keeps whatever their score."""
         return self.window
