@@ -23,6 +23,7 @@ from modeling.sparse import sparse_attention
 from restkv.errors import TooManyShapes
 from restkv.kernels import check_compiler
 from restkv.masking import evict
+from restkv.pieces import Pieces
 from restkv.policies.base import Policy
 from restkv.probes import Phrases
 from restkv.roots import Roots
@@ -61,6 +62,7 @@ class Engine:
         self._decode, self._hidden = (compiled(function, options=OPTIONS) for function in (_decode, step))
         self._evict = compiled(evict)
         self.capacities = Capacities()
+        self.pieces = Pieces(self.backend == "flex")
         self._eager_policies: set[str] = set()  # by repr: a plugin's options may have no hash
         if self.backend == "flex":
             try:
@@ -115,7 +117,7 @@ class Engine:
     def _give_way(self, error: CompileError) -> None:
         if self.named:
             raise error
-        self.backend = "sdpa"
+        self.backend, self.pieces.possible = "sdpa", False
         warnings.warn(f"{error}; going on with sdpa", RestKVWarning, stacklevel=2)
 
     def _remark_shapes(self) -> None:

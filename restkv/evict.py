@@ -19,11 +19,12 @@ from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import LayerCache
 from modeling.sparse import BlockMap
-from restkv.budgets import LONGEST, Global, GlobalCascade
+from restkv.budgets import Global, GlobalCascade
 from restkv.compete import Waiting
 from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
 from restkv.observe import Observation
+from restkv.pieces import Pieces
 from restkv.policies.base import Policy
 from restkv.probes import Phrases, Reading, looks
 from restkv.protection import check_protected, protected
@@ -45,6 +46,7 @@ class Evictor:
         budgets: [N][B] entries per head (UNLIMITED for a policy without budget).
         states: the policy's memory of each row.
         counted_B: [B] int32; queries before these positions have been counted into the entries' mass.
+        scored: how prompts have been, "compiled" (by `pieces`) or "eager".
     """
 
     def __init__(self, model: Decoder, policy: Policy, roots: Roots, lengths: Sequence[int]) -> None:
@@ -65,6 +67,8 @@ class Evictor:
         # A tensor of its own for each layer: those that are parts of one look different to a graph.
         self._numbers = [self._on_device(*layer) for layer in zip(range(layers), self.budgets, newest, strict=True)]
         self._counted_2 = torch.zeros(2, dtype=torch.long, device=model.device)
+        self.pieces = Pieces(False)
+        self.scored: set[str] = set()
         self._waiting: list[Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
         self._cascade: GlobalCascade | None = None
 
@@ -131,7 +135,11 @@ class Evictor:
             )
             if stream_W is not None:
                 obs = replace(obs, stream=stream_W[None, -observed:])
-            obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
+            obs = replace(
+                obs,
+                run=self._run(length),
+                looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)),
+            )
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)
         if obs is not None and self.policy.allocation.across_layers:
@@ -153,6 +161,13 @@ class Evictor:
         )
         if keep_KL is not None:
             self._moved(target, layer)
+
+    def _run(self, length: int) -> Pieces | None:
+        """What a layer's prompt is scored with, if it is compiled."""
+        config = self.model.config
+        pays = self.pieces.pay(length, self.policy.in_pieces * config.num_heads * config.head_dim)
+        self.scored.add("compiled" if pays else "eager")
+        return self.pieces if pays else None
 
     def _compete(self, obs: Observation, mass_XL: Tensor | None) -> None:
         """Let a layer's entries into the competition for the model's budget; earlier layers lose what they outrank."""
@@ -282,7 +297,9 @@ class Evictor:
             return False
         for layer in cache.layers:
             layer.own()
-        shape = self._shape(cache, self._known(), pages)
+        # Constants of a graph, where no prompt changes them.
+        known = self.budgets[0] if self.policy.even(self.model.config.num_layers) else None
+        shape = self._shape(cache, known, pages)
         layers = [
             self._entries(cache, index, layer.reach, *numbers)
             for index, (layer, numbers) in enumerate(zip(cache.layers, self._numbers, strict=True))
@@ -363,13 +380,6 @@ class Evictor:
         elif not pages:
             pages = layers[0].max_pages
         return capacities.pages(self.kind(cache), longest, pages, layers[0].max_pages)
-
-    def _known(self) -> tuple[int, ...] | None:
-        """Budgets that are the same in every layer, whatever the prompt: constants of a graph."""
-        budget, layers = self.policy.budget, self.model.config.num_layers
-        if budget is None or isinstance(budget, float) or len(set(self.policy.layer_budgets(LONGEST, layers))) > 1:
-            return None
-        return tuple(self.budgets[0])
 
     def _newest(self, budgets: Sequence[int]) -> list[int]:
         return [self.policy.newest(budget) for budget in budgets]

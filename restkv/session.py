@@ -126,6 +126,7 @@ class Session:
         few = engine.backend == "flex"
         rows = power(len(lengths)) if few else len(lengths)
         self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
+        self.evictor.pieces = engine.pieces
         layers = engine.model.config.num_layers
         mean = sum(map(sum, self.evictor.budgets)) / (layers * rows)
         limit = 0 if "mass" in policy.needs else max(min(map(min, self.evictor.budgets)), policy.high_water or 0)
