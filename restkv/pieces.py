@@ -14,7 +14,7 @@ from modeling.errors import CompileError, RestKVWarning
 PIECE = 2048  # columns: what they make of llama-124m's heads stays in a CPU's cache
 # Columns, times query heads times their dimensions, times queries that are scored one by one: so much a process scores eagerly
 # before compiling has paid. Making the graph takes some seconds without kernels, and it saves 0.6 to 1 ns of each on an EPYC with
-# AVX2 (docs/performance.md): 60 prompts of 8,192 tokens on llama-124m, 2 by the paper's own indicator.
+# AVX2 (docs/performance.md): 66 prompts of 8,192 tokens on llama-124m, 3 by the paper's own indicator.
 PAYS_AFTER = 5_000_000_000
 
 
