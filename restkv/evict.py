@@ -7,7 +7,7 @@ dim, W observed queries, R = B*K page lists, X heads with a kept set of their ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,37 +18,21 @@ from modeling.cache import KVCache
 from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import LayerCache
-from modeling.pool import Companions, pool_size
 from modeling.sparse import BlockMap
 from restkv.budgets import Global, GlobalCascade
 from restkv.compete import Waiting
 from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
 from restkv.observe import Observation
+from restkv.pieces import Pieces
 from restkv.policies.base import Policy
 from restkv.probes import Phrases, Reading, looks
 from restkv.protection import check_protected, protected
 from restkv.reading import Layer
 from restkv.roots import Roots
+from restkv.sizing import LEAST_COLUMNS, Capacities
 
-LEAST_COLUMNS = (
-    512  # of a compiled eviction whose lists may have any length; fewer would be more graphs, and hardly faster
-)
 UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one
-
-
-def companions_of(policy: Policy, model: Decoder) -> Companions:
-    """The per-slot data a cache must carry for this policy."""
-    config = model.config
-    per_query = policy.granularity == "query"
-    companions: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if per_query and policy.budget is not None:
-        companions["keep"] = ((config.group,), torch.bool)
-    if "mass" in policy.needs:
-        companions["mass"] = ((config.group if per_query else 1,), torch.float32)
-    if policy.slot_positions:
-        companions["raw"] = ((config.head_dim,), model.dtype)
-    return companions
 
 
 class Evictor:
@@ -62,6 +46,7 @@ class Evictor:
         budgets: [N][B] entries per head (UNLIMITED for a policy without budget).
         states: the policy's memory of each row.
         counted_B: [B] int32; queries before these positions have been counted into the entries' mass.
+        scored: how prompts have been, "compiled" (by `pieces`) or "eager".
     """
 
     def __init__(self, model: Decoder, policy: Policy, roots: Roots, lengths: Sequence[int]) -> None:
@@ -82,6 +67,8 @@ class Evictor:
         # A tensor of its own for each layer: those that are parts of one look different to a graph.
         self._numbers = [self._on_device(*layer) for layer in zip(range(layers), self.budgets, newest, strict=True)]
         self._counted_2 = torch.zeros(2, dtype=torch.long, device=model.device)
+        self.pieces = Pieces(False)
+        self.scored: set[str] = set()
         self._waiting: list[Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
         self._cascade: GlobalCascade | None = None
 
@@ -148,7 +135,11 @@ class Evictor:
             )
             if sizes_SW is not None:
                 obs = replace(obs, sizes=sizes_SW[None, :, -observed:])
-            obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
+            obs = replace(
+                obs,
+                run=self._run(length),
+                looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)),
+            )
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)
         if obs is not None and self.policy.allocation.across_layers:
@@ -170,6 +161,13 @@ class Evictor:
         )
         if keep_KL is not None:
             self._moved(target, layer)
+
+    def _run(self, length: int) -> Pieces | None:
+        """What a layer's prompt is scored with, if it is compiled."""
+        config = self.model.config
+        pays = self.pieces.pay(length, self.policy.in_pieces * config.num_heads * config.head_dim)
+        self.scored.add("compiled" if pays else "eager")
+        return self.pieces if pays else None
 
     def _compete(self, obs: Observation, mass_XL: Tensor | None) -> None:
         """Let a layer's entries into the competition for the model's budget; earlier layers lose what they outrank."""
@@ -273,23 +271,35 @@ class Evictor:
 
     # -- while decoding, by masks alone
 
-    def mask(self, cache: KVCache, active: Sequence[bool], active_B: Tensor, run: Callable[..., Tensor | None]) -> bool:
+    def mask(
+        self,
+        cache: KVCache,
+        active: Sequence[bool],
+        active_B: Tensor,
+        run: Callable[..., Tensor | None],
+        capacities: Capacities,
+    ) -> bool:
         """`round` in one graph, in which nothing moves and nothing is asked of the device.
 
         Args:
             active, active_B: rows that go on, as the host knows them and as the device does; the others lose nothing.
             run: masking.evict, or Engine.evict.
+            capacities: of the graphs there are.
         Returns:
-            False where it cannot be compiled; nothing has been done then.
+            False where it cannot be compiled, or is not worth it; nothing has been done then.
         Raises:
             PolicyError: see `round`.
         """
         if self.policy.protect and any(active):
             self._check_protected(cache, [on and over for on, over in zip(active, self._over(cache), strict=True)])
+        pages = self._pages(cache, capacities)
+        if pages is None:
+            return False
         for layer in cache.layers:
             layer.own()
-        same = all(budgets == self.budgets[0] for budgets in self.budgets) and not isinstance(self.policy.budget, float)
-        shape = self._shape(cache, self.budgets[0] if same else None, self._pages(cache))
+        # Constants of a graph, where no prompt changes them.
+        known = self.budgets[0] if self.policy.even(self.model.config.num_layers) else None
+        shape = self._shape(cache, known, pages)
         layers = [
             self._entries(cache, index, layer.reach, *numbers)
             for index, (layer, numbers) in enumerate(zip(cache.layers, self._numbers, strict=True))
@@ -355,18 +365,21 @@ class Evictor:
             budgets=None if budgets is None else tuple(budgets),
         )
 
-    def _pages(self, cache: KVCache) -> int:
-        """Of every list for a graph to look at. How long they are may follow from the data, so in few sizes."""
-        policy, layers, pages = self.policy, cache.layers, cache.planned_pages
+    def kind(self, cache: KVCache) -> Hashable:
+        """All that makes graphs of evictions differ, but for how long lists are."""
+        layer = cache.layers[0]
+        return repr(self.policy), cache.rows, cache.ring_size, layer.pool.num_pages, layer.pool.page, layer.max_pages
+
+    def _pages(self, cache: KVCache, capacities: Capacities) -> int | None:
+        """Of every list for a graph to look at, or None (see Capacities)."""
+        layers, pages = cache.layers, cache.planned_pages
         longest = max(len(one) for layer in layers for one in layer.lists)
         least = LEAST_COLUMNS // layers[0].pool.page
-        if isinstance(policy.budget, float):
-            pages = least
-        elif policy.allocation.ragged:  # heads that keep a little more than others are the rule
-            pages = max(pages + max(1, pages // 4), least)
-        if longest > pages:
-            pages = pool_size(longest, 2)
-        return min(pages, layers[0].max_pages)
+        if self.policy.allocation.ragged:  # heads that keep a little more than others are the rule
+            pages = max(pages + pages // 4, pages + 1, least)
+        elif not pages:
+            pages = layers[0].max_pages
+        return capacities.pages(self.kind(cache), longest, pages, layers[0].max_pages)
 
     def _newest(self, budgets: Sequence[int]) -> list[int]:
         return [self.policy.newest(budget) for budget in budgets]
