@@ -25,7 +25,7 @@ class KVCache:
         layers: one LayerCache per layer.
         ring_size: W, queries to remember per layer (0: none).
         num_heads: H, query heads.
-        planned_pages: that a list is expected to need, on average.
+        planned_pages: that the longest list is expected to need; 0: nobody knows.
     Attributes:
         next_pos: [B] int32, position of each row's next token.
         lag: [B] int32, how far the RoPE phase of the next token lies behind its position: 0, or the entries lost so far in a
@@ -70,6 +70,7 @@ class KVCache:
         max_entries: int | None = None,
         filled: int | None = None,
         steps: int = 4,
+        longest: int = 0,
     ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head on average, one layer per entry of `windows`.
 
@@ -81,6 +82,7 @@ class KVCache:
                 start, the pools have exactly their size; else one of those that they grow through.
             filled: rows that there is room for; None: all. The others are padding.
             steps: which sizes those are (pool_size).
+            longest: entries of the longest list, if the plan says it.
         """
         lists = (rows if filled is None else filled) * num_kv_heads * (len(windows) if shared else 1)
         pages = lists * (-(-entries // page) + spare)
@@ -97,7 +99,7 @@ class KVCache:
                 reach = torch.tensor([width or UNBOUNDED], dtype=torch.int32, device=device)
             pool = pools[0 if shared else index]
             layers.append(LayerCache(pool, rows, num_kv_heads, ragged or shared, reach))
-        return cls(layers, ring_size, num_heads, -(-entries // page))
+        return cls(layers, ring_size, num_heads, -(-longest // page))
 
     def reserve(self, extra: int | Sequence[int]) -> None:
         """Give every list room for `extra` more entries (one number, or one per row)."""

@@ -161,6 +161,7 @@ class Answering:
         stats.live_bytes, stats.allocated_bytes = cache.live_bytes, cache.allocated_bytes
         stats.full_bytes = sum(stats.seen) * self.config.kv_bytes_per_token(self.dtype)
         stats.evictions = session.evictor.evictions
+        stats.scores = min(session.evictor.scored, default="")
         if session.schedule.interval:
             stats.evicts = "compiled" if session.engine.masks(session.policy) else "eager"
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from restkv.errors import PolicyError
 from restkv.select import select, top
 
+LONGEST = 1 << 30  # tokens: no text is longer
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -41,6 +43,11 @@ class Allocation:
             length: tokens of the prompt.
         """
         return [budget] * num_layers
+
+    def at_most(self, budget: int, reserved: int, num_layers: int) -> tuple[int, int]:
+        """Entries per head for a prompt of any length, `budget` at least: the mean over layers (rounded up), and of one layer."""
+        budgets = self.layers(budget, reserved, num_layers, LONGEST)
+        return max(budget, -(-sum(budgets) // num_layers)), max(budget, *budgets)
 
     def select(self, score_BXC: Tensor, pos_BXC: Tensor, protected_BXC: Tensor, budget_B: Tensor) -> Tensor:
         """keep [B, X, C] bool: `budget_B` entries per head on average, protected ones included (see restkv.select)."""
@@ -110,6 +117,10 @@ class Pyramid(Allocation):
         early = [first - layer * drop // steps for layer in range((num_layers + 1) // 2)]  # rounded up
         late = [2 * base - count for count in reversed(early[: num_layers // 2])]
         return [reserved + count for count in early + late]
+
+    def at_most(self, budget: int, reserved: int, num_layers: int) -> tuple[int, int]:
+        """As for every allocation. What steps of whole numbers leave over depends on the prompt's length."""
+        return budget + (0 if self.exact else (num_layers - 1) // 2), super().at_most(budget, reserved, num_layers)[1]
 
 
 @dataclass(frozen=True)

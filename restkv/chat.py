@@ -11,6 +11,7 @@ from typing import Any
 
 from modeling.modes import own_modes
 from modeling.room import enough_memory
+from restkv.budgets import LONGEST
 from restkv.errors import PolicyError, PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.meter import Meter
@@ -21,7 +22,6 @@ from restkv.results import Decoding, Generation, Stats, TextStream
 from restkv.saving.checks import require_chat
 from restkv.saving.store import load_session, refused, save_session
 from restkv.session import CHUNK, Session
-from restkv.sizing import LONGEST
 
 Message = dict[str, str]
 

@@ -1,4 +1,4 @@
-"""What is left of a prompt while its layers compete for one budget.
+"""What is left of a prompt while its layers compete for one budget (budgets.Global).
 
 Letters: K KV heads, X heads with a kept set of their own (K or query heads), L prompt length, D head dim, n and m entries.
 """
@@ -8,7 +8,39 @@ from __future__ import annotations
 from torch import Tensor
 
 from modeling.pool import read
+from restkv.budgets import GlobalCascade
+from restkv.observe import Observation
 from restkv.refit import References
+
+
+class Competition:
+    """The layers of one prompt, which arrive in order: what a later one outranks, earlier ones lose.
+
+    Attributes:
+        waiting: the survivors of every layer so far.
+    """
+
+    def __init__(self, cascade: GlobalCascade) -> None:
+        self.waiting: list[Waiting] = []
+        self._cascade = cascade
+
+    def add(
+        self,
+        obs: Observation,
+        ranked: tuple[Tensor, Tensor, Tensor],
+        mass_1XL: Tensor | None,
+        to_fit: References | None,
+    ) -> None:
+        """Let the next layer's entries in.
+
+        Args:
+            ranked: Policy.ranking of its observation, which is of one row.
+            mass_1XL, to_fit: see Waiting.
+        """
+        *earlier, keep_XL = self._cascade.add(*(one_1XL[0] for one_1XL in ranked))
+        for waiting, stays_n in zip(self.waiting, earlier, strict=True):
+            waiting.narrow(stays_n)
+        self.waiting.append(Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL, to_fit))
 
 
 class Waiting:

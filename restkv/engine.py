@@ -21,12 +21,13 @@ from modeling.layers import Decoder
 from modeling.pages import LayerView
 from modeling.sparse import sparse_attention
 from restkv.errors import TooManyShapes
-from restkv.evict import companions_of
 from restkv.kernels import check_compiler
 from restkv.masking import evict
+from restkv.pieces import Pieces
 from restkv.policies.base import Policy
 from restkv.probes import Phrases
 from restkv.roots import Roots
+from restkv.sizing import Capacities, companions_of
 
 # Graphs that torch.compile may make of the step. A server of one model and policy makes 2 (r s + s + log2 R) at most, for prompts
 # and answers of up to P positions and R rows at once: r = 1 + log2 R, s = 2 + log2(P / 256). That is 116 for 131,072 positions
@@ -60,7 +61,8 @@ class Engine:
         self._remarked = False
         self._decode, self._hidden = (compiled(function, options=OPTIONS) for function in (_decode, step))
         self._evict = compiled(evict)
-        self._evicted: set[tuple[str, int, int]] = set()
+        self.capacities = Capacities()
+        self.pieces = Pieces(self.backend == "flex")
         self._eager_policies: set[str] = set()  # by repr: a plugin's options may have no hash
         if self.backend == "flex":
             try:
@@ -85,13 +87,6 @@ class Engine:
     def masks(self, policy: Policy) -> bool:
         """Whether evictions while decoding are one compiled graph, which moves nothing."""
         return self.backend == "flex" and policy.traceable and repr(policy) not in self._eager_policies
-
-    def first_eviction(self, policy: Policy, cache: KVCache) -> bool:
-        """Whether the graph of an eviction is still to be made, as far as one can tell from policy and cache; asked once."""
-        key = repr(policy), cache.rows, cache.layers[0].pool.num_pages
-        first = key not in self._evicted
-        self._evicted.add(key)
-        return first
 
     def evict(self, policy: Policy, *inputs: Any) -> Tensor | None:
         """masking.evict, compiled. None, with nothing done, where it cannot be: a policy evicts eagerly then, for good; a cache
@@ -122,7 +117,7 @@ class Engine:
     def _give_way(self, error: CompileError) -> None:
         if self.named:
             raise error
-        self.backend = "sdpa"
+        self.backend, self.pieces.possible = "sdpa", False
         warnings.warn(f"{error}; going on with sdpa", RestKVWarning, stacklevel=2)
 
     def _remark_shapes(self) -> None:
@@ -153,6 +148,7 @@ class Engine:
         page: int,
         max_entries: int | None = None,
         filled: int | None = None,
+        longest: int = 0,
     ) -> KVCache:
         """A cache with room for `entries` entries per layer, row and KV head.
 
@@ -162,7 +158,7 @@ class Engine:
             shared: layers too.
             forks: pages per list to have ready for forks.
             page: slots per page.
-            max_entries, filled: see KVCache.create.
+            max_entries, filled, longest: see KVCache.create.
         """
         config = self.model.config
         return KVCache.create(
@@ -183,6 +179,7 @@ class Engine:
             max_entries=max_entries,
             filled=filled,
             steps=1 if self.backend == "flex" else 4,
+            longest=longest,
         )
 
 

@@ -7,7 +7,7 @@ dim, W observed queries, R = B*K page lists, X heads with a kept set of their ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,40 +18,22 @@ from modeling.cache import KVCache
 from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import LayerCache
-from modeling.pool import Companions, pool_size
 from modeling.sparse import BlockMap
-from restkv.budgets import Global, GlobalCascade
-from restkv.compete import Waiting
+from restkv.budgets import Global
+from restkv.compete import Competition
 from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
 from restkv.observe import Observation
+from restkv.pieces import Pieces
 from restkv.policies.base import Policy
 from restkv.probes import Phrases, Reading, looks
 from restkv.protection import check_protected, protected
 from restkv.reading import Layer
 from restkv.refit import References, references, refit
 from restkv.roots import Roots
+from restkv.sizing import LEAST_COLUMNS, Capacities
 
-LEAST_COLUMNS = (
-    512  # of a compiled eviction whose lists may have any length; fewer would be more graphs, and hardly faster
-)
 UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one
-
-
-def companions_of(policy: Policy, model: Decoder) -> Companions:
-    """The per-slot data a cache must carry for this policy."""
-    config = model.config
-    per_query = policy.granularity == "query"
-    companions: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if per_query and policy.budget is not None:
-        companions["keep"] = ((config.group,), torch.bool)
-    if "mass" in policy.needs:
-        companions["mass"] = ((config.group if per_query else 1,), torch.float32)
-    if policy.biased:
-        companions["bias"] = ((), torch.float32)
-    if policy.slot_positions:
-        companions["raw"] = ((config.head_dim,), model.dtype)
-    return companions
 
 
 class Evictor:
@@ -65,6 +47,7 @@ class Evictor:
         budgets: [N][B] entries per head (UNLIMITED for a policy without budget).
         states: the policy's memory of each row.
         counted_B: [B] int32; queries before these positions have been counted into the entries' mass.
+        scored: how prompts have been, "compiled" (by `pieces`) or "eager".
     """
 
     def __init__(self, model: Decoder, policy: Policy, roots: Roots, lengths: Sequence[int]) -> None:
@@ -85,8 +68,9 @@ class Evictor:
         # A tensor of its own for each layer: those that are parts of one look different to a graph.
         self._numbers = [self._on_device(*layer) for layer in zip(range(layers), self.budgets, newest, strict=True)]
         self._counted_2 = torch.zeros(2, dtype=torch.long, device=model.device)
-        self._waiting: list[Waiting] = []  # a prompt's survivors so far, while layers compete for one budget
-        self._cascade: GlobalCascade | None = None
+        self.pieces = Pieces(False)
+        self.scored: set[str] = set()
+        self._competition: Competition | None = None  # of a prompt's layers for one budget, while it lasts
 
     def row(self, index: int) -> Evictor:
         """The evictor of one row alone (KVCache.row); states are shared with this one."""
@@ -151,77 +135,59 @@ class Evictor:
             )
             if sizes_SW is not None:
                 obs = replace(obs, sizes=sizes_SW[None, :, -observed:])
-            obs = replace(obs, looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)))
+            obs = replace(
+                obs,
+                run=self._run(length),
+                looks=looks(self.policy.probe, obs, seen, max(self.policy.observed_prompt, 1)),
+            )
         if cache.ring_size:
             cache.remember(layer, 0, q_HWD, length - 1)
-        fitting = obs is not None and self.policy.refit != "none"
-        to_fit = references(obs, seen, self.policy.probe) if obs is not None and fitting else None
+        mass_1XL = None if mass_XL is None else mass_XL[None]
+        to_fit = None if obs is None else references(self.policy.refit, obs, seen, self.policy.probe)
         if obs is not None and self.policy.allocation.across_layers:
-            self._compete(obs, mass_XL, to_fit)
+            self._compete(obs, mass_1XL, to_fit)
             return
         if obs is not None:
             keep_1XL = self.policy.keep(obs, self.states)
-        keep_KL, companions = self._stored(keep_1XL, None if mass_XL is None else mass_XL[None], heads)
+        keep_1KL, companions = self._stored(keep_1XL, mass_1XL, heads)
         if raw_KLD is not None:
             companions["raw"] = raw_KLD[None]
-        target = cache.layers[layer]
-        if to_fit is not None:
-            assert keep_KL is not None
-            keep_KL = keep_KL[0]
-            flat = {name: data[0][keep_KL] for name, data in companions.items()}
-            self._append(target, keep_KL, k_KLD[keep_KL], v_KLD[keep_KL], pos_KL[keep_KL], flat, to_fit)
+        here, target = {name: data[0] for name, data in companions.items()}, cache.layers[layer]
+        if keep_1KL is None:
+            target.append(0, k_KLD, v_KLD, pos_KL, None, here)
             return
-        target.append(
-            0,
-            k_KLD,
-            v_KLD,
-            pos_KL,
-            None if keep_KL is None else keep_KL[0],
-            {name: data[0] for name, data in companions.items()},
-        )
-        if keep_KL is not None:
-            self._moved(target, layer)
+        keep_KL = keep_1KL[0]
+        k_nD, v_nD, pos_n = k_KLD[keep_KL], v_KLD[keep_KL], pos_KL[keep_KL]
+        v_nD, fitted = refit(to_fit, keep_KL, k_nD, v_nD, pos_n)
+        fitted |= {name: data[keep_KL] for name, data in here.items()}
+        target.append_chosen(0, keep_KL, k_nD, v_nD, pos_n, fitted)
+        self._moved(target, layer)
 
-    def _compete(self, obs: Observation, mass_XL: Tensor | None, to_fit: References | None) -> None:
+    def _run(self, length: int) -> Pieces | None:
+        """What a layer's prompt is scored with, if it is compiled."""
+        config = self.model.config
+        pays = self.pieces.pay(length, self.policy.in_pieces * config.num_heads * config.head_dim)
+        self.scored.add("compiled" if pays else "eager")
+        return self.pieces if pays else None
+
+    def _compete(self, obs: Observation, mass_1XL: Tensor | None, to_fit: References | None) -> None:
         """Let a layer's entries into the competition for the model's budget; earlier layers lose what they outrank."""
         allocation = self.policy.allocation
         assert isinstance(allocation, Global)
         if obs.layer == 0:
-            self._waiting, self._cascade = [], allocation.cascade(obs.num_layers, self.budgets[0][0])
-        assert self._cascade is not None
-        score_1XL, pos_1XL, protected_1XL = self.policy.ranking(obs)
-        *earlier, keep_XL = self._cascade.add(score_1XL[0], pos_1XL[0], protected_1XL[0])
-        for waiting, stays_n in zip(self._waiting, earlier, strict=True):
-            waiting.narrow(stays_n)
-        mass_1XL = None if mass_XL is None else mass_XL[None]
-        self._waiting.append(Waiting(keep_XL, obs.k[0], obs.v[0], obs.pos[0], mass_1XL, to_fit))
-
-    def _append(
-        self,
-        layer: LayerCache,
-        keep_KL: Tensor,
-        k_nD: Tensor,
-        v_nD: Tensor,
-        pos_n: Tensor,
-        companions: dict[str, Tensor],
-        to_fit: References | None,
-    ) -> None:
-        """Store the entries marked in keep_KL, refitted."""
-        if to_fit is not None:
-            counts_K = keep_KL.sum(-1).tolist()  # sync: once per layer of a prompt
-            v_nD, bias_n = refit(self.policy.refit, to_fit, counts_K, k_nD, v_nD, pos_n)
-            if self.policy.biased:
-                companions = {**companions, "bias": bias_n}
-        layer.append_chosen(0, keep_KL, k_nD, v_nD, pos_n, companions)
+            self._competition = Competition(allocation.cascade(obs.num_layers, self.budgets[0][0]))
+        assert self._competition is not None
+        self._competition.add(obs, self.policy.ranking(obs), mass_1XL, to_fit)
 
     def prompt_done(self, cache: KVCache, length: int) -> None:
         """All layers of a one-row cache hold their share of the prompt."""
-        for layer, waiting in zip(cache.layers, self._waiting, strict=False):  # none waits unless layers compete
-            _, companions = self._stored(waiting.keep_XL[None], waiting.mass_1XL, layer.heads)
-            chosen = {name: data[0][waiting.any_KL] for name, data in companions.items()}
-            entries = waiting.k_nD, waiting.v_nD, waiting.pos_n
-            self._append(layer, waiting.any_KL, *entries, chosen, waiting.to_fit)
-        self._waiting, self._cascade = [], None
+        if self._competition is not None:
+            for layer, one in zip(cache.layers, self._competition.waiting, strict=True):
+                _, companions = self._stored(one.keep_XL[None], one.mass_1XL, layer.heads)
+                v_nD, fitted = refit(one.to_fit, one.any_KL, one.k_nD, one.v_nD, one.pos_n)
+                fitted |= {name: data[0][one.any_KL] for name, data in companions.items()}
+                layer.append_chosen(0, one.any_KL, one.k_nD, v_nD, one.pos_n, fitted)
+        self._competition = None
         cache.next_pos.fill_(length)
         self.counted_B.fill_(length)
         self._align(cache)
@@ -303,23 +269,35 @@ class Evictor:
 
     # -- while decoding, by masks alone
 
-    def mask(self, cache: KVCache, active: Sequence[bool], active_B: Tensor, run: Callable[..., Tensor | None]) -> bool:
+    def mask(
+        self,
+        cache: KVCache,
+        active: Sequence[bool],
+        active_B: Tensor,
+        run: Callable[..., Tensor | None],
+        capacities: Capacities,
+    ) -> bool:
         """`round` in one graph, in which nothing moves and nothing is asked of the device.
 
         Args:
             active, active_B: rows that go on, as the host knows them and as the device does; the others lose nothing.
             run: masking.evict, or Engine.evict.
+            capacities: of the graphs there are.
         Returns:
-            False where it cannot be compiled; nothing has been done then.
+            False where it cannot be compiled, or is not worth it; nothing has been done then.
         Raises:
             PolicyError: see `round`.
         """
         if self.policy.protect and any(active):
             self._check_protected(cache, [on and over for on, over in zip(active, self._over(cache), strict=True)])
+        pages = self._pages(cache, capacities)
+        if pages is None:
+            return False
         for layer in cache.layers:
             layer.own()
-        same = all(budgets == self.budgets[0] for budgets in self.budgets) and not isinstance(self.policy.budget, float)
-        shape = self._shape(cache, self.budgets[0] if same else None, self._pages(cache))
+        # Constants of a graph, where no prompt changes them.
+        known = self.budgets[0] if self.policy.even(self.model.config.num_layers) else None
+        shape = self._shape(cache, known, pages)
         layers = [
             self._entries(cache, index, layer.reach, *numbers)
             for index, (layer, numbers) in enumerate(zip(cache.layers, self._numbers, strict=True))
@@ -385,18 +363,21 @@ class Evictor:
             budgets=None if budgets is None else tuple(budgets),
         )
 
-    def _pages(self, cache: KVCache) -> int:
-        """Of every list for a graph to look at. How long they are may follow from the data, so in few sizes."""
-        policy, layers, pages = self.policy, cache.layers, cache.planned_pages
+    def kind(self, cache: KVCache) -> Hashable:
+        """All that makes graphs of evictions differ, but for how long lists are."""
+        layer = cache.layers[0]
+        return repr(self.policy), cache.rows, cache.ring_size, layer.pool.num_pages, layer.pool.page, layer.max_pages
+
+    def _pages(self, cache: KVCache, capacities: Capacities) -> int | None:
+        """Of every list for a graph to look at, or None (see Capacities)."""
+        layers, pages = cache.layers, cache.planned_pages
         longest = max(len(one) for layer in layers for one in layer.lists)
         least = LEAST_COLUMNS // layers[0].pool.page
-        if isinstance(policy.budget, float):
-            pages = least
-        elif policy.allocation.ragged:  # heads that keep a little more than others are the rule
-            pages = max(pages + max(1, pages // 4), least)
-        if longest > pages:
-            pages = pool_size(longest, 2)
-        return min(pages, layers[0].max_pages)
+        if self.policy.allocation.ragged:  # heads that keep a little more than others are the rule
+            pages = max(pages + pages // 4, pages + 1, least)
+        elif not pages:
+            pages = layers[0].max_pages
+        return capacities.pages(self.kind(cache), longest, pages, layers[0].max_pages)
 
     def _newest(self, budgets: Sequence[int]) -> list[int]:
         return [self.policy.newest(budget) for budget in budgets]

@@ -65,6 +65,7 @@ class Observation:
         None  # entries before this position are compared; None: those older than the oldest observed query
     )
     gap: int = 0  # a query counts for entries more than so many positions before it, though it attends to all
+    run: Callable[..., Tensor] | None = None  # compiles functions over PIECE columns of a prompt (restkv/pieces.py)
     looks: tuple[Look, ...] = ()  # whose queries score the entries in place of q's: a probe's (restkv/probes.py)
 
     @property

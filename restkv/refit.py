@@ -37,10 +37,11 @@ FARTHEST = 8.0  # a bias is at most so far from 0: attention times 3,000, or a 3
 class References(NamedTuple):
     """Queries of one layer that a refit serves, and what they got from all entries.
 
-    at: an observation with these queries, of no entries. stop_m: a query counts for entries before this position. lse_Hm:
-    log-sum-exp of its logits over those. out_HmD: their output. weight_Hm: u_q. All in at.dtype.
+    kind: "values", "bias" or "both". at: an observation with these queries, of no entries. stop_m: a query counts for entries
+    before this position. lse_Hm: log-sum-exp of its logits over those. out_HmD: their output. weight_Hm: u_q. All in at.dtype.
     """
 
+    kind: str
     at: Observation
     stop_m: Tensor
     lse_Hm: Tensor
@@ -48,13 +49,16 @@ class References(NamedTuple):
     weight_Hm: Tensor
 
 
-def references(obs: Observation, seen: Sequence[Seen], probe: str) -> References:
+def references(kind: str, obs: Observation, seen: Sequence[Seen], probe: str) -> References | None:
     """Those of a prompt's layer: of every text that its probe has read as many as of any other, as far as it has them.
 
     Args:
+        kind: of REFITS; with "none" there are none.
         obs: the layer's entries, of one row, and its last queries.
         seen: what the probe observes besides the window.
     """
+    if kind == "none":
+        return None
     length, device = obs.pos.shape[-1], obs.pos.device
     parts = list(seen)
     if not seen or WINDOW in probe.split("+") or any(one.newest for one in seen):
@@ -95,7 +99,7 @@ def references(obs: Observation, seen: Sequence[Seen], probe: str) -> References
     at = replace(
         view, k=obs.k[:, :, :0], v=obs.v[:, :, :0], pos=obs.pos[:, :, :0]
     )  # a view of one would keep all alive
-    return References(at, stop_m, lse_Hm, out_HmD, weight_Hm)
+    return References(kind, at, stop_m, lse_Hm, out_HmD, weight_Hm)
 
 
 def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:
@@ -122,29 +126,31 @@ def _own_lse(obs: Observation, part: Seen, q_HmD: Tensor, pos_m: Tensor) -> Tens
 
 
 def refit(
-    kind: str, of: References, counts_K: Sequence[int], k_nD: Tensor, v_nD: Tensor, pos_n: Tensor
-) -> tuple[Tensor, Tensor]:
-    """New values [n, D] like v_nD, and biases [n] float32, of the entries that every head of a layer keeps, head after head.
+    of: References | None, keep_KL: Tensor, k_nD: Tensor, v_nD: Tensor, pos_n: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the entries that a layer keeps, head after head: new values [n, D] like v_nD, and as companions biases [n] float32.
 
-    On its own queries a head's error never grows: what would not lower it is not done.
+    On its own queries a head's error never grows: what would not lower it is not done. Without references nothing changes.
 
     Args:
-        kind: "values", "bias" or "both".
-        counts_K: how many entries are whose.
-        k_nD, v_nD, pos_n: keys after RoPE, values and positions of the entries.
+        keep_KL: bool, which they are of every head.
+        k_nD, v_nD, pos_n: their keys after RoPE, values and positions.
     """
+    if of is None:
+        return v_nD, {}
+    counts_K = keep_KL.sum(-1).tolist()  # sync: once per layer of a prompt
     values, biases, G = [], [], of.at.q.shape[1] // len(counts_K)
-    parts = zip(*(x.split(list(counts_K)) for x in (k_nD, v_nD, pos_n)), strict=True)
+    parts = zip(*(x.split(counts_K) for x in (k_nD, v_nD, pos_n)), strict=True)
     for head, (k_cD, v_cD, pos_c) in enumerate(parts):
         group = slice(head * G, (head + 1) * G)
         view = replace(of.at, q=of.at.q[:, group], k=k_cD[None, None], v=v_cD[None, None], pos=pos_c[None, None])
         logits_GmC = view.logits()[0].masked_fill(pos_c >= of.stop_m[:, None], -torch.inf)
         share_Mc = (logits_GmC - of.lse_Hm[group, :, None]).exp().flatten(0, 1)
         out_MD, weight_M = of.out_HmD[group].flatten(0, 1), of.weight_Hm[group].flatten()
-        new_cD, bias_c = refit_head(kind, share_Mc, v_cD.to(share_Mc.dtype), out_MD, weight_M)
+        new_cD, bias_c = refit_head(of.kind, share_Mc, v_cD.to(share_Mc.dtype), out_MD, weight_M)
         values.append(new_cD.to(v_nD.dtype))
         biases.append(bias_c.float())
-    return torch.cat(values), torch.cat(biases)
+    return torch.cat(values), {"bias": torch.cat(biases)}
 
 
 def refit_head(kind: str, share_Mn: Tensor, v_nD: Tensor, out_MD: Tensor, weight_M: Tensor) -> tuple[Tensor, Tensor]:

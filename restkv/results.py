@@ -81,6 +81,7 @@ class Stats:
         peak_bytes: peak memory of the process (CPU) or the allocator (CUDA) during the call, weights included.
         evictions: decode-time evictions.
         evicts: how those that are due after a token run: "compiled", "eager", or "" where there are none.
+        scores: how the prompt's entries were scored: "compiled" (in pieces), "eager", or "" where nothing had to go.
         graphs: graphs torch.compile made during the call.
     """
 
@@ -101,6 +102,7 @@ class Stats:
     peak_bytes: int = 0
     evictions: int = 0
     evicts: str = ""
+    scores: str = ""
     graphs: int = 0
 
     def asdict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from modeling.cache import KVCache
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
 from modeling.room import lacking
+from restkv.budgets import LONGEST
 from restkv.engine import Engine
 from restkv.errors import NumericError, PromptError
 from restkv.evict import Evictor
@@ -28,7 +29,7 @@ from restkv.prefill import Progress, prefill
 from restkv.probes import check_readable
 from restkv.sampling import Sampling, sample
 from restkv.schedule import Schedule
-from restkv.sizing import AHEAD, LONGEST, Job, power, room_for, too_large
+from restkv.sizing import AHEAD, Job, mean_budgets, power, room_for, too_large
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -125,13 +126,14 @@ class Session:
         few = engine.backend == "flex"
         rows = power(len(lengths)) if few else len(lengths)
         self.evictor = Evictor(engine.model, policy, engine.roots, [*lengths, *[lengths[0]] * (rows - len(lengths))])
+        self.evictor.pieces = engine.pieces
         layers = engine.model.config.num_layers
         mean = sum(map(sum, self.evictor.budgets)) / (layers * rows)
         limit = 0 if "mass" in policy.needs else max(min(map(min, self.evictor.budgets)), policy.high_water or 0)
         self.schedule = Schedule.of(policy, max_new_tokens, mean, engine.masks(policy), max(lengths), limit)
         self._sized = Job(
             lengths=lengths,
-            budgets=[-(-sum(row) // layers) for row in zip(*self.evictor.budgets, strict=True)][: len(lengths)],
+            budgets=mean_budgets(self.evictor.budgets, policy)[: len(lengths)],
             max_new_tokens=max_new_tokens,
             interval=self.schedule.interval,
             period=self.schedule.period,
@@ -152,13 +154,13 @@ class Session:
         policy, config = self.policy, self.engine.model.config
         room = room_for(self._sized, policy, config)
         queries = self._remembered()
-        entries, forks = room.entries, room.forks
+        entries, forks, longest = room.entries, room.forks, room.longest
         if saved is not None:
             if saved.queries != queries:
                 raise PromptError(f"{saved.queries} queries are remembered, {policy.name} looks at {queries}")
             per_entry = len(self._sized.lengths) * config.kv_bytes_per_token(self.engine.model.dtype)
             if per_entry * (entries + forks * room.page) > max(SAVED_ROOM, 4 * per_entry * saved.entries):
-                entries, forks = saved.entries + room.page, 0
+                entries, forks, longest = saved.entries + room.page, 0, 0
         uneven = policy.budget is not None and len(set(policy.layer_budgets(LONGEST, config.num_layers))) > 1
         return self.engine.new_cache(
             policy,
@@ -171,6 +173,7 @@ class Session:
             page=room.page,
             max_entries=room.max_entries,
             filled=None if room.every_row else len(self._sized.lengths),
+            longest=longest,
         )
 
     def _remembered(self) -> int:
@@ -375,10 +378,10 @@ class Session:
         engine, cache, evictor, rows = self.engine, self.cache, self.evictor, self._padded(self.active)
         if active_B is not None and engine.masks(self.policy):
             if due and self.schedule.may_evict:
-                masked = evictor.mask(cache, rows, active_B, engine.evict)
-            elif not due and self.schedule.evicts_soon and engine.first_eviction(self.policy, cache):
+                masked = evictor.mask(cache, rows, active_B, engine.evict, engine.capacities)
+            elif not due and self.schedule.evicts_soon and not engine.capacities.known(evictor.kind(cache)):
                 # Nothing is evicted, but compiled: at an answer's begin, and not in the middle.
-                evictor.mask(cache, self._padded([]), torch.zeros_like(active_B), engine.evict)
+                evictor.mask(cache, self._padded([]), torch.zeros_like(active_B), engine.evict, engine.capacities)
         if not due:
             return
         if not masked:

@@ -6,17 +6,25 @@ once and never changes; any other begins with the prompt and some tokens more, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from modeling.config import ModelConfig
+from modeling.layers import Decoder
+from modeling.pool import Companions, pool_size
 from restkv.errors import TooLargeError
 from restkv.policies.base import Policy
 
 AHEAD = 512  # tokens for which a cache that grows with them has room from the start
-LONGEST = 1 << 30  # tokens: no text is longer
 FIXED = 8192  # entries per head up to which a bounded cache has all its room from the start, whatever the prompt
 LEAST_PAGES = 4  # of a list in a compiled cache that grows: smaller ones would be more shapes
+# Of a compiled eviction whose lists may have any length; fewer would be more graphs, and hardly faster.
+LEAST_COLUMNS = 512
+# Evictions of lists that are longer than those of any graph, before one is made for them. A graph pays for itself after 180
+# evictions where its kernels lie ready, after 700 where they are to be made (docs/performance.md, ReST-KV).
+PATIENCE = 256
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Room:
     Attributes:
         entries: from the start.
         max_entries: that will ever be needed; None: nobody knows.
+        longest: entries of the longest list, where heads of a layer keep the same number; 0: the prompt decides.
         page: slots of a page.
         forks: pages for forks besides.
         every_row: rows that are only padding have room too, so that its shape is that of the full number of rows.
@@ -57,19 +66,45 @@ class Room:
 
     entries: int
     max_entries: int | None
+    longest: int
     page: int
     forks: int
     every_row: bool
+
+
+def companions_of(policy: Policy, model: Decoder) -> Companions:
+    """The per-slot data a cache must carry for this policy."""
+    config = model.config
+    per_query = policy.granularity == "query"
+    companions: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if per_query and policy.budget is not None:
+        companions["keep"] = ((config.group,), torch.bool)
+    if "mass" in policy.needs:
+        companions["mass"] = ((config.group if per_query else 1,), torch.float32)
+    if policy.biased:
+        companions["bias"] = ((), torch.float32)
+    if policy.slot_positions:
+        companions["raw"] = ((config.head_dim,), model.dtype)
+    return companions
+
+
+def mean_budgets(budgets_NB: Sequence[Sequence[int]], policy: Policy) -> list[int]:
+    """Entries per head that each row may keep, the mean over layers; whatever the prompt, where the budget is a number."""
+    layers = len(budgets_NB)
+    least = policy.at_most(layers)[0] if _fixed(policy) else 0
+    return [max(least, -(-sum(row_N) // layers)) for row_N in zip(*budgets_NB, strict=True)]
 
 
 def room_for(job: Job, policy: Policy, config: ModelConfig) -> Room:
     """Room for a session. It does not depend on the prompt where the budget is a number of at most FIXED entries."""
     union = config.group if policy.granularity == "query" else 1  # query heads may keep disjoint sets
     budgets = [max(budget, policy.high_water or 0) * union for budget in job.budgets]
-    fixed = policy.budget is not None and not isinstance(policy.budget, float)
+    fixed, longest = _fixed(policy), 0
     later, soon = job.period + job.chunk, min(job.period, AHEAD) + min(job.chunk, AHEAD)
     answer = 0 if job.interval else min(job.max_new_tokens, AHEAD)
     max_entries = max(budgets) + later if fixed and job.interval else None
+    if max_entries is not None:
+        longest = max(max_entries, policy.at_most(config.num_layers)[1] * union + later)
     if max_entries is not None and max_entries <= FIXED:
         entries, page, every_row = max_entries, page_size(max_entries - later), True
     else:
@@ -82,7 +117,53 @@ def room_for(job: Job, policy: Policy, config: ModelConfig) -> Room:
         every_row = False
     # A fork that evicts moves all it holds to pages of its own; one that only appends copies the page it goes on in.
     own = entries if job.interval else min(entries, answer + soon + page)
-    return Room(entries, max_entries, page, job.forks * -(-own // page), every_row)
+    return Room(entries, max_entries, longest, page, job.forks * -(-own // page), every_row)
+
+
+def _fixed(policy: Policy) -> bool:
+    """Whether the budget is a number of entries."""
+    return policy.budget is not None and not isinstance(policy.budget, float)
+
+
+@dataclass
+class Capacities:
+    """How many pages of every list the graphs of evictions look at, as one engine has made them.
+
+    Where heads keep different numbers the longest list is as long as the data says. A graph for every length would be made in
+    the middle of answers, so a list goes through the smallest graph that has room for it, and where there is none is evicted
+    eagerly, until PATIENCE says that a graph would have paid.
+    """
+
+    _made: dict[Hashable, list[int]] = field(default_factory=dict)
+    _passed: dict[Hashable, int] = field(default_factory=dict)
+
+    def known(self, key: Hashable) -> bool:
+        """Whether there is a graph for caches of this kind."""
+        return key in self._made
+
+    def pages(self, key: Hashable, longest: int, planned: int, most: int) -> int | None:
+        """Of every list to look at; None: the eviction had better be eager.
+
+        Args:
+            key: the kind of cache, and its policy.
+            longest: pages of the longest list.
+            planned: of a first graph, unless lists are longer.
+            most: that a table has room for.
+
+        >>> capacities = Capacities()
+        >>> [capacities.pages("a", longest, 6, 100) for longest in (4, 6, 7)], capacities.pages("b", 13, 6, 100)
+        ([6, 6, None], 16)
+        """
+        made = self._made.setdefault(key, [])
+        if fits := [pages for pages in made if pages >= longest]:
+            return min(fits)
+        if made and self._passed.get(key, 0) < PATIENCE:
+            self._passed[key] = self._passed.get(key, 0) + 1
+            return None
+        self._passed[key] = 0
+        # Longer ones than planned grow longer still.
+        made.append(min(planned if longest <= planned else pool_size(longest + longest // 4, 2), most))
+        return made[-1]
 
 
 def page_size(entries: int) -> int:

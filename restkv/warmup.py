@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from modeling.modes import own_modes
 from modeling.room import enough_memory, require
+from restkv import pieces
 from restkv.errors import PromptError
 from restkv.lm import LM
 from restkv.meter import Meter
@@ -50,6 +51,7 @@ def warm_up(
     draw = random.Random(0)
     prompts = [[draw.randrange(lm.config.vocab_size) for _ in range(prompt_tokens)] for _ in range(rows)]
     meter = Meter(lm.device)
+    lm.engine.pieces.asked |= prompt_tokens >= pieces.PIECE  # a shorter one makes no graph of them
     session = Session(lm.engine, policy, [prompt_tokens] * rows, max_new_tokens, prefill=prefill)
 
     def seconds(work: Callable[[], None]) -> float:

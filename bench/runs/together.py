@@ -17,7 +17,7 @@ from torch import Tensor
 from modeling.cache import KVCache
 from modeling.forward import Watch
 from restkv.errors import PromptError
-from restkv.evict import Evictor, companions_of
+from restkv.evict import Evictor
 from restkv.lm import LM
 from restkv.meter import Meter
 from restkv.observe import Observation
@@ -27,7 +27,7 @@ from restkv.probes import Reading
 from restkv.reading import Layer, read_layers
 from restkv.results import Decoding, Generation, Row, Stats
 from restkv.session import Session
-from restkv.sizing import page_size
+from restkv.sizing import companions_of, page_size
 
 Found = TypeVar("Found")
 

@@ -20,6 +20,7 @@ from bench.speed.ours import Ours
 from bench.speed.workers import serve
 from modeling.compiled import compiled, only_compiled
 from restkv.engine import Engine
+from restkv.pieces import PIECE, Pieces
 from restkv.policies import Policy
 from restkv.saving.store import policy_from_dict
 from restkv.session import Session
@@ -35,11 +36,14 @@ def operations_of(policy: Policy, sparse: bool) -> tuple[str, ...]:
     return tuple(name for name in OPERATIONS if done[name])
 
 
-def compiled_operations(engine: Engine, policy: Policy) -> list[str]:
-    """Those of OPERATIONS that an engine compiles; all others are eager whatever its backend."""
+def compiled_operations(engine: Engine, policy: Policy, context: int = PIECE) -> list[str]:
+    """Those of OPERATIONS that an engine compiles, `score` for prompts of `context` tokens in part; all others are eager
+    whatever its backend.
+    """
     if engine.backend != "flex":
         return []
-    return ["decode", "prefill", *(["evict"] if engine.masks(policy) else [])]
+    scores = engine.pieces.possible and policy.in_pieces and context >= PIECE
+    return ["decode", "prefill", *(["evict"] if engine.masks(policy) else []), *(["score"] if scores else [])]
 
 
 class TimedSession(Session):
@@ -71,10 +75,17 @@ class Operations(Ours):
     kind: ClassVar[type[Session]] = TimedSession
     _prompt: list[tuple[Tensor, Tensor, Tensor]]
 
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(arguments)
+        self._pieces = self._engine.pieces
+
     # -- before every operation
 
     @torch.no_grad()
     def prepare(self, op: str, **values: Any) -> None:
+        # Only where scoring is measured it is compiled, whatever a process has scored by then.
+        self._pieces.asked = op == "score"
+        self._engine.pieces = self._pieces if op in ("score", "job") else Pieces(False)
         if op == "score":
             self._open(values["context"], 1)
             self._prompt = list(self._layers(values["context"]))
@@ -134,7 +145,9 @@ class Operations(Ours):
     def describe(self) -> dict[str, Any]:
         """Besides what Ours says: the backend's compiled operations; `evicting`, seconds of what followed each step since the
         last answer; `interval` of its evictions."""
-        said: dict[str, Any] = {"compiles": compiled_operations(self._engine, self._policy)}
+        self._engine.pieces = self._pieces
+        context = 0 if self._session is None else int(self._session.cache.next_pos.max())
+        said: dict[str, Any] = {"compiles": compiled_operations(self._engine, self._policy, context)}
         if self._session is not None:
             said["interval"] = self._running.schedule.interval
             said["evicting"], self._running.evicting = self._running.evicting, []

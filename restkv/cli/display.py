@@ -114,7 +114,7 @@ def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Po
     """
     from torch import int32
 
-    from restkv.evict import companions_of
+    from restkv.sizing import companions_of
 
     config, dtype = outline.config, outline.dtype
     pair = 2 * config.head_dim * dtype.itemsize

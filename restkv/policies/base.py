@@ -15,7 +15,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from modeling.text.characters import brief
-from restkv.budgets import ALLOCATIONS, Allocation
+from restkv.budgets import ALLOCATIONS, LONGEST, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
 from restkv.probes import WINDOW, parse_probe
@@ -173,6 +173,23 @@ class Policy(ABC):
             return list(self.budget)
         return self.allocation.layers(self.budget_for(length), self.window + self.sinks, num_layers, length)
 
+    def at_most(self, num_layers: int) -> tuple[int, int]:
+        """Entries per head that a budget of whole numbers comes to, whatever the prompt: the mean over layers, and of one layer.
+
+        Raises:
+            PolicyError: a tuple of budgets is not one per layer.
+        """
+        budget = self.budget
+        if isinstance(budget, int):
+            return self.allocation.at_most(budget, self.window + self.sinks, num_layers)
+        budgets = self.layer_budgets(0, num_layers)
+        return -(-sum(budgets) // num_layers), max(budgets)
+
+    def even(self, num_layers: int) -> bool:
+        """Whether all layers have the same budget, a number of entries, whatever the prompt."""
+        number = self.budget is not None and not isinstance(self.budget, float)
+        return number and len(set(self.layer_budgets(LONGEST, num_layers))) == 1
+
     def newest(self, budget: int) -> int:
         """How many of the newest entries a head that may keep `budget` keeps whatever their score."""
         return self.window
@@ -197,6 +214,11 @@ class Policy(ABC):
     def traceable(self) -> bool:
         """Whether evictions while decoding can be one compiled graph (restkv.masking): the highest scores stay where they are."""
         return self.budget is not None and type(self).keep is Policy.keep and not self.slot_positions
+
+    @property
+    def in_pieces(self) -> int:
+        """Queries of a prompt that are scored one by one through Observation.run, where that is there; 0: none are."""
+        return 0
 
     @property
     def observed(self) -> int:

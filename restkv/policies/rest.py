@@ -26,8 +26,10 @@ from restkv.budgets import Allocation
 from restkv.change import strongest_change
 from restkv.errors import PolicyError
 from restkv.observe import Observation, Rows, nothing
+from restkv.pieces import fixed, pieces
 from restkv.policies.base import TOO_MANY, Policy, is_number
 from restkv.pooling import WIDEST
+from restkv.probes import WINDOW
 from restkv.select import largest, nth_largest
 
 LEAST_SCALE = 0.01  # a kernel is at most 2 / scale times as wide as the cache
@@ -139,6 +141,13 @@ class ReSTKV(Policy):
             return frozenset()
         return frozenset({"group_root" if self.gqa == "joint" else "root"})
 
+    @property
+    def in_pieces(self) -> int:
+        """Nobody has measured graphs of the strongest change, and of other probes."""
+        if self.reduction == "max" or self.probe != WINDOW:
+            return 0
+        return 1 if self.aggregate == "attention" else self.window
+
     def importance(self, obs: Observation) -> Tensor:
         """Smoothed output change: [B, H, C], or [B, K, C] for gqa="joint"."""
         if self.pooling == "none":
@@ -190,58 +199,50 @@ class ReSTKV(Policy):
             whole = partial(replace(obs, gap=0).attention, lse_BHW)
             out = _outputs(obs, whole, top_BHW, obs.held >= 0)
         B, K, G, Q, D = out.o_BKGQD.shape
-        change = self._joint_change if self.gqa == "joint" else self._change
+        roots_KGDF = _roots(obs) if self.output_weight else None
         # For a query's top entry 1 - a is the others' mass, and o - v is that mass times (rest - v).
         power_BKGQ1 = out.mass_BKGQ1.clamp_min(torch.finfo(obs.dtype).eps) ** (self.tau - 1)
-        parts = []
-        for columns, index_C in obs.chunks(B * K * G * D * (Q if self.gqa == "joint" else max(1, Q // D))):
-            a_BKGQC = rearrange(attention(columns), "B (K G) Q C -> B K G Q C", K=K)
-            whole_BKGQC = rearrange(whole(columns), "B (K G) Q C -> B K G Q C", K=K) if obs.gap else a_BKGQC
-            top_BKGQC = index_C == out.top_BKGQ1
-            odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * power_BKGQ1, a_BKGQC / (1 - whole_BKGQC))
-            change_BXQC = change(obs, odds_BKGQC, top_BKGQC, out, obs.v[:, :, columns].to(obs.dtype))
-            parts.append(torch.einsum("bxqc,bq->bxc", change_BXQC, weight_BQ))
+        o_BKGQF, rest_BKGQF, top_v_BKGQF = (
+            _projected(roots_KGDF, x_BKGQD) for x_BKGQD in (out.o_BKGQD, out.rest_BKGQD, out.top_v_BKGQD)
+        )
+        ends = _Ends(o_BKGQF, rest_BKGQF, top_v_BKGQF, power_BKGQ1, out.top_BKGQ1)
+
+        def inputs(columns: slice) -> tuple[Any, ...]:
+            index_C = torch.arange(columns.start, columns.stop, device=obs.k.device)
+            values_BKCX = _shared_values(roots_KGDF, obs.v[:, :, columns].to(obs.dtype))
+            return self, ends, attention(columns), whole(columns) if obs.gap else None, index_C, values_BKCX, weight_BQ
+
+        if obs.run is not None:
+            parts = [obs.run(_changes, *fixed(inputs(columns)))[..., had:] for columns, had in pieces(obs.k.shape[2])]
+        else:
+            B, K, G, Q, D = out.o_BKGQD.shape
+            per_column = B * K * G * D * (Q if self.gqa == "joint" else max(1, Q // D))
+            parts = [_changes(*inputs(columns)) for columns, _ in obs.chunks(per_column)]
         return torch.cat(parts, -1)
 
-    def _change(self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor) -> Tensor:
-        """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for the top entry: [B, H, Q, C]."""
-        o_BKGQF, rest_BKGQF, top_BKGQF = (
-            self._projected(obs, x) for x in (out.o_BKGQD, out.rest_BKGQD, out.top_v_BKGQD)
-        )
-        length_BKGQC = torch.stack(
-            [_distances(o_BKGQF[:, :, g], v_BKCF) for g, v_BKCF in enumerate(self._shared_values(obs, v_BKCD))], 2
-        )
-        length_BKGQC = torch.where(top_BKGQC, _length(rest_BKGQF - top_BKGQF), length_BKGQC)
+    def _change(self, odds_BKGQC: Tensor, top_BKGQC: Tensor, ends: _Ends, values: Sequence[Tensor]) -> Tensor:
+        """odds * ||(o - v) W_O^h||^tau per query head, with `rest` in place of o for the top entry: [B, H, Q, C].
+
+        values: of each head of a group [B, K, C, F].
+        """
+        length_BKGQC = torch.stack([_distances(ends.o_BKGQF[:, :, g], v_BKCF) for g, v_BKCF in enumerate(values)], 2)
+        length_BKGQC = torch.where(top_BKGQC, _length(ends.rest_BKGQF - ends.top_v_BKGQF), length_BKGQC)
         change_BKGQC = odds_BKGQC * length_BKGQC**self.tau
         if self.normalize:
-            change_BKGQC = change_BKGQC / _length(o_BKGQF).clamp_min(_tiny(obs))
+            change_BKGQC = change_BKGQC / _length(ends.o_BKGQF).clamp_min(_tiny(odds_BKGQC.dtype))
         return rearrange(change_BKGQC, "B K G Q C -> B (K G) Q C")
 
-    def _joint_change(
-        self, obs: Observation, odds_BKGQC: Tensor, top_BKGQC: Tensor, out: _Outputs, v_BKCD: Tensor
-    ) -> Tensor:
+    def _joint_change(self, odds_BKGQC: Tensor, top_BKGQC: Tensor, ends: _Ends, values: Sequence[Tensor]) -> Tensor:
         """||sum_g odds_g (o_g - v) W_O^g|| per KV head, with `rest` in place of o for a head's top: [B, K, Q, C]."""
-        o_BKGQF, rest_BKGQF = self._projected(obs, out.o_BKGQD), self._projected(obs, out.rest_BKGQD)
-        move_BKQCF = torch.zeros((), dtype=obs.dtype, device=v_BKCD.device)
-        for g, v_BKCF in enumerate(self._shared_values(obs, v_BKCD)):
+        move_BKQCF = odds_BKGQC.new_zeros(())
+        for g, v_BKCF in enumerate(values):
             top_BKQC1 = top_BKGQC[:, :, g, ..., None]
-            from_BKQCF = torch.where(top_BKQC1, rest_BKGQF[:, :, g, :, None], o_BKGQF[:, :, g, :, None])
+            from_BKQCF = torch.where(top_BKQC1, ends.rest_BKGQF[:, :, g, :, None], ends.o_BKGQF[:, :, g, :, None])
             move_BKQCF = move_BKQCF + odds_BKGQC[:, :, g, ..., None] * (from_BKQCF - v_BKCF[:, :, None])
         change_BKQC = _length(move_BKQCF)[..., 0]
         if self.normalize:
-            change_BKQC = change_BKQC / _length(o_BKGQF.sum(2)).clamp_min(_tiny(obs))
+            change_BKQC = change_BKQC / _length(ends.o_BKGQF.sum(2)).clamp_min(_tiny(odds_BKGQC.dtype))
         return change_BKQC
-
-    def _projected(self, obs: Observation, x_BKGQD: Tensor) -> Tensor:
-        """[B, K, G, Q, F]: coordinates whose lengths are those after W_O."""
-        return x_BKGQD @ _roots(obs) if self.output_weight else x_BKGQD
-
-    def _shared_values(self, obs: Observation, v_BKCD: Tensor) -> Sequence[Tensor]:
-        """The same of values, as each head of a group projects them: G times [B, K, C, F]."""
-        if not self.output_weight:
-            return [v_BKCD] * obs.group
-        root_KDX = rearrange(_roots(obs), "K G D F -> K D (G F)")  # one product for the group, and no G copies of v
-        return (v_BKCD @ root_KDX).chunk(obs.group, -1)
 
     def _past_budget(self, obs: Observation) -> tuple[Tensor | None, int]:
         """Entries that each row's budget leaves for the past, at least 1: [B], and a bound the host knows; None where all rows
@@ -263,6 +264,54 @@ class ReSTKV(Policy):
         kernel_BX = (2 * steps_BX.abs().floor().long() + 1).clamp_min(self.kernel_size)
         shift_BX = steps_BX.trunc() if self.drift == "symmetric" else steps_BX.floor() + (steps_BX <= 0)
         return kernel_BX, shift_BX.long().masked_fill(unknown_BX, 0)
+
+
+class _Ends(NamedTuple):
+    """What a move of a head's output goes between, in coordinates whose lengths are those after W_O; see _Outputs."""
+
+    o_BKGQF: Tensor
+    rest_BKGQF: Tensor
+    top_v_BKGQF: Tensor
+    power_BKGQ1: Tensor  # what stands in for 1 / (1 - a) at the top entry
+    top_BKGQ1: Tensor
+
+
+def _changes(
+    policy: ReSTKV,
+    ends: _Ends,
+    a_BHQC: Tensor,
+    whole_BHQC: Tensor | None,
+    index_C: Tensor,
+    values_BKCX: Tensor,
+    weight_BQ: Tensor,
+) -> Tensor:
+    """Equation 7 for the entries of some columns, [B, H, C] or [B, K, C]: what is computed column by column.
+
+    Args:
+        a_BHQC: what counts of the queries' attention; whole_BHQC: all of it, where that is more.
+        index_C: which columns these are.
+        values_BKCX: of all heads of a group (_shared_values).
+    """
+    K, G = ends.o_BKGQF.shape[1:3]
+    a_BKGQC = rearrange(a_BHQC, "B (K G) Q C -> B K G Q C", K=K)
+    whole_BKGQC = a_BKGQC if whole_BHQC is None else rearrange(whole_BHQC, "B (K G) Q C -> B K G Q C", K=K)
+    top_BKGQC = index_C == ends.top_BKGQ1
+    odds_BKGQC = torch.where(top_BKGQC, a_BKGQC * ends.power_BKGQ1, a_BKGQC / (1 - whole_BKGQC))
+    values = values_BKCX.chunk(G, -1) if policy.output_weight else [values_BKCX] * G
+    change = policy._joint_change if policy.gqa == "joint" else policy._change
+    return torch.einsum("bxqc,bq->bxc", change(odds_BKGQC, top_BKGQC, ends, values), weight_BQ)
+
+
+def _projected(root_KGDF: Tensor | None, x_BKGQD: Tensor) -> Tensor:
+    """[B, K, G, Q, F]: coordinates whose lengths are those after W_O."""
+    return x_BKGQD if root_KGDF is None else x_BKGQD @ root_KGDF
+
+
+def _shared_values(root_KGDF: Tensor | None, v_BKCD: Tensor) -> Tensor:
+    """The same of values, as each head of a group projects them: [B, K, C, G F]; or those that all share, as they are."""
+    if root_KGDF is None:
+        return v_BKCD
+    return v_BKCD @ rearrange(root_KGDF, "K G D F -> K D (G F)")  # one product for the group, and no G copies of v
 
 
 class _Drift:
@@ -355,7 +404,7 @@ def _outputs(obs: Observation, attention: Callable[[slice], Tensor], top_BHQ: Te
         both_BKRD += rearrange(both_BK2GQC, "B K two G Q C -> B K (two G Q) C") @ v_BKCD
         mass_BKGQ1 += others_BKGQC.sum(-1, keepdim=True)
     o_BKGQD, rest_BKGQD = rearrange(both_BKRD, "B K (two G Q) D -> two B K G Q D", two=2, G=G)
-    rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(_tiny(obs))
+    rest_BKGQD = rest_BKGQD / mass_BKGQ1.clamp_min(_tiny(obs.dtype))
     top_BKRD = repeat(top_BHQ, "B (K G) Q -> B K (G Q) D", K=K, D=D)
     top_v_BKGQD = rearrange(obs.v.gather(2, top_BKRD), "B K (G Q) D -> B K G Q D", G=G).to(obs.dtype)
     return _Outputs(o_BKGQD, rest_BKGQD, mass_BKGQ1, top_BKGQ1, top_v_BKGQD)
@@ -390,5 +439,5 @@ def _length(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-def _tiny(obs: Observation) -> float:
-    return torch.finfo(obs.dtype).tiny
+def _tiny(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).tiny

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from modeling.layers import Decoder
+from restkv.budgets import LONGEST
 from restkv.errors import PolicyError
-from restkv.evict import companions_of
 from restkv.patterns import parse_prefill
 from restkv.policies import Policy
 from restkv.policies.base import TOO_MANY
 from restkv.saving.archive import Archive, Place
 from restkv.saving.strict_json import shown
-from restkv.sizing import LONGEST
+from restkv.sizing import companions_of
 
 MOST_CHUNK = 1 << 16  # tokens of a chunk, where the text so far is no longer
 MOST_FORKS = 1 << 10

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from restkv.observe import Observation
 from restkv.policies import H2O, POLICIES, LaCache, ReSTKV, SnapKV, StreamingLLM, get_policy
 
 FOUR = (None,) * 4  # layers: LaCache's shortest ladders need as many
@@ -22,3 +26,17 @@ POLICY = {
     "lacache every step": LaCache(20),
 }
 SOME = ("restkv", "restkv joint global", "restkv part", "h2o slot", "lacache", "full")
+
+
+class Lopsided(SnapKV):
+    """The longer the prompt, the more of the model's budget the first head of a layer takes."""
+
+    name = "lopsided"
+
+    def importance(self, obs: Observation) -> Tensor:
+        place_H1 = torch.arange(obs.q.shape[1], device=obs.q.device)[:, None]
+        ahead_B11 = obs.q_pos[:, -1:, None] * (place_H1 < obs.group)
+        return super().importance(obs) * (1 + ahead_B11)
+
+
+LOPSIDED = Lopsided(400, window=4, interval=16, budget_by="global")

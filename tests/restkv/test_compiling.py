@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from make.policies import LOPSIDED
 from make.small import eagerly, small_ids, small_lm, small_model
 from modeling.errors import RestKVWarning
 from restkv import engine
@@ -112,4 +113,15 @@ def test_fifty_prompts_under_three_policies_compile_a_step_and_an_eviction_each(
     for index in range(50):
         ids = small_ids(draw.randint(1, 300), seed=index)
         assert lm.generate(ids, policies[index % 3], max_new_tokens=12).stats.graphs == 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [LOPSIDED, ReSTKV(300, budget_by="pyramid")], ids=["lopsided", "pyramid"])
+def test_no_graph_follows_the_first_evictions(policy):
+    """... of heads that keep more than any before, nor of another pyramid."""
+    torch._dynamo.reset()
+    lm = LM(small_model(group=3, head_dim=16, windows=(None,) * 4), None, "flex")
+    made = [lm.generate(small_ids(length), policy, max_new_tokens=140).stats.graphs for length in (380, 1200, 390, 600)]
+    assert made == [2, 0, 0, 0]
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,14 +21,16 @@ from torch import Tensor
 from bench.quality.teacher_forcing import logprobs
 from make.effort import many
 from make.places import environment
-from make.policies import FOUR, POLICY, SOME
+from make.policies import FOUR, LOPSIDED, POLICY, SOME
 from make.small import eagerly, small_ids, small_model
 from restkv import session as sessions
+from restkv import sizing
 from restkv.engine import COMPILED_SHAPES, Engine
 from restkv.lm import LM
 from restkv.masking import Entries, Shape
 from restkv.policies import H2O, AdaKV, FullCache, LaCache, Policy, PyramidKV, ReSTKV, SnapKV, StreamingLLM
 from restkv.session import Session
+from restkv.sizing import FIXED
 
 POSITIONS, ROWS = 4096, 8
 SERVED: dict[str, Policy] = {
@@ -255,3 +258,48 @@ def test_answers_of_padded_batches(name):
         assert [row.tokens for row in got] == [row.tokens for row in want]
         for name in ("seen", "kept", "max_kept", "live_bytes", "evictions", "full_bytes", "new_tokens"):
             assert getattr(got[0].stats, name) == getattr(want[0].stats, name), name
+
+
+BOUNDED = {
+    "snapkv": SnapKV(96),
+    "snapkv large": SnapKV(10_000),
+    "pyramidkv": PyramidKV(96),
+    "restkv pyramid": ReSTKV(600, budget_by="pyramid"),
+    "adakv": AdaKV(96),
+    "restkv": ReSTKV(300),
+}
+
+
+@pytest.mark.parametrize("policy", BOUNDED.values(), ids=BOUNDED)
+def test_a_budget_in_entries_makes_one_eviction_whatever_the_prompt(policy, monkeypatch):
+    """PyramidKV shares its budget out by the length of the prompt, and a large one has room for the prompt alone."""
+    server = Server(policy, 3, monkeypatch)
+    server.lm = lm = LM(small_model(windows=(None,) * 6), None, "flex")
+    for name in ("decode", "evict"):
+        monkeypatch.setattr(lm.engine, name, server.evict if name == "evict" else server.noting(name))
+    with torch.no_grad():
+        for length in (60, 90, 110, 150, 1000, 3000, 9880, 9990, 20_000):
+            session = Session(lm.engine, policy, [length], 600)
+            session.prefill([[0] * length])
+            for _ in range(140):
+                session.feed(torch.zeros(1, dtype=torch.long))
+    kinds, pools = (server.shapes[name] for name in ("evict", "decode"))
+    assert 1 <= len(kinds) <= len(pools)  # a large cache grows with its prompt
+    assert len(pools) == 1 or policy.budget > FIXED
+
+
+def test_longer_lists_than_before_are_evicted_eagerly(monkeypatch):
+    """... and through the graph that there is when they fit again: the eager twin's answers, and one shape."""
+    monkeypatch.setattr(sizing, "PATIENCE", 5)
+    eager, compiled = LM(small_model(4), None), LM(small_model(4), None, "flex")
+    asked = Mock(wraps=eagerly(compiled.engine).evict)
+    compiled.engine.evict = asked  # type: ignore[method-assign]
+    pages = []
+    for length in (380, 1200, 390, 1200):
+        said = [lm.generate(small_ids(length), LOPSIDED, max_new_tokens=80) for lm in (eager, compiled)]
+        assert said[0].tokens == said[1].tokens and said[0].stats.kept == said[1].stats.kept
+        assert said[0].stats.evictions == said[1].stats.evictions
+        pages.append({call.args[1].pages for call in asked.call_args_list})
+        asked.reset_mock()
+    first, eagerly_done, fits, patient = pages
+    assert len(first) == 1 and not eagerly_done - first and fits == first and max(patient) > max(first)
