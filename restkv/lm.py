@@ -24,7 +24,7 @@ from restkv.context import CompressedContext
 from restkv.errors import PromptError
 from restkv.meter import Meter
 from restkv.patterns import Pattern
-from restkv.policies import FullCache, Policy, ReSTKV
+from restkv.policies import FullCache, Policy, default_policy
 from restkv.policies.base import require_policy
 from restkv.prefill import Progress, dense_hidden
 from restkv.results import Decoding, Generation, Stats, TextStream
@@ -120,7 +120,9 @@ class LM(Answering):
         Args:
             prompts: a string, token ids (a list, a tensor or an array of whole numbers), or a list of either (then a list
                 comes back, in the same order).
-            policy: what to keep of the cache; ReSTKV(budget=1024) when none is given.
+            policy: what to keep of the cache; get_policy("restkv", "draft", budget=1024) when none is given: the prompt's own
+                queries and eight drafted tokens say what an answer will need (docs/probes.md), and the full cache is alive until
+                these are made. With prefill="chunked" its probe is "window".
             options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense", "chunked" or a sparse
                 pattern) and chunk (see Session); progress (called with what is done and what there is in all: layers, or
                 tokens of a chunked prefill).
@@ -158,7 +160,7 @@ class LM(Answering):
         **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """Yield (row, piece of text); fill `results` at the end."""
-        policy = ReSTKV(budget=1024) if policy is None else require_policy(policy)
+        policy = default_policy("draft", prefill) if policy is None else require_policy(policy)
         decoding = Decoding(**options)
         ids = [self.encode(prompt) for prompt in prompts]
         self._remark(ids, policy, decoding.max_new_tokens)
@@ -201,12 +203,14 @@ class LM(Answering):
 
         Args:
             context: text or token ids.
-            policy: get_policy("restkv", "replay", budget=1024) when none is given: the text is read twice then, which keeps the
-                answers to questions that are not known yet (docs/probes.md). With prefill="chunked", ReSTKV(budget=1024).
+            policy: get_policy("restkv", "replay", budget=1024, refit="both") when none is given: the text is read twice, and what
+                is kept is fitted to what the second reading looks at, which keeps the answers to questions that are not known yet
+                (docs/refit.md). With prefill="chunked" the last queries are observed, and nothing is fitted.
             prefill, chunk: see Session.
         """
         if policy is None:
-            policy = ReSTKV(budget=1024, **({} if str(prefill) == "chunked" else ReSTKV.PRESETS["replay"]))
+            refit = "none" if str(prefill) == "chunked" else "both"
+            policy = default_policy("replay", prefill, refit=refit)
         ids = self.encode(context)
         session = Session(self.engine, policy, [len(ids)], chunk, prefill=prefill, chunk=chunk, extends=True, forks=1)
         session.prefill([ids])

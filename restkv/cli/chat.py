@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from restkv.cli.groups import spread
 from restkv.cli.options import (
     RECALL,
+    UNNAMED,
     WHAT_STAYS,
     BudgetOption,
     LoadOptions,
@@ -48,7 +49,7 @@ def chat(
     template_name: TemplateNameOption = None,
     template_arg: TemplateArgOption = None,
     method: Annotated[
-        str | None, keep_option(help=WHAT_STAYS, show_default="restkv, or that of the chat that is loaded")
+        str | None, keep_option(help=WHAT_STAYS, show_default=f"that of the chat that is loaded, or {UNNAMED}")
     ] = None,
     preset: PresetOption = None,
     budget: BudgetOption = None,
@@ -63,7 +64,7 @@ def chat(
     options = with_fields({} if budget is None else {"budget": budget}, field)
     policy = None
     if method or load_file is None:
-        policy = make_policy(method or "restkv", preset, options)  # what cannot be is refused before anything is loaded
+        policy = make_policy(method, preset, options, prefill)  # what cannot be is refused before anything is loaded
     template_args = parse_template_args(template_arg)
     if load_file is not None and (system is not None or template is not None or prefill != "dense"):
         raise PromptError(

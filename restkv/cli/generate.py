@@ -11,9 +11,9 @@ from restkv.cli.groups import spread
 from restkv.cli.options import (
     MOST_TOKENS,
     RECALL,
+    AnswerMethodOption,
     BudgetOption,
     LoadOptions,
-    MethodOption,
     ModelArgument,
     PrefillOption,
     PresetOption,
@@ -60,7 +60,7 @@ class KeepOptions:
         keep_option(
             help="Whose queries the prompt's eviction observes: window; prompt (its own, no further pass); draft:N (N steps, "
             "with the full cache alive); replay (the prompt is read twice); questions or questions:FILE; some joined by +.",
-            show_default="window, or the preset's",
+            show_default="the preset's, or window",
         ),
     ] = None
     refit: Annotated[
@@ -119,7 +119,7 @@ def generate(
         bool, text_option("--json", help="Print text, tokens and stats as one JSON object.")
     ] = False,
     output: Annotated[Path | None, text_option("--output", "-o", help="Write to a file, not to stdout.")] = None,
-    method: MethodOption = "restkv",
+    method: AnswerMethodOption = None,
     preset: PresetOption = None,
     keep: KeepOptions,
     field: SetOption = None,
@@ -137,7 +137,7 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     template_args = parse_template_args(template_arg)
     decoding = sampling.decoding()
-    policy = make_policy(method, preset, with_fields(keep.given(), field))
+    policy = make_policy(method, preset, with_fields(keep.given(), field), prefill)
     sink = Sink(output)
 
     from restkv.cli.display import summary

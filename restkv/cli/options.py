@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 SPINS = "5000"
 RECALL = Path(__file__).parents[1] / "assets" / "recall-mini"
 DEEPEST = 50  # lists and objects within each other in a value of the command line
-DEFAULT_BUDGET = 1024  # for methods that need a budget when none is given, as in LM.generate
+DEFAULT_BUDGET = (
+    1024  # for methods that need a budget when none is given, as in LM.generate (restkv.policies imports torch)
+)
 
 
 def parse_budget(text: str) -> int | float | tuple[int, ...]:
@@ -87,6 +89,8 @@ ContextOption = Annotated[
     int | None, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of context.", show_default="the model's positions")
 ]
 MethodOption = Annotated[str, keep_option(help=WHAT_STAYS)]
+UNNAMED = "restkv, preset draft: eight tokens are drafted with the full cache alive; --probe window drafts none"
+AnswerMethodOption = Annotated[str | None, keep_option(help=WHAT_STAYS, show_default=UNNAMED)]
 PresetOption = Annotated[str | None, keep_option(help="A published setting; other options override it.")]
 SetOption = Annotated[
     list[str] | None,
@@ -318,12 +322,20 @@ def parse_interval(text: str) -> int | None:
         raise PolicyError(f"interval {text!r} is neither a number of tokens nor none") from None
 
 
-def make_policy(method: str, preset: str | None, options: dict[str, Any]) -> Policy:
-    """get_policy, with the default budget where the method needs one and none is given."""
-    from restkv.policies import get_policy, policy_class
+def make_policy(method: str | None, preset: str | None, options: dict[str, Any], prefill: str = "dense") -> Policy:
+    """get_policy, with the default budget where the method needs one and none is given.
 
+    Without a method, a preset and options of restkv's own it is the default of answers, the preset `draft`
+    (policies.default_policy).
+    """
+    from restkv.policies import Policy, default_policy, get_policy, policy_class
+
+    own = set(options) - {field.name for field in fields(Policy)} - {"budget_by"}
+    unnamed, method = method is None and preset is None and not own, method or "restkv"
     if "preset" in options:
         raise PolicyError(f"{method}: option 'preset' is unknown; a preset is named by --preset, or with the method")
+    if unnamed:
+        return default_policy("draft", prefill, **options)
     cls = policy_class(method)
     if "budget" not in {**cls.PRESETS.get(preset or "", {}), **options}:
         by_name = {field.name: field for field in fields(cls)}

@@ -50,11 +50,13 @@ __all__ = [
     "ReSTKV",
     "SnapKV",
     "StreamingLLM",
+    "default_policy",
     "get_policy",
     "known_policies",
     "policy_class",
 ]
 
+DEFAULT_BUDGET = 1024  # entries per KV head, where nobody gives a budget
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
@@ -131,3 +133,15 @@ def get_policy(name: str, /, preset: str | None = None, **options: Any) -> Polic
     except Exception as error:  # a plugin that does not expect what it is given
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise PolicyError(f"{name}: cannot be made of these options ({said})") from error
+
+
+def default_policy(preset: str, prefill: object = "dense", **options: Any) -> Policy:
+    """What is taken where nobody names a method: a preset of ReST-KV, whichever has measured best for the use (docs/results.md).
+
+    Args:
+        preset: "draft" for answers to the prompt, "replay" for a text that is compressed before its questions.
+        prefill: how the prompt is read; one that is read in chunks is observed by its last queries.
+        options: fields of ReSTKV, which override the preset's; the budget is 1,024 entries if none is given.
+    """
+    probe = {"probe": "window"} if str(prefill) == "chunked" else {}
+    return get_policy("restkv", preset, **{"budget": DEFAULT_BUDGET, **probe, **options})

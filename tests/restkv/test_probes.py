@@ -416,6 +416,9 @@ def test_no_package_takes_one_of_our_names_nor_anothers(register):
 def test_a_context_is_compressed_by_a_replay_where_no_policy_is_given():
     lm = small_lm()
     ids = small_ids(1100)
-    given = {"chunked": ReSTKV(budget=1024), "dense": get_policy("restkv", "replay", budget=1024)}
+    given = {
+        "chunked": get_policy("restkv", "replay", budget=1024, probe="window"),
+        "dense": get_policy("restkv", "replay", budget=1024, refit="both"),
+    }
     for prefill, policy in given.items():
         assert lm.compress(ids, prefill=prefill).policy == policy

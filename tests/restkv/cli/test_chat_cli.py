@@ -127,7 +127,7 @@ def test_mistakes_cost_a_line_each(talk, tmp_path):
         (("--seed", str(1 << 64)), f"seed={1 << 64}"),
         (("--template",), "no chat template; drop --template"),
         (("--budget", "64", "--set", "budget=40"), "--budget and --set budget: one option given twice"),
-        (("--budget", "33", "--system", "word " * 30), "no room for the system prompt"),
+        (("--budget", "37", "--system", "word " * 30), "no room for the system prompt"),
     ],
 )
 def test_what_no_turn_could_use_is_refused_before_the_first(talk, options, words):

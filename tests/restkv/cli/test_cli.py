@@ -34,7 +34,8 @@ def lm(rambler: Path) -> restkv.LM:
 
 def test_text_goes_to_stdout_and_the_summary_to_stderr(run: Callable[..., Ran], lm: restkv.LM) -> None:
     ran = run("generate", "-p", STORY, "-n", 30, "--budget", 20, "--window", 8, "--interval", 4)
-    expected = lm.generate(STORY, restkv.ReSTKV(budget=20, window=8, interval=4), max_new_tokens=30)
+    policy = restkv.get_policy("restkv", "draft", budget=20, window=8, interval=4)
+    expected = lm.generate(STORY, policy, max_new_tokens=30)
     assert (ran.code, ran.out) == (0, expected.text + "\n")
     first, second = ran.lines()
     kept, seen = map(int, re.findall(r"kept (\d+) of (\d+) entries", first)[0])
@@ -67,7 +68,11 @@ def test_json_holds_text_tokens_policy_and_stats(run: Callable[..., Ran], ramble
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", {"name": "restkv", "budget": 1024, "window": 32, "interval": 128}),
+        ("", {"name": "restkv", "budget": 1024, "window": 32, "interval": 128, "probe": "prompt+draft:8", "sinks": 4}),
+        ("--probe window --budget 40", {"reduction": "max", "probe": "window", "budget": 40}),
+        ("--prefill chunked --budget 40", {"reduction": "max", "probe": "window", "budget": 40}),
+        ("--method restkv", {"reduction": "mean", "probe": "window", "sinks": 0}),
+        ("--set kernel_size=7", {"reduction": "mean", "probe": "window", "kernel_size": 7}),
         ("--method full", {"name": "full", "budget": None}),
         (
             "--preset paper-ruler --budget 40",
