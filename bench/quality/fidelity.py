@@ -76,11 +76,11 @@ class FidelityPlan:
         context: tokens; of questions, with the room for the answer, as `length` of make_sample.
         tail: tokens compared; questions have as many as their answers.
         windows: how many, spread evenly over the text; of questions, so many of each task.
-        layer_errors: also of every layer's attention output, by one more pass over each window and some of float64.
         oracle: so many windows (of each task) are compared with greedy backward elimination (0: none).
         oracle_context: their context, short because elimination is slow.
         prefill: "dense", or the sparse pattern with which the contexts are read, as text (restkv/patterns.py). The reference is
             dense either way, so that the full cache's row shows what the pattern alone costs.
+        layer_errors: also of every layer's attention output, by one more pass over each window and some of float64.
     """
 
     source: str | Questions
@@ -89,10 +89,10 @@ class FidelityPlan:
     context: int = 384
     tail: int = 64
     windows: int = 16
-    layer_errors: bool = False
     oracle: int = 0
     oracle_context: int = 128
     prefill: str = "dense"
+    layer_errors: bool = False
     kind: ClassVar[str] = "fidelity"
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -287,15 +287,32 @@ def _sharing(policy: Policy, scores: _Scores) -> Policy:
     return kind(**{option.name: getattr(policy, option.name) for option in fields(policy)})
 
 
+class _Reader(NamedTuple):
+    """A row that a prompt is read for."""
+
+    cache: KVCache
+    evictor: Evictor
+    policy: Policy
+    reading: Reading
+
+
 @torch.no_grad()
 def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
-    """Run one prompt through the model and let every row of every session keep its share of it: once for each probe."""
-    rows = [row for group in groups for row in group.rows]
-    by_reading: dict[Reading, list[tuple[KVCache, Evictor]]] = {}
-    for cache, evictor in rows:
-        by_reading.setdefault(evictor.reading(ids, lm.engine.phrases), []).append((cache, evictor))
-    for reading, some in by_reading.items():
-        x_1E = _prefill_rows(lm, some, ids, reading, pattern)
+    """Run one prompt through the model and let every row of every session keep its share of it: once for all probes, unless two
+    of them draft differently."""
+    passes: list[tuple[Reading, list[_Reader]]] = []
+    for group in groups:
+        for cache, evictor in group.rows:
+            reading = evictor.reading(ids, lm.engine.phrases)
+            row = _Reader(cache, evictor, evictor.policy, reading)
+            for index, (others, rows) in enumerate(passes):
+                if (merged := others.merged(reading)) is not None:
+                    passes[index] = merged, [*rows, row]
+                    break
+            else:
+                passes.append((reading, [row]))
+    for reading, rows in passes:
+        x_1E = _prefill_rows(lm, rows, ids, reading, pattern)
     logits_1V = lm.model.head(x_1E)
     for group in groups:
         group.session.cache.refresh()
@@ -303,25 +320,26 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
 
 
 def _prefill_rows(
-    lm: LM, rows: Sequence[tuple[KVCache, Evictor]], ids: Sequence[int], reading: Reading, pattern: Pattern | None
+    lm: LM, rows: Sequence[_Reader], ids: Sequence[int], reading: Reading, pattern: Pattern | None
 ) -> Tensor:
-    policies = [evictor.policy for _, evictor in rows]
     scores = _Scores()
-    for _, evictor in rows:
-        evictor.policy = _sharing(evictor.policy, scores)
-    last = max(
-        max(policy.observed_prompt, cache.ring_size, 1) for policy, (cache, _) in zip(policies, rows, strict=True)
-    )
-    slots = any(policy.slot_positions for policy in policies)
+    for row in rows:
+        row.evictor.policy = _sharing(row.policy, scores)
+    later = [row for row in rows if row.reading.drafts]
+    held = Reading()  # what rows that wait for drafts need of a layer until then
+    for row in later:
+        both = held.merged(replace(row.reading, drafts=0))
+        assert both is not None, "they share a reading"
+        held = both
     masses: dict[str, Tensor | None] = {}
 
     def watch(index: int) -> Watch | None:
         """Accumulated attention is the same for all policies that want it, per KV head or per query head."""
         masses.clear()
         watches = []
-        for policy, (_, evictor) in zip(policies, rows, strict=True):
-            if "mass" in policy.needs and policy.granularity not in masses:
-                callback, masses[policy.granularity] = evictor.watch_prompt(index, len(ids))
+        for row in rows:
+            if "mass" in row.policy.needs and row.policy.granularity not in masses:
+                callback, masses[row.policy.granularity] = row.evictor.watch_prompt(index, len(ids))
                 watches.append(callback)
 
         def watch_all(*what: Any) -> None:
@@ -331,17 +349,46 @@ def _prefill_rows(
 
         return watch_all if watches else None
 
-    def store(index: int, layer: Layer) -> None:
+    def store_some(some: Sequence[_Reader], index: int, layer: Layer, seen_in: Reading) -> None:
         scores.free.clear()
-        for policy, (cache, evictor) in zip(policies, rows, strict=True):
-            mass_XL = masses[policy.granularity] if "mass" in policy.needs else None
-            one = layer if policy.slot_positions else layer._replace(raw_KLD=None)
-            evictor.store_prompt(cache, index, one, mass_XL)
+        for row in some:
+            mass_XL = masses[row.policy.granularity] if "mass" in row.policy.needs else None
+            raw_KLD = layer.raw_KLD if row.policy.slot_positions else None
+            one = layer._replace(raw_KLD=raw_KLD, seen=seen_in.part(layer.seen, row.reading))
+            row.evictor.store_prompt(row.cache, index, one, mass_XL)
+
+    def store_early(index: int, layer: Layer) -> Layer:
+        """Those that need no drafts; what is left for the others, of whom all layers are alive at once."""
+        store_some([row for row in rows if not row.reading.drafts], index, layer, reading)
+        last = _last(later)
+        q_HWD, stream_W = layer.q_HWD[:, -last:].clone(), None if layer.stream_W is None else layer.stream_W[-last:]
+        raw_KLD = layer.raw_KLD if any(row.policy.slot_positions for row in later) else None
+        return layer._replace(q_HWD=q_HWD, raw_KLD=raw_KLD, stream_W=stream_W, seen=reading.part(layer.seen, held))
+
+    def store(index: int, layer: Layer) -> None:
+        if later:
+            store_some(later, index, layer, replace(held, drafts=reading.drafts))
+        else:
+            store_some(rows, index, layer, reading)
 
     x_1E = read_layers(
-        lm.model, ids, reading, last, store, watch=watch, raw=slots, pattern=pattern, attend=lm.engine.attend
+        lm.model,
+        ids,
+        reading,
+        _last(rows),
+        store,
+        watch=watch,
+        raw=any(row.policy.slot_positions for row in rows),
+        pattern=pattern,
+        attend=lm.engine.attend,
+        early=store_early,
     )
-    for (cache, evictor), policy in zip(rows, policies, strict=True):
-        evictor.prompt_done(cache, len(ids))
-        evictor.policy = policy
+    for row in rows:
+        row.evictor.prompt_done(row.cache, len(ids))
+        row.evictor.policy = row.policy
     return x_1E
+
+
+def _last(rows: Sequence[_Reader]) -> int:
+    """How many of a prompt's last queries some rows look at, or remember."""
+    return max(max(row.policy.observed_prompt, row.cache.ring_size, 1) for row in rows)
