@@ -30,6 +30,9 @@ from restkv.session import Session
 from restkv.sizing import page_size
 
 Found = TypeVar("Found")
+# Rows of a session whose layers draw on one pool: every list's table is as long as that pool, so that all tables together grow
+# with the square of the rows.
+MOST_UNEVEN = 8
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,17 @@ def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int,
     sizes = [_most(lm, policy, length) for policy in policies]
     largest = max((size for size, policy in zip(sizes, policies, strict=True) if policy.budget is not None), default=1)
     groups: dict[object, list[int]] = {}
+    uneven_rows = 0
     for index, (size, policy) in enumerate(zip(sizes, policies, strict=True)):
         rests = policy.interval is None or policy.interval > later
         together = policy.budget is not None and rests
-        key = (
-            (max(1, math.ceil(math.log(largest / size, 8) - 1e-9)), policy.slot_positions)
-            if together
-            else (policy, index)
-        )
+        if together:
+            eighth = max(1, math.ceil(math.log(largest / size, 8) - 1e-9))
+            uneven = _uneven(lm, policy, length)
+            key: object = (eighth, policy.slot_positions, uneven, uneven and uneven_rows // MOST_UNEVEN)
+            uneven_rows += uneven
+        else:
+            key = (policy, index)
         groups.setdefault(key, []).append(index)
     made = []
     for indices in groups.values():
@@ -118,20 +124,25 @@ def _most(lm: LM, policy: Policy, length: int) -> int:
     return min(length, -(-sum(budgets) * union // len(budgets)))
 
 
+def _uneven(lm: LM, policy: Policy, length: int) -> bool:
+    """Whether layers keep different numbers of entries."""
+    return policy.allocation.across_layers or len(set(policy.layer_budgets(length, lm.config.num_layers))) > 1
+
+
 def _shared_session(lm: LM, policies: Sequence[Policy], length: int, later: int) -> Session:
     """A row for each policy, with room for what they keep; nothing is evicted after the prompt."""
     session = Session(lm.engine, FullCache(), [1] * len(policies), 1)
-    most = max(_most(lm, policy, length) for policy in policies)
+    sizes = [_most(lm, policy, length) for policy in policies]
     marked = max(policies, key=lambda policy: policy.granularity == "query")
     session.cache = lm.engine.new_cache(
         replace(marked, interval=None),
         len(policies),
-        most + later,
+        -(-sum(sizes) // len(sizes)) + later,
         queries=0,
         ragged=True,
-        shared=True,
+        shared=any(_uneven(lm, policy, length) for policy in policies),
         forks=0,
-        page=page_size(most),
+        page=page_size(max(sizes)),
     )
     return session
 
