@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from bench.runs.sharing import Scores, sharing
 from modeling.cache import KVCache
 from modeling.forward import Watch
 from restkv.errors import PromptError
 from restkv.evict import Evictor, companions_of
 from restkv.lm import LM
 from restkv.meter import Meter
-from restkv.observe import Observation
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies import FullCache, Policy
 from restkv.probes import Reading
@@ -242,62 +242,6 @@ def pattern_of(prefill: str) -> Pattern | None:
     return parse_prefill(prefill)
 
 
-class _BudgetRead(Exception):
-    """A score depends on the budget."""
-
-
-class _UnreadTensor(Tensor):
-    """Stands for a budget that nobody may look at."""
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        raise _BudgetRead
-
-
-class _UnreadTuple(tuple[int, ...]):
-    """The same of budgets that the host knows, however they are looked at."""
-
-    def _read(self, *_: Any) -> Any:
-        raise _BudgetRead
-
-    __iter__ = __len__ = __getitem__ = __contains__ = __eq__ = __ne__ = __hash__ = _read
-
-
-@dataclass
-class _Scores:
-    """Scores of one layer, for policies that differ only in what follows the score.
-
-    Attributes:
-        free: (class and options, budgets or None for a score that does not depend on them) -> score.
-        bound: classes and options whose scores depend on the budget.
-    """
-
-    free: dict[tuple[object, object], Tensor] = field(default_factory=dict)
-    bound: set[object] = field(default_factory=set)
-
-    def of(self, policy: Policy, obs: Observation) -> Tensor:
-        later = {"budget", "budget_by", "interval", "high_water"}
-        kind = (type(policy), *(getattr(policy, option.name) for option in fields(policy) if option.name not in later))
-        if kind not in self.bound:
-            try:
-                unread: dict[str, Any] = {"budget_B": _UnreadTensor(), "budgets": _UnreadTuple()}
-                return self._once(policy, (kind, None), replace(obs, **unread))
-            except _BudgetRead:
-                self.bound.add(kind)
-        return self._once(policy, (kind, obs.budgets), obs)
-
-    def _once(self, policy: Policy, key: tuple[object, object], obs: Observation) -> Tensor:
-        if key not in self.free:
-            self.free[key] = policy.score(obs)
-        return self.free[key]
-
-
-def _sharing(policy: Policy, scores: _Scores) -> Policy:
-    """The same policy, which asks `scores` first."""
-    kind = type(policy.name, (type(policy),), {"score": lambda _, obs: scores.of(policy, obs)})
-    return kind(**{option.name: getattr(policy, option.name) for option in fields(policy)})
-
-
 class _Reader(NamedTuple):
     """A row that a prompt is read for."""
 
@@ -333,9 +277,9 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
 def _prefill_rows(
     lm: LM, rows: Sequence[_Reader], ids: Sequence[int], reading: Reading, pattern: Pattern | None
 ) -> Tensor:
-    scores = _Scores()
+    scores = Scores()
     for row in rows:
-        row.evictor.policy = _sharing(row.policy, scores)
+        row.evictor.policy = sharing(row.policy, scores)
     later = [row for row in rows if row.reading.drafts]
     held = Reading()  # what rows that wait for drafts need of a layer until then
     for row in later:
@@ -361,7 +305,7 @@ def _prefill_rows(
         return watch_all if watches else None
 
     def store_some(some: Sequence[_Reader], index: int, layer: Layer, seen_in: Reading) -> None:
-        scores.free.clear()
+        scores.clear()
         for row in some:
             mass_XL = masses[row.policy.granularity] if "mass" in row.policy.needs else None
             raw_KLD = layer.raw_KLD if row.policy.slot_positions else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import pytest
 import torch
@@ -86,6 +86,15 @@ def test_reading_in_pieces_is_reading_by_tokens(
             )
 
 
+MAKERS: tuple[Callable[..., Policy], ...] = (
+    restkv.SnapKV,
+    restkv.ReSTKV,
+    partial(restkv.SnapKV, reduction="max"),
+    *(partial(restkv.ReSTKV, pooling=pooling, budget_by="uniform") for pooling in ("none", "adaptive")),
+    *(partial(restkv.ReSTKV, alpha=0.3, tau=tau, drift="symmetric") for tau in (0, 1)),
+    *(partial(restkv.ReSTKV, aggregate="indicator", output_weight=output) for output in (True, False)),
+    partial(restkv.ReSTKV, aggregate="indicator", reduction="max", relative=True, pooling="none"),
+)
 PROBES = ("window", "prompt", "draft:5", "draft:3", "replay", "prompt+draft:5", "window+prompt+draft:3+replay")
 
 
@@ -95,7 +104,7 @@ PROBES = ("window", "prompt", "draft:5", "draft:3", "replay", "prompt+draft:5", 
     st.integers(12, 50),
     st.lists(
         st.tuples(
-            st.sampled_from((restkv.SnapKV, restkv.ReSTKV)), st.sampled_from(PROBES), st.sampled_from(("kv", "query"))
+            st.sampled_from(MAKERS), st.sampled_from(PROBES), st.sampled_from(("kv", "query")), st.sampled_from((9, 12))
         ),
         min_size=2,
         max_size=6,
@@ -103,12 +112,12 @@ PROBES = ("window", "prompt", "draft:5", "draft:3", "replay", "prompt+draft:5", 
     st.integers(0, 1000),
 )
 def test_one_reading_for_many_probes_leaves_what_each_alone_would_have(
-    family: str, length: int, kinds: list[tuple[type[Policy], str, str]], seed: int
+    family: str, length: int, kinds: list[tuple[Callable[..., Policy], str, str, int]], seed: int
 ) -> None:
     lm, ids = model(family), small_ids(length, seed)
     policies = [
-        make(budget=9, window=4, interval=None, probe=probe, granularity=granularity)
-        for make, probe, granularity in kinds
+        make(budget=budget, window=4, interval=None, probe=probe, granularity=granularity)
+        for make, probe, granularity, budget in kinds
     ]
     groups = answer_together(lm, policies, length, 1, extends=True)
     prefill_all(lm, groups, ids)
