@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from restkv.select import largest
+
 # Elements of the largest temporary. A CPU is fastest when it stays in the cache (8 MiB in float32), a GPU with fewer launches.
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU = 1 << 21, 1 << 25
 
@@ -249,6 +251,10 @@ class Rows(NamedTuple):
                 a_BHWC.nan_to_num_(0)
         return a_BHWC
 
+    def largest_BHWT(self, count: int) -> Tensor:
+        """Columns of the `count` largest logits of every query, in any order."""
+        return largest(self.logits_BHWC, count)
+
     def attention_BHWC(self) -> Tensor:
         """The same, 0 where a query does not count (Observation.gap)."""
         a_BHWC = self.weights_BHWC()
@@ -260,7 +266,20 @@ class Rows(NamedTuple):
 
 
 class KeptRows(Rows):
-    """Rows whose softmax weights are made once."""
+    """Rows whose softmax weights are made once, and whose largest logits are looked for among those found before."""
+
+    def largest_BHWT(self, count: int) -> Tensor:
+        """See Rows."""
+        found: dict[int, Tensor] = self.__dict__.setdefault("_found", {})
+        if count not in found:
+            among_BHWT = min(
+                (some for some in found.values() if some.shape[-1] > count), key=lambda x: x.shape[-1], default=None
+            )
+            if among_BHWT is None:
+                found[count] = super().largest_BHWT(count)
+            else:
+                found[count] = among_BHWT.gather(-1, largest(self.logits_BHWC.gather(-1, among_BHWT), count))
+        return found[count]
 
     def weights_BHWC(self) -> Tensor:
         """See Rows; not to be written to."""

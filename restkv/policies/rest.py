@@ -327,7 +327,12 @@ class _Drift:
             self._count_BHW[where] = counts_BHWC.to(exact).sum(-1).long()
             return
         ranked = self._kept_B is not None  # else all that are found count, in whatever order
-        column_BHWT = logits_BHWC.topk(self._max_count).indices if ranked else largest(logits_BHWC, self._max_count)
+        if ranked:
+            column_BHWT = logits_BHWC.topk(self._max_count).indices
+        elif self._past_BHC is None:
+            column_BHWT = rows.largest_BHWT(self._max_count)
+        else:
+            column_BHWT = largest(logits_BHWC, self._max_count)
         counts_BHWT = logits_BHWC.gather(-1, column_BHWT) > -torch.inf
         if self._kept_B is not None:
             rank_T = torch.arange(self._max_count, device=logits_BHWC.device)
