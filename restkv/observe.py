@@ -9,15 +9,20 @@ that nothing of size [H, W, C] or [H, C, D] has to exist beyond one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from restkv.select import largest
+
 # Elements of the largest temporary. A CPU is fastest when it stays in the cache (8 MiB in float32), a GPU with fewer launches.
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU = 1 << 21, 1 << 25
+
+
+Made = TypeVar("Made")
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -66,6 +71,8 @@ class Observation:
     )
     gap: int = 0  # a query counts for entries more than so many positions before it, though it attends to all
     run: Callable[..., Tensor] | None = None  # compiles functions over PIECE columns of a prompt (restkv/pieces.py)
+    # What scores of the same queries over the same entries share, when several policies are asked at once; None: nothing.
+    memo: dict[Any, Any] | None = None
     looks: tuple[Look, ...] = ()  # whose queries score the entries in place of q's: a probe's (restkv/probes.py)
 
     @property
@@ -127,8 +134,25 @@ class Observation:
             stop = min(start + step, columns)
             yield slice(start, stop), torch.arange(start, stop, device=self.k.device)
 
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, or what it returned for the same key to somebody who shares this memo."""
+        if self.memo is None:
+            return make()
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
     def rows(self) -> Iterator[Rows]:
         """All logits, piece by piece, in whole rows: as many KV heads at once as are affordable, or of one head some queries."""
+        if self.memo is None:
+            return self._rows()
+        key = "rows", id(self.q), id(self.k), self.gap
+        *_, pieces = self.once(
+            key, lambda: (self.q, self.k, [KeptRows(*one) for one in self._rows()])
+        )  # which keeps the ids
+        return iter(pieces)
+
+    def _rows(self) -> Iterator[Rows]:
         B, _, W, _ = self.q.shape
         K, C = self.k.shape[1:3]
         affordable = chunk_elements(self.k.device) // (B * self.group * C)  # KV heads times queries
@@ -241,6 +265,10 @@ class Rows(NamedTuple):
                 a_BHWC.nan_to_num_(0)
         return a_BHWC
 
+    def largest_BHWT(self, count: int) -> Tensor:
+        """Columns of the `count` largest logits of every query, in any order."""
+        return largest(self.logits_BHWC, count)
+
     def attention_BHWC(self) -> Tensor:
         """The same, 0 where a query does not count (Observation.gap)."""
         a_BHWC = self.weights_BHWC()
@@ -249,6 +277,29 @@ class Rows(NamedTuple):
     def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
         """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
         total_BHC[:, self.heads] += (weight_BW[:, None, None, self.queries] @ self.attention_BHWC())[:, :, 0]
+
+
+class KeptRows(Rows):
+    """Rows whose softmax weights are made once, and whose largest logits are looked for among those found before."""
+
+    def largest_BHWT(self, count: int) -> Tensor:
+        """See Rows."""
+        found: dict[int, Tensor] = self.__dict__.setdefault("_found", {})
+        if count not in found:
+            among_BHWT = min(
+                (some for some in found.values() if some.shape[-1] > count), key=lambda x: x.shape[-1], default=None
+            )
+            if among_BHWT is None:
+                found[count] = super().largest_BHWT(count)
+            else:
+                found[count] = among_BHWT.gather(-1, largest(self.logits_BHWC.gather(-1, among_BHWT), count))
+        return found[count]
+
+    def weights_BHWC(self) -> Tensor:
+        """See Rows; not to be written to."""
+        if not hasattr(self, "_weights_BHWC"):
+            self._weights_BHWC = super().weights_BHWC()
+        return self._weights_BHWC
 
 
 def attention_BHWC(obs: Observation) -> Tensor:

@@ -334,6 +334,25 @@ class Reading:
             sides=tuple(side for one in probes for side in one.sides(ids, phrases)),
         )
 
+    def merged(self, other: Reading) -> Reading | None:
+        """What serves both, by `part`; None where the prompt's own queries or the drafts are others."""
+        own = {(one.own, one.gap) for one in (self, other) if one.own} or {(0, 0)}
+        drafts = {one.drafts for one in (self, other) if one.drafts} or {0}
+        if len(own) > 1 or len(drafts) > 1:
+            return None
+        return Reading(*own.pop(), drafts.pop(), tuple(dict.fromkeys((*self.sides, *other.sides))))
+
+    def part(self, seen: Sequence[Seen], reading: Reading) -> tuple[Seen, ...]:
+        """Of what was seen in this reading what would have been in another one, which this one serves."""
+        first = int(self.own > 0)
+        sides = dict(zip(self.sides, seen[first:], strict=False))
+        own, drafts = seen[:first], seen[first + len(self.sides) :]
+        return (
+            *(own if reading.own else ()),
+            *(sides[side] for side in reading.sides),
+            *(drafts if reading.drafts else ()),
+        )
+
 
 def looks(probe: str, obs: Observation, seen: Sequence[Seen], window: int) -> tuple[Look, ...]:
     """What the queries that a probe observes see of a layer's prompt and of what was read after it; nothing where they are those

@@ -45,6 +45,7 @@ def read_layers(
     normed: bool,
     pattern: Pattern | None,
     attend: Attend,
+    early: Callable[[int, Layer], Layer] | None = None,
 ) -> Tensor:
     """Read a prompt, and what its probe reads after it. One layer's keys and values are alive at a time, unless drafts are to be
     made, which need those of all layers.
@@ -56,6 +57,8 @@ def read_layers(
         raw: with unrotated keys.
         normed: with the second kind of sizes (Observation.sizes).
         pattern, attend: see prefill; what follows the prompt attends to all of it.
+        early: where drafts are to be made, called with every layer when it has been read; what it returns is held, and comes
+            to `store`.
     Returns:
         hidden state [1, E] of the prompt's last token after the last layer.
     """
@@ -91,7 +94,7 @@ def read_layers(
     for index, block in enumerate(model.blocks):
         layer = read(index, block)
         if reading.drafts:
-            held.append(layer)
+            held.append(layer if early is None else early(index, layer))
         else:
             store(index, layer)
         del layer  # not kept alive while the next one is read

@@ -48,7 +48,15 @@ def fidelity(
         int,
         typer.Option(max=MOST_SAMPLES, help="Pieces of the text, spread evenly over it; or questions of each task."),
     ] = 16,
-    oracle: Annotated[int, typer.Option(max=MOST_SAMPLES, help="So many of them also against greedy elimination.")] = 4,
+    layer_errors: Annotated[
+        bool,
+        typer.Option(
+            "--layer-errors/--no-layer-errors", help="Also errors of every layer's attention output; takes longer."
+        ),
+    ] = False,
+    oracle: Annotated[
+        int, typer.Option(max=MOST_SAMPLES, help="So many of them also against greedy elimination, which is slow.")
+    ] = 0,
     oracle_context: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens of context for that.")] = 128,
     evict: EvictOption = "prompt",
     prefill: PrefillOption = "dense",
@@ -76,6 +84,7 @@ def fidelity(
         context=context,
         tail=tail,
         windows=windows,
+        layer_errors=layer_errors,
         oracle=oracle,
         oracle_context=oracle_context,
         prefill=prefill,

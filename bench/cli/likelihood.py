@@ -23,6 +23,7 @@ from bench.cli.options import (
     parse_compression,
     parse_numbers,
     run_plan,
+    split_names,
 )
 from restkv.cli.groups import spread
 from restkv.cli.options import MOST_SAMPLES, MOST_TEXT, RECALL, LoadOptions, ModelArgument
@@ -132,6 +133,13 @@ def smoothing(
             show_default="see the docs",
         ),
     ] = None,
+    probes: Annotated[
+        str,
+        typer.Option(
+            metavar="PROBE,...",
+            help="Whose queries the methods observe that choose: each of window, draft:N, replay, ... (docs/probes.md).",
+        ),
+    ] = "window",
     compression: CompressionOption = "2,4,8,16,32,64",
     length: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens of a context.")] = 1024,
     tail: Annotated[int, typer.Option(max=MOST_TEXT, help="Tokens scored after the context of a text.")] = 128,
@@ -146,13 +154,12 @@ def smoothing(
 ) -> None:
     """Does smoothing pay? ReST-KV against itself without its parts, and against its rivals, at compressions up to 64x."""
     from bench.quality.corpus import read_documents
-    from bench.quality.smoothing import ARMS, SmoothingPlan
-    from bench.runs.methods import parse_methods
+    from bench.quality.smoothing import SmoothingPlan, arms
 
     if anli_data is None and shots != 16:
         raise PromptError(f"--shots {shots}: only ANLI has worked examples; give --anli too")
     plan = SmoothingPlan(
-        tuple(parse_methods(ARMS if methods is None else methods)),
+        arms(methods, split_names(probes) or ("window",)),
         parse_compression(compression),
         documents=None if text is None else tuple(read_documents(text)),
         length=length,

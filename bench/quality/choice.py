@@ -1,13 +1,16 @@
 """Classification by teacher forcing: of a few answers to a question over a context, which is the likeliest?
 
 As in lm-eval's multiple choice, an answer counts with the sum of its tokens' log-probabilities, whatever its length; nothing
-is generated. "agnostic": the context is evicted, and the question appended to what is left. "aware": context and question are
-evicted together, all but the prompt's last token, which is read on what is left: the first token of an answer would otherwise be
+is generated. A row has whether the right one is the likeliest, and its share of the likelihood of all that are offered.
+
+"agnostic": the context is evicted, and the question appended to what is left. "aware": context and question are evicted
+together, all but the prompt's last token, which is read on what is left: the first token of an answer would otherwise be
 judged by a forward pass that has seen everything, and answers of one token would not depend on the method at all.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,10 +139,22 @@ def _rows(lm: LM, item: Item, mode: str, cells: Sequence[Cell], entries: Entries
     for cell, policy, (held, sums) in zip(cells, policies, told, strict=True):
         logprobs = [round(value, 6) for value in sums]
         choice = logprobs.index(max(logprobs))
-        said = {"choice": choice, "label": item.label, "score": float(choice == item.label)}
+        likelihood = round(share_of_right(logprobs, item.label), 6)
+        said = {"choice": choice, "label": item.label, "score": float(choice == item.label), "likelihood": likelihood}
         count = entries(cell.asked, len(prompt))
         rows.append(cell.row(count, policy, held, about, {"logprobs": logprobs, **read, **said}))
     return rows
 
 
-CHOICE: must.Fields = {**must.SCORED, "question": must.MODE}  # what a row of these must hold
+def share_of_right(logprobs: Sequence[float], label: int) -> float:
+    """How likely the right answer is among the answers offered: it says more of a question than whether it is the likeliest."""
+    most = max(logprobs)
+    shares = [math.exp(value - most) for value in logprobs]
+    return shares[label] / sum(shares)
+
+
+CHOICE: must.Fields = {  # what a row of these must hold
+    **must.SCORED,
+    "question": must.MODE,
+    "likelihood": must.Absent(must.SCORE),
+}

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from bench.quality.distance import Judged, Told, force
 from bench.quality.leval import CLOSING, Document, Question, choosing, encode, read_leval
-from bench.quality.teacher_forcing import PIECE
 from bench.report.documents import documents_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
@@ -276,7 +275,7 @@ def compare_all(
     found = []
     for asked in questions:
         answer = own_answer(lm, groups[0].session, asked.tail, tokens) if asked.answer is None else asked.answer
-        told = Told(asked, torch.tensor(answer, device=lm.device))
+        told = Told(torch.tensor(answer, device=lm.device), asked.letters)
         force(groups[0].session, asked.tail, answer, [told])
         measured: dict[int, dict[str, Any]] = {}
         for group in groups:
@@ -285,111 +284,22 @@ def compare_all(
                 judged[0].see(0, told.log_TV)
             else:
                 force(group.session, asked.tail, answer, judged)
-            measured |= {about: one.measures() for about, one in zip(group.about, judged, strict=True)}
+            measured |= {about: _measures(asked, one) for about, one in zip(group.about, judged, strict=True)}
         found.append([measured[index] for index in range(len(policies))])
     for group in groups:
         group.session.cache.free()
     return [held[index] for index in range(len(policies))], found
 
 
-class Reader(Protocol):
-    """What is shown of an answer that a row is fed."""
-
-    def see(self, at: int, log_TV: Tensor) -> None:
-        """Take in what was expected before the answer's tokens from number `at` on: log-probabilities [T, V], float64."""
-
-
-@dataclass
-class Told:
-    """What the full cache expects before each token of an answer."""
-
-    asked: Asked
-    answer_T: Tensor
-    pieces: list[Tensor] = field(default_factory=list)
-
-    def see(self, at: int, log_TV: Tensor) -> None:
-        self.pieces.append(log_TV)
-
-    @cached_property
-    def log_TV(self) -> Tensor:
-        return torch.cat(self.pieces)
-
-    @cached_property
-    def nats(self) -> float:
-        return -_likelihood(self.log_TV, self.answer_T)
-
-
-@dataclass
-class Judged:
-    """Sums over the tokens of an answer of how far a method is from the full cache."""
-
-    full: Told
-    kl: float = 0.0
-    same: float = 0.0
-    nats: float = 0.0
-    letters: tuple[float, ...] = ()
-
-    def see(self, at: int, log_TV: Tensor) -> None:
-        full_TV, answer_T = (of[at : at + len(log_TV)] for of in (self.full.log_TV, self.full.answer_T))
-        apart_TV = full_TV.exp() * (full_TV - log_TV)
-        self.kl += float(apart_TV.where(full_TV > -torch.inf, 0.0).sum())  # a padded vocabulary has logits of -inf
-        self.same += float((log_TV.argmax(-1) == full_TV.argmax(-1)).sum())
-        self.nats -= _likelihood(log_TV, answer_T)
-        if at == 0:
-            self.letters = tuple(log_TV[0, list(self.full.asked.letters)].tolist())
-
-    def measures(self) -> dict[str, Any]:
-        """As a row has them; all but those of letters are means over the answer's tokens."""
-        asked, count = self.full.asked, len(self.full.answer_T)
-        sums = {"kl": self.kl, "top1": self.same, "nll": self.nats, "full_nll": self.full.nats}
-        found: dict[str, Any] = {"answer_tokens": count, **{name: value / count for name, value in sums.items()}}
-        if self.letters:
-            logprobs = [round(value, 6) for value in self.letters]
-            choice = logprobs.index(max(logprobs))
-            said = {"choice": choice, "label": asked.label, "score": float(choice == asked.label)}
-            found |= {"logprobs": logprobs, **said}
-        return found
-
-
-def _likelihood(log_TV: Tensor, ids_T: Tensor) -> float:
-    return float(log_TV.gather(1, ids_T[:, None]).sum())
-
-
-def force(session: Session, tail: Sequence[int], answer: Sequence[int], readers: Sequence[Reader]) -> None:
-    """Feed question and answer to a fork of all rows, and show every row's reader what is expected before each of the answer's
-    tokens.
-
-    In pieces, where nothing is evicted meanwhile; otherwise the question as CompressedContext.ask reads one, and the answer
-    token by token.
-    """
-    rows, ids = len(session.active), [*tail, *answer]
-    fork = session.fork(len(ids))
-    schedule = fork.schedule
-
-    def show(row: int, at: int, logits_TV: Tensor) -> None:
-        log_TV = logits_TV.double().log_softmax(-1)
-        if log_TV.isnan().any():  # sync: once per piece of an answer
-            raise fork.numeric_error(row)
-        readers[row].see(at, log_TV)
-
-    try:
-        if schedule.interval and schedule.since_eviction + len(ids) - 1 >= schedule.interval:
-            fork.extend([tail] * rows)
-            for at, token in enumerate(answer):
-                for row in range(rows):
-                    show(row, at, fork.logits_BV[row][None])
-                if at + 1 < len(answer):
-                    fork.feed(torch.tensor([token] * rows, device=fork.engine.device))
-            return
-        for start in range(0, len(ids), PIECE):
-
-            def judge(row: int, before_TV: Tensor, at: int = start - len(tail)) -> None:
-                if at + len(before_TV) > 0:
-                    show(row, max(at, 0), before_TV[max(-at, 0) :])
-
-            fork.expect([ids[start : start + PIECE]] * rows, judge)
-    finally:
-        fork.cache.free()
+def _measures(asked: Asked, judged: Judged) -> dict[str, Any]:
+    """As a row has them; all but those of letters are means over the answer's tokens."""
+    found = {"answer_tokens": len(judged.full.answer_T), **judged.measures()}
+    if judged.letters:
+        logprobs = [round(value, 6) for value in judged.letters]
+        choice = logprobs.index(max(logprobs))
+        said = {"choice": choice, "label": asked.label, "score": float(choice == asked.label)}
+        found |= {"logprobs": logprobs, **said}
+    return found
 
 
 def own_answer(lm: LM, session: Session, tail: Sequence[int], tokens: int) -> list[int]:

@@ -1,20 +1,18 @@
 """How far a compressed cache is from the full one on any text, token by token, with the text itself as teacher.
 
 A text is cut into windows of `context` + `tail` tokens; or windows are questions of bench/quality/tasks.py, whose prompt is the
-context and whose expected answer is the tail. Of every window the context is prefilled and evicted, the tail is fed one
-token at a time (with the evictions of the policy's interval, if it has one), and each next-token distribution is compared
-with the full cache's:
+context and whose expected answer is the tail. Of every window the context is prefilled (once for all methods that look at
+it alike) and evicted, the tail is fed, and each next-token distribution is compared with the full cache's
+(kl, top1 and nll of bench/quality/distance.py; perplexity ratio = exp(mean nll - mean full_nll)). Methods read the tail
+side by side and in one piece; one that evicts within it (by its interval) reads alone, token by token. If asked for,
 
-    kl      KL(full || method), nats per token
-    top1    share of tokens whose most likely successor is the same
-    nll     negative log-likelihood of the true next token, nats; perplexity ratio = exp(mean nll - mean full_nll)
     error   per layer, ||O - O_full|| / ||O_full|| of the attention's output (after W_O) over the tail's queries
 
-The layer error is that of the eviction alone: the full run's own queries, keys and values, less the context's entries
+which is that of the eviction alone: the full run's own queries, keys and values, less the context's entries
 that were evicted after the prompt, so that errors of earlier layers do not add up in it. It is computed outside of the model
 (bench/quality/outputs.py). Policies that renumber positions have none.
 
-Letters: H query heads, P context, T tail, V vocabulary.
+Letters: H query heads, P context.
 """
 
 from __future__ import annotations
@@ -28,9 +26,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bench.quality.distance import Judged, Told, read
 from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle
-from bench.quality.outputs import LayerTrace, full_pass, observation, tail_error
+from bench.quality.outputs import LayerTrace, full_pass, observation, tail_errors
 from bench.quality.prose import require_room
 from bench.quality.tasks import Frame, make_sample, parted
 from bench.report.fidelity import SETS, fidelity_parts
@@ -41,11 +40,10 @@ from bench.runs.methods import Method, check, equal_bytes
 from bench.runs.plans import Asked, Cell, at_least, cells_of, distinct, share
 from bench.runs.rows import Row
 from bench.runs.run import Batch, Work
-from bench.runs.together import Held, kept_mean, pattern_of, prefill_together
+from bench.runs.together import Held, Together, answer_together, pattern_of, prefill_all
 from restkv.errors import PromptError, RestKVWarning
 from restkv.lm import LM
 from restkv.policies import Policy
-from restkv.session import Session
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ class FidelityPlan:
         oracle_context: their context, short because elimination is slow.
         prefill: "dense", or the sparse pattern with which the contexts are read, as text (restkv/patterns.py). The reference is
             dense either way, so that the full cache's row shows what the pattern alone costs.
+        layer_errors: also of every layer's attention output, by one more pass over each window and some of float64.
     """
 
     source: str | Questions
@@ -90,9 +89,10 @@ class FidelityPlan:
     context: int = 384
     tail: int = 64
     windows: int = 16
-    oracle: int = 4
+    oracle: int = 0
     oracle_context: int = 128
     prefill: str = "dense"
+    layer_errors: bool = False
     kind: ClassVar[str] = "fidelity"
 
     @property
@@ -107,7 +107,7 @@ class FidelityPlan:
 
     def arguments(self) -> dict[str, Any]:
         """JSON-ready."""
-        names = ("context", "tail", "windows", "oracle", "oracle_context", "prefill")
+        names = ("context", "tail", "windows", "layer_errors", "oracle", "oracle_context", "prefill")
         plain = {name: getattr(self, name) for name in names} | {"budgets": list(self.budgets)}
         if isinstance(self.source, str):
             return plain | {"text": digest(self.source)}
@@ -131,20 +131,22 @@ class FidelityPlan:
             the same."""
             return equal_bytes(lm, cell.method, share(cell.asked, asked), lambda: first[asked], pattern)
 
-        def prefilled(window: Passage, cells: Sequence[Cell]) -> list[Session]:
+        def prefilled(window: Passage, cells: Sequence[Cell]) -> list[Together]:
             policies = [policy(cell, window.asked) for cell in cells]
-            made = [Session(lm.engine, policy, [window.context], window.tail) for policy in policies]
-            prefill_together(lm, made, window.prompt, pattern)
-            return made
+            groups = answer_together(lm, policies, window.context, window.tail + 1, extends=True)
+            prefill_all(lm, groups, window.prompt, pattern)
+            return groups
 
+        compare = partial(_compare_all, layer_errors=self.layer_errors, dense=pattern is None)
         short, batches = {window.name: window for window in oracles}, []
         for window in windows:
-            parts = [("text", window, self.cells, _compare_all)]
+            parts: list[tuple[str, Passage, Sequence[Cell], Callable[..., list[Row]]]]
+            parts = [("text", window, self.cells, compare)]
             if window.name in short:
                 parts.append(("oracle", short[window.name], self.oracle_cells, _oracle_gaps))
-            for part, read, cells, measure in parts:
-                keys = [f"{part}/{read.name}/{cell.method.label}/{cell.asked!r}" for cell in cells]
-                batches.append(Batch(keys, partial(measure, lm, read, cells, prefilled)))
+            for part, passage, cells, measure in parts:
+                keys = [f"{part}/{passage.name}/{cell.method.label}/{cell.asked!r}" for cell in cells]
+                batches.append(Batch(keys, partial(measure, lm, passage, cells, prefilled)))
         return Work(self.arguments(), self.methods, max(share(asked, self.context) for asked in self.budgets), batches)
 
 
@@ -206,20 +208,39 @@ def _cut(lm: LM, plan: FidelityPlan, text: str) -> list[Passage]:
     return [Passage(str(i), cut, plan.context, plan.context) for i, cut in enumerate(cuts)]
 
 
-Prefilled = Callable[[Passage, Sequence[Cell]], Sequence[Session]]  # caches that hold what each cell leaves of a window
+Prefilled = Callable[[Passage, Sequence[Cell]], Sequence[Together]]  # rows that hold what each cell leaves of a window
 
 
 @torch.no_grad()
-def _compare_all(lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Prefilled) -> list[Row]:
-    """How far every cell is from the full cache over the window's tail."""
-    rows = []
-    logits_TV, layers = full_pass(lm, window.ids[:-1], window.tail)
-    for cell, session in zip(cells, prefilled(window, cells), strict=True):
-        held = _held(session)  # before the tail is fed
-        error = layer_errors(lm, session, layers, window.context)
-        compared = compare(lm, session, window.ids[window.context :], logits_TV)
-        rows.append(_row("text", window, cell, session, held, {**compared, "error": error}))
-    return rows
+def _compare_all(
+    lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Prefilled, layer_errors: bool, dense: bool
+) -> list[Row]:
+    """How far every cell is from the full cache over the window's tail.
+
+    Args:
+        dense: the context was read densely, so that the first cell, the full cache, is what all are compared with.
+    """
+    first, *rest = window.ids[window.context :]
+    told = Told(torch.tensor(rest, device=lm.device))
+    layers: list[LayerTrace] = []
+    if layer_errors or not dense or not cells[0].method.full:
+        logits_TV, layers = full_pass(lm, window.ids[:-1], window.tail)
+        told.see(0, logits_TV.double().log_softmax(-1))
+    groups = prefilled(window, cells)
+    errors = errors_by_layer(lm, groups, layers, window.context) if layer_errors else {}  # before the tail is fed
+    measures: dict[int, dict[str, Any]] = {}
+    held = {about: has for group in groups for about, has in zip(group.about, group.held(), strict=True)}
+    for group in groups:
+        judged = [Judged(told) for _ in group.about]
+        if told.pieces:
+            read(group.session, [first], rest, judged)
+        else:
+            read(group.session, [first], rest, [told])
+            judged[0].see(0, told.log_TV)
+        group.session.cache.free()
+        for about, one in zip(group.about, judged, strict=True):
+            measures[about] = {**one.measures(), "error": errors.get(about)}
+    return _rows("text", window, cells, groups, held, measures)
 
 
 @torch.no_grad()
@@ -227,46 +248,51 @@ def _oracle_gaps(lm: LM, window: Passage, cells: Sequence[Cell], prefilled: Pref
     """How far every cell is from what greedy elimination would have kept of the window's context."""
     _, layers = full_pass(lm, window.ids[:-1], window.context + window.tail)
     oracle = Oracle(lm, layers, window.context)
+    held: dict[int, Held] = {}
+    measures: dict[int, dict[str, Any]] = {}
+    groups = prefilled(window, cells)
+    for group in groups:
+        held |= zip(group.about, group.held(), strict=True)
+        for row, (about, policy) in enumerate(zip(group.about, group.policies, strict=True)):
+            measures[about] = oracle.gap(group.session, policy, row)
+        group.session.cache.free()
+    return _rows("oracle", window, cells, groups, held, measures)
+
+
+def _rows(
+    part: str,
+    window: Passage,
+    cells: Sequence[Cell],
+    groups: Sequence[Together],
+    held: Mapping[int, Held],
+    measures: Mapping[int, Mapping[str, Any]],
+) -> list[Row]:
+    """In the order of the cells, by whose numbers the rest is known."""
+    policies = {about: policy for group in groups for about, policy in zip(group.about, group.policies, strict=True)}
+    about = {"part": part, "window": window.name}
     return [
-        _row("oracle", window, cell, session, _held(session), oracle.gap(session))
-        for cell, session in zip(cells, prefilled(window, cells), strict=True)
+        cell.row(share(cell.asked, window.asked), policies[number], held[number], about, measures[number])
+        for number, cell in enumerate(cells)
     ]
 
 
-def _held(session: Session) -> Held:
-    return Held(kept_mean(session), session.cache.live_bytes)
-
-
-def _row(part: str, window: Passage, cell: Cell, session: Session, held: Held, measures: Mapping[str, Any]) -> Row:
-    """A row of a session, which is done with then."""
-    session.cache.free()
-    about = {"part": part, "window": window.name}
-    return cell.row(share(cell.asked, window.asked), session.policy, held, about, measures)
-
-
-@torch.no_grad()
-def compare(lm: LM, session: Session, tail: Sequence[int], full_TV: Tensor) -> dict[str, float]:
-    """Feed all but the last token of the tail; compare what is expected after each with the full cache's logits [T, V]."""
-    steps = []
-    for token in tail[:-1]:
-        session.feed(torch.tensor([token], device=lm.device))
-        steps.append(session.logits_BV[0])
-    log_TV, full_TV = (logits.double().log_softmax(-1) for logits in (torch.stack(steps), full_TV))
-    truth_T1 = torch.tensor(tail[1:], device=lm.device)[:, None]
-    return {
-        "kl": float((full_TV.exp() * (full_TV - log_TV)).sum(-1).mean()),
-        "top1": float((log_TV.argmax(-1) == full_TV.argmax(-1)).double().mean()),
-        "nll": float(-log_TV.gather(1, truth_T1).mean()),
-        "full_nll": float(-full_TV.gather(1, truth_T1).mean()),
-    }
-
-
-def layer_errors(lm: LM, session: Session, layers: Sequence[LayerTrace], context: int) -> list[float] | None:
-    """Relative error of every layer's attention output over the tail; None where positions are renumbered."""
-    if session.policy.slot_positions:
-        return None
-    observed = [observation(lm, index, trace, trace.k_KLD.shape[1]) for index, trace in enumerate(layers)]
-    return [tail_error(lm, obs, keep) for obs, keep in zip(observed, kept_masks(session, context), strict=True)]
+def errors_by_layer(
+    lm: LM, groups: Sequence[Together], layers: Sequence[LayerTrace], context: int
+) -> dict[int, list[float] | None]:
+    """By the numbers of the rows: relative error of every layer's attention output over the tail; None where positions are
+    renumbered."""
+    found: dict[int, list[float] | None] = {}
+    masks: dict[int, list[Tensor]] = {}
+    for group in groups:
+        for row, (about, policy) in enumerate(zip(group.about, group.policies, strict=True)):
+            found[about] = None
+            if not policy.slot_positions:
+                masks[about] = kept_masks(group.session, context, row)
+    of_layers = []
+    for index, trace in enumerate(layers):
+        obs = observation(lm, index, trace, trace.k_KLD.shape[1])
+        of_layers.append(tail_errors(lm, obs, [layer_masks[index] for layer_masks in masks.values()]))
+    return found | {about: list(errors) for about, errors in zip(masks, zip(*of_layers, strict=True), strict=True)}
 
 
 TEXT: must.Fields = {

@@ -57,11 +57,11 @@ class Kept:
         return f"{self.label}: {(self.share > 0).sum(2).mean():.0f} of {self.share.shape[2]} entries per KV head"
 
 
-def kept_masks(session: Session, length: int) -> list[Tensor]:
-    """Bool [H, L] per layer: the prompt positions that each query head of a one-row session still has."""
+def kept_masks(session: Session, length: int, row: int = 0) -> list[Tensor]:
+    """Bool [H, L] per layer: the prompt positions that each query head of a session's row still has."""
     masks = []
     group = session.engine.model.config.group
-    for layer in session.cache.layers:
+    for layer in session.cache.row(row).layers:
         slot_KC, pos_KC = layer.slots()
         has_KCG = repeat(pos_KC >= 0, "K C -> K C G", G=group)
         if "keep" in layer.pool.companions:

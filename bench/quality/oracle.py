@@ -27,6 +27,7 @@ from bench.quality.kept import kept_masks
 from bench.quality.outputs import LayerTrace, observation, tail_error
 from restkv.lm import LM
 from restkv.observe import Observation, attention_BHWC
+from restkv.policies import Policy
 from restkv.session import Session
 
 WINDOW = 32  # newest entries that stay and queries that judge, unless half the budget is less
@@ -44,13 +45,13 @@ class Oracle:
         self._lm, self._layers, self._context = lm, layers, context
         self._orders: dict[tuple[str, int, int], Tensor] = {}
 
-    def gap(self, session: Session) -> dict[str, Any]:
-        """Per layer: relative output error over the tail of the session's set, of both oracles', and how much of the future
-        oracle's choice the session shares. None for policies that renumber positions."""
-        if session.policy.slot_positions:
+    def gap(self, session: Session, policy: Policy, row: int = 0) -> dict[str, Any]:
+        """Per layer: relative output error over the tail of the set that a policy left in a session's row, of both oracles', and
+        how much of the future oracle's choice that set shares. None for policies that renumber positions."""
+        if policy.slot_positions:
             return dict.fromkeys(("error", "window_error", "future_error", "overlap"))
         gaps: dict[str, list[float]] = {"error": [], "window_error": [], "future_error": [], "overlap": []}
-        for index, keep_HP in enumerate(kept_masks(session, self._context)):
+        for index, keep_HP in enumerate(kept_masks(session, self._context, row)):
             obs = self._observation(index, "future", 0)
             group = obs.group
             union_KP = reduce(keep_HP, "(K G) P -> K P", "any", G=group)

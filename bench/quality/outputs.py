@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling.forward import dense_layer
 from restkv.lm import LM
-from restkv.observe import Observation, attention_BHWC
+from restkv.observe import Observation
 from restkv.reading import embed
 
 
@@ -73,8 +73,33 @@ def tail_error(lm: LM, obs: Observation, keep_HP: Tensor) -> float:
     return relative_error(lm, obs, torch.cat([keep_HP, tail_HT], 1))
 
 
+def tail_errors(lm: LM, obs: Observation, keeps: Sequence[Tensor]) -> list[float]:
+    """tail_error of several sets; what they are all compared with is made once."""
+    logits_HWC = obs.logits()[0]
+    full_HWD = _heads_output(obs, logits_HWC)
+    length, errors = _projected(lm, obs, full_HWD).norm(), []
+    for keep_HP in keeps:
+        gone_HP = ~keep_HP
+        if not gone_HP.any():
+            errors.append(0.0)
+            continue
+        part_HWC = logits_HWC.clone()
+        part_HWC[..., : gone_HP.shape[1]].masked_fill_(gone_HP[:, None], -torch.inf)
+        errors.append(float(_projected(lm, obs, _heads_output(obs, part_HWC) - full_HWD).norm() / length))
+    return errors
+
+
 def attention_output(lm: LM, obs: Observation) -> Tensor:
     """The layer's attention output [W, E] for the observed queries, after W_O, float64."""
-    a_HWC = attention_BHWC(obs)[0]
-    o_KGWD = a_HWC.unflatten(0, (obs.k.shape[1], -1)) @ obs.v[0, :, None]
-    return torch.einsum("hwd,ehd->we", o_KGWD.flatten(0, 1), lm.model.blocks[obs.layer].output_weight().double())
+    return _projected(lm, obs, _heads_output(obs, obs.logits()[0]))
+
+
+def _heads_output(obs: Observation, logits_HWC: Tensor) -> Tensor:
+    """[H, W, D], before W_O; zeros for a query that sees nothing."""
+    a_HWC = logits_HWC.softmax(-1).nan_to_num_(0)
+    v_KCD = obs.v[0]
+    return (a_HWC.reshape(len(v_KCD), -1, a_HWC.shape[-1]) @ v_KCD).view(*a_HWC.shape[:2], -1)
+
+
+def _projected(lm: LM, obs: Observation, o_HWD: Tensor) -> Tensor:
+    return torch.einsum("hwd,ehd->we", o_HWD, lm.model.blocks[obs.layer].output_weight().double())

@@ -2,7 +2,8 @@
 on perplexity and on classification.
 
 Perplexity is that of the "prefill" protocol (bench/quality/perplexity.py), classification that of bench/quality/choice.py. No
-method evicts after the prompt, so that what is compared is what they keep of it, and so that all of them share its prefill.
+method evicts after the prompt, so that what is compared is what they keep of it, and so that all of them share its prefill. Under
+each probe the first of its methods is compared with the others.
 Without data of the user's the texts are generated prose (bench/quality/prose.py), and the classification is between values told
 in a context.
 """
@@ -23,11 +24,13 @@ from bench.report.likelihood import smoothing_parts
 from bench.runs import schema as must
 from bench.runs.benchmark import Benchmark, register
 from bench.runs.folder import digest
-from bench.runs.methods import Method, check
+from bench.runs.methods import Method, check, parse_methods
 from bench.runs.plans import Cell, at_least, cells_of, check_compression, compressed, modes_of
 from bench.runs.run import Work
 from restkv.errors import PolicyError, RestKVWarning
 from restkv.lm import LM
+from restkv.policies import policy_class
+from restkv.probes import WINDOW, parse_probe
 
 SUBJECT = "restkv@paper"
 # What the paper's ReST-KV is without its parts: temporal smoothing, spatial smoothing, both, the output term, the output
@@ -38,6 +41,52 @@ ARMS = (
     f"{SUBJECT}:output_weight=False,{SUBJECT}:aggregate=indicator,{SUBJECT}:budget_by=global,restkv,"
     "snapkv,h2o,tova,streamingllm,lacache"
 )
+
+
+# What is also run under other probes than the window: ReST-KV, without its smoothings, without the output term; attention alone.
+PROBED = frozenset(
+    (
+        SUBJECT,
+        f"{SUBJECT}:alpha=none",
+        f"{SUBJECT}:pooling=none",
+        f"{SUBJECT}:alpha=none:pooling=none",
+        f"{SUBJECT}:tau=0",
+        "snapkv",
+    )
+)
+
+
+def arms(text: str | None, probes: Sequence[str]) -> tuple[Method, ...]:
+    """The full cache, then the arms under every probe; what takes no probe, or says its own, once.
+
+    Args:
+        text: methods, which all are run under every probe; None: ARMS, of which few are under others than the window.
+    Raises:
+        PolicyError: an unknown method or probe.
+    """
+    labels = []
+    for probe in probes:
+        parse_probe(probe)
+        for method in parse_methods(ARMS if text is None else text)[1:]:
+            cls = policy_class(method.name)
+            fixed = not cls.observes or "probe" in {**cls.PRESETS.get(method.preset or "", {}), **method.options}
+            if fixed or probe == WINDOW:
+                labels.append(method.label)
+            elif text is not None or method.label in PROBED:
+                labels.append(f"{method.label}:probe={probe}")
+    return tuple(parse_methods(",".join(labels)))
+
+
+def by_probe(methods: Sequence[Method], entries: int) -> dict[str, list[str]]:
+    """The labels of what is compared under each probe: methods that observe its queries, and after them those that choose none;
+    under the first probe in the order in which they were given."""
+    policies = {method.label: method.policy(entries) for method in methods if not method.full}
+    chooses = {label: policy.probe for label, policy in policies.items() if policy.observes}
+    blind = [label for label in policies if label not in chooses]
+    found = {probe: [*(one for one, its in chooses.items() if its == probe), *blind] for probe in chooses.values()}
+    for probe in list(found)[:1]:
+        found[probe] = [label for label in policies if label in found[probe]]
+    return found or ({WINDOW: blind} if blind else {})
 
 
 @dataclass(frozen=True)
@@ -100,6 +149,7 @@ class SmoothingPlan:
             "shots": 0 if self.anli is None else self.shots,
             "samples": self.samples,
             "question": self.question,
+            "arms": by_probe(self.methods, compressed(min(self.compression), self.length)),
             "seed": self.seed,
             "left out": [*left_out, *(f"{cell} (classification)" for cell in also_out if cell not in left_out)],
         }
@@ -124,6 +174,10 @@ def _workable(lm: LM, cells: Sequence[Cell], length: int) -> tuple[list[Cell], l
     return good, [f"{cell.method.label} at {cell.asked:g}x" for cell in bad]
 
 
-ARGUMENTS = {"compression": must.many(must.number(1), 1), "tasks": must.many(must.name)}
+ARGUMENTS: must.Fields = {
+    "compression": must.many(must.number(1), 1),
+    "tasks": must.many(must.name),
+    "arms": must.Absent(must.mapping(must.many(must.name, 1))),
+}
 ROWS = {"perplexity": READ, "choice": CHOICE}
 register(Benchmark("smoothing", "Does smoothing pay?", smoothing_parts, ROWS, ARGUMENTS))

@@ -159,6 +159,8 @@ def score_forks(
         continuations: of every row, token ids, at least one each.
         tally: counts every row after the longest of its continuations.
     """
+    if tally is None and all(len(ids) == 1 for row in continuations for ids in row):
+        return _score_next(session, [[token for (token,) in row] for row in continuations])
     scores: list[dict[int, Score]] = [{} for _ in continuations]
     # The longest first, so that rows share their steps.
     orders = [sorted(range(len(row)), key=lambda index, row=row: -len(row[index])) for row in continuations]  # type: ignore[misc]
@@ -173,6 +175,17 @@ def score_forks(
             tally.add(fork.cache.next_pos.tolist(), fork.kept(), fork.evictor.evictions)
         fork.cache.free()
     return [[row[index] for index in range(len(row))] for row in scores]
+
+
+def _score_next(session: Session, tokens: Sequence[Ids]) -> list[list[Score]]:
+    """Score every row's tokens as the next one: nothing has to be fed for that."""
+    scores = []
+    for logp_V, row in zip(session.logits_BV.log_softmax(-1), tokens, strict=False):
+        likeliest = int(logp_V.argmax())
+        scores.append(
+            [Score(value, token == likeliest) for token, value in zip(row, logp_V[list(row)].tolist(), strict=True)]
+        )
+    return scores
 
 
 def _force(session: Session, targets: Sequence[Ids]) -> list[Score]:

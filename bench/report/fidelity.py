@@ -50,8 +50,10 @@ def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
         "KL, nats/token": _mean_of("kl", 4),
         "top-1 agreement": _mean_of("top1"),
         "perplexity ratio": _ratio,
-        "layer error": _layer_mean("error"),
     }
+    errors = arguments.get("layer_errors", True)  # runs from before there was a choice have them
+    if errors:
+        columns["layer error"] = _layer_mean("error")
     caption = f"The full cache's next-token distribution, and what is left of it after {arguments['context']} tokens"
     caption += "" if prefill == "dense" else f" read by {prefill}"
     shown = [(method, str(entries or arguments["context"]), part) for method, entries, part in cells]
@@ -72,7 +74,9 @@ def _text_parts(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]
             log_y=True,
         ),
         *_by_layer(
-            "Relative error of each layer's attention output, by budget.", _layer_panels(rows, arguments), arguments
+            "Relative error of each layer's attention output, by budget.",
+            _layer_panels(rows, arguments) if errors else [],
+            arguments,
         ),
     ]
 

@@ -31,10 +31,10 @@ def by_cell(rows: Sequence[Row], arguments: Mapping[str, Any], rate: str = "aske
     return sorted(cells, key=lambda cell: (cell[0] != FULL, cell[1], order[cell[0]]))
 
 
-def scores_of(rows: Sequence[Row], *by: str) -> Values:
-    """Group -> sample -> score."""
+def scores_of(rows: Sequence[Row], *by: str, of: str = "score") -> Values:
+    """Group -> sample -> score, or another field."""
     return {
-        group: {tuple(row.get(name) for name in SAMPLE): row["score"] for row in part}
+        group: {tuple(row.get(name) for name in SAMPLE): row[of] for row in part}
         for group, part in grouped(rows, *by).items()
     }
 

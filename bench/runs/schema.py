@@ -44,6 +44,16 @@ def maybe(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
+class Absent:
+    """A check of a field that older rows and manifests do not have."""
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
+
+    def __call__(self, value: Any) -> bool:
+        return self._check(value)
+
+
 def many(check: Check, least: int = 0) -> Check:
     return lambda value: isinstance(value, list) and least <= len(value) <= MOST and all(map(check, value))
 
@@ -99,7 +109,7 @@ def require(fields: Fields, value: Mapping[str, Any], all_of_them: bool = True) 
     for field, fits in fields.items():
         if field in value and not fits(value[field]):
             raise ValueError(f"{field} is {shown(value[field])}")
-        if field not in value and all_of_them:
+        if field not in value and all_of_them and not isinstance(fits, Absent):
             raise ValueError(f"{field!r} is missing")
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from bench.runs.sharing import Scores, sharing
 from modeling.cache import KVCache
 from modeling.forward import Watch
 from restkv.errors import PromptError
 from restkv.evict import Evictor
 from restkv.lm import LM
 from restkv.meter import Meter
-from restkv.observe import Observation
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies import FullCache, Policy
 from restkv.probes import Reading
@@ -30,6 +30,9 @@ from restkv.session import Session
 from restkv.sizing import companions_of, page_size
 
 Found = TypeVar("Found")
+# Rows of a session whose layers draw on one pool: every list's table is as long as that pool, so that all tables together grow
+# with the square of the rows.
+MOST_UNEVEN = 8
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,17 @@ def answer_together(lm: LM, policies: Sequence[Policy], length: int, later: int,
     sizes = [_most(lm, policy, length) for policy in policies]
     largest = max((size for size, policy in zip(sizes, policies, strict=True) if policy.budget is not None), default=1)
     groups: dict[object, list[int]] = {}
+    uneven_rows = 0
     for index, (size, policy) in enumerate(zip(sizes, policies, strict=True)):
         rests = policy.interval is None or policy.interval > later
         together = policy.budget is not None and rests
-        key = (
-            (max(1, math.ceil(math.log(largest / size, 8) - 1e-9)), policy.slot_positions, policy.biased)
-            if together
-            else (policy, index)
-        )
+        if together:
+            eighth = max(1, math.ceil(math.log(largest / size, 8) - 1e-9))
+            uneven = _uneven(lm, policy, length)
+            key: object = (eighth, policy.slot_positions, policy.biased, uneven, uneven and uneven_rows // MOST_UNEVEN)
+            uneven_rows += uneven
+        else:
+            key = (policy, index)
         groups.setdefault(key, []).append(index)
     made = []
     for indices in groups.values():
@@ -118,20 +124,25 @@ def _most(lm: LM, policy: Policy, length: int) -> int:
     return min(length, -(-sum(budgets) * union // len(budgets)))
 
 
+def _uneven(lm: LM, policy: Policy, length: int) -> bool:
+    """Whether layers keep different numbers of entries."""
+    return policy.allocation.across_layers or len(set(policy.layer_budgets(length, lm.config.num_layers))) > 1
+
+
 def _shared_session(lm: LM, policies: Sequence[Policy], length: int, later: int) -> Session:
     """A row for each policy, with room for what they keep; nothing is evicted after the prompt."""
     session = Session(lm.engine, FullCache(), [1] * len(policies), 1)
-    most = max(_most(lm, policy, length) for policy in policies)
+    sizes = [_most(lm, policy, length) for policy in policies]
     marked = max(policies, key=lambda policy: policy.granularity == "query")
     session.cache = lm.engine.new_cache(
         replace(marked, interval=None),
         len(policies),
-        most + later,
+        -(-sum(sizes) // len(sizes)) + later,
         queries=0,
         ragged=True,
-        shared=True,
+        shared=any(_uneven(lm, policy, length) for policy in policies),
         forks=0,
-        page=page_size(most),
+        page=page_size(max(sizes)),
     )
     return session
 
@@ -231,71 +242,32 @@ def pattern_of(prefill: str) -> Pattern | None:
     return parse_prefill(prefill)
 
 
-class _BudgetRead(Exception):
-    """A score depends on the budget."""
+class _Reader(NamedTuple):
+    """A row that a prompt is read for."""
 
-
-class _UnreadTensor(Tensor):
-    """Stands for a budget that nobody may look at."""
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        raise _BudgetRead
-
-
-class _UnreadTuple(tuple[int, ...]):
-    """The same of budgets that the host knows, however they are looked at."""
-
-    def _read(self, *_: Any) -> Any:
-        raise _BudgetRead
-
-    __iter__ = __len__ = __getitem__ = __contains__ = __eq__ = __ne__ = __hash__ = _read
-
-
-@dataclass
-class _Scores:
-    """Scores of one layer, for policies that differ only in what follows the score.
-
-    Attributes:
-        free: (class and options, budgets or None for a score that does not depend on them) -> score.
-        bound: classes and options whose scores depend on the budget.
-    """
-
-    free: dict[tuple[object, object], Tensor] = field(default_factory=dict)
-    bound: set[object] = field(default_factory=set)
-
-    def of(self, policy: Policy, obs: Observation) -> Tensor:
-        later = {"budget", "budget_by", "interval", "high_water", "refit"}
-        kind = (type(policy), *(getattr(policy, option.name) for option in fields(policy) if option.name not in later))
-        if kind not in self.bound:
-            try:
-                unread: dict[str, Any] = {"budget_B": _UnreadTensor(), "budgets": _UnreadTuple()}
-                return self._once(policy, (kind, None), replace(obs, **unread))
-            except _BudgetRead:
-                self.bound.add(kind)
-        return self._once(policy, (kind, obs.budgets), obs)
-
-    def _once(self, policy: Policy, key: tuple[object, object], obs: Observation) -> Tensor:
-        if key not in self.free:
-            self.free[key] = policy.score(obs)
-        return self.free[key]
-
-
-def _sharing(policy: Policy, scores: _Scores) -> Policy:
-    """The same policy, which asks `scores` first."""
-    kind = type(policy.name, (type(policy),), {"score": lambda _, obs: scores.of(policy, obs)})
-    return kind(**{option.name: getattr(policy, option.name) for option in fields(policy)})
+    cache: KVCache
+    evictor: Evictor
+    policy: Policy
+    reading: Reading
 
 
 @torch.no_grad()
 def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
-    """Run one prompt through the model and let every row of every session keep its share of it: once for each probe."""
-    rows = [row for group in groups for row in group.rows]
-    by_reading: dict[Reading, list[tuple[KVCache, Evictor]]] = {}
-    for cache, evictor in rows:
-        by_reading.setdefault(evictor.reading(ids, lm.engine.phrases), []).append((cache, evictor))
-    for reading, some in by_reading.items():
-        x_1E = _prefill_rows(lm, some, ids, reading, pattern)
+    """Run one prompt through the model and let every row of every session keep its share of it: once for all probes, unless two
+    of them draft differently."""
+    passes: list[tuple[Reading, list[_Reader]]] = []
+    for group in groups:
+        for cache, evictor in group.rows:
+            reading = evictor.reading(ids, lm.engine.phrases)
+            row = _Reader(cache, evictor, evictor.policy, reading)
+            for index, (others, rows) in enumerate(passes):
+                if (merged := others.merged(reading)) is not None:
+                    passes[index] = merged, [*rows, row]
+                    break
+            else:
+                passes.append((reading, [row]))
+    for reading, rows in passes:
+        x_1E = _prefill_rows(lm, rows, ids, reading, pattern)
     logits_1V = lm.model.head(x_1E)
     for group in groups:
         group.session.cache.refresh()
@@ -303,26 +275,26 @@ def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern:
 
 
 def _prefill_rows(
-    lm: LM, rows: Sequence[tuple[KVCache, Evictor]], ids: Sequence[int], reading: Reading, pattern: Pattern | None
+    lm: LM, rows: Sequence[_Reader], ids: Sequence[int], reading: Reading, pattern: Pattern | None
 ) -> Tensor:
-    policies = [evictor.policy for _, evictor in rows]
-    scores = _Scores()
-    for _, evictor in rows:
-        evictor.policy = _sharing(evictor.policy, scores)
-    last = max(
-        max(policy.observed_prompt, cache.ring_size, 1) for policy, (cache, _) in zip(policies, rows, strict=True)
-    )
-    slots = any(policy.slot_positions for policy in policies)
-    normed = any("normed" in policy.needs for policy in policies)
+    scores = Scores()
+    for row in rows:
+        row.evictor.policy = sharing(row.policy, scores)
+    later = [row for row in rows if row.reading.drafts]
+    held = Reading()  # what rows that wait for drafts need of a layer until then
+    for row in later:
+        both = held.merged(replace(row.reading, drafts=0))
+        assert both is not None, "they share a reading"
+        held = both
     masses: dict[str, Tensor | None] = {}
 
     def watch(index: int) -> Watch | None:
         """Accumulated attention is the same for all policies that want it, per KV head or per query head."""
         masses.clear()
         watches = []
-        for policy, (_, evictor) in zip(policies, rows, strict=True):
-            if "mass" in policy.needs and policy.granularity not in masses:
-                callback, masses[policy.granularity] = evictor.watch_prompt(index, len(ids))
+        for row in rows:
+            if "mass" in row.policy.needs and row.policy.granularity not in masses:
+                callback, masses[row.policy.granularity] = row.evictor.watch_prompt(index, len(ids))
                 watches.append(callback)
 
         def watch_all(*what: Any) -> None:
@@ -332,26 +304,47 @@ def _prefill_rows(
 
         return watch_all if watches else None
 
+    def store_some(some: Sequence[_Reader], index: int, layer: Layer, seen_in: Reading) -> None:
+        scores.clear()
+        for row in some:
+            mass_XL = masses[row.policy.granularity] if "mass" in row.policy.needs else None
+            raw_KLD = layer.raw_KLD if row.policy.slot_positions else None
+            one = layer._replace(raw_KLD=raw_KLD, seen=seen_in.part(layer.seen, row.reading))
+            row.evictor.store_prompt(row.cache, index, one, mass_XL)
+
+    def store_early(index: int, layer: Layer) -> Layer:
+        """Those that need no drafts; what is left for the others, of whom all layers are alive at once."""
+        store_some([row for row in rows if not row.reading.drafts], index, layer, reading)
+        last = _last(later)
+        q_HWD, sizes_SW = layer.q_HWD[:, -last:].clone(), None if layer.sizes_SW is None else layer.sizes_SW[:, -last:]
+        raw_KLD = layer.raw_KLD if any(row.policy.slot_positions for row in later) else None
+        return layer._replace(q_HWD=q_HWD, raw_KLD=raw_KLD, sizes_SW=sizes_SW, seen=reading.part(layer.seen, held))
+
     def store(index: int, layer: Layer) -> None:
-        scores.free.clear()
-        for policy, (cache, evictor) in zip(policies, rows, strict=True):
-            mass_XL = masses[policy.granularity] if "mass" in policy.needs else None
-            one = layer if policy.slot_positions else layer._replace(raw_KLD=None)
-            evictor.store_prompt(cache, index, one, mass_XL)
+        if later:
+            store_some(later, index, layer, replace(held, drafts=reading.drafts))
+        else:
+            store_some(rows, index, layer, reading)
 
     x_1E = read_layers(
         lm.model,
         ids,
         reading,
-        last,
+        _last(rows),
         store,
         watch=watch,
-        raw=slots,
-        normed=normed,
+        raw=any(row.policy.slot_positions for row in rows),
+        normed=any("normed" in row.policy.needs for row in rows),
         pattern=pattern,
         attend=lm.engine.attend,
+        early=store_early,
     )
-    for (cache, evictor), policy in zip(rows, policies, strict=True):
-        evictor.prompt_done(cache, len(ids))
-        evictor.policy = policy
+    for row in rows:
+        row.evictor.prompt_done(row.cache, len(ids))
+        row.evictor.policy = row.policy
     return x_1E
+
+
+def _last(rows: Sequence[_Reader]) -> int:
+    """How many of a prompt's last queries some rows look at, or remember."""
+    return max(max(row.policy.observed_prompt, row.cache.ring_size, 1) for row in rows)

@@ -151,10 +151,10 @@ class ReSTKV(Policy):
     def importance(self, obs: Observation) -> Tensor:
         """Smoothed output change: [B, H, C], or [B, K, C] for gqa="joint"."""
         if self.pooling == "none":
-            return self._output_change(obs)
+            return self._shared_change(obs)
         order_BHC = obs.order
-        drift = _Drift(obs, order_BHC, *self._past_budget(obs), self.drift) if self.pooling == "adaptive" else None
-        score_BXC = self._output_change(obs, drift)
+        drift = self._drift_of(obs, order_BHC) if self.pooling == "adaptive" else None
+        score_BXC = self._shared_change(obs) if obs.memo is not None else self._output_change(obs, drift)
         step = obs.q.shape[1] // score_BXC.shape[1]  # one line of entries per scored head
         pool: Callable[[Tensor, Tensor], Tensor]
         if drift is not None:
@@ -165,6 +165,29 @@ class ReSTKV(Policy):
             fixed = pooling.average if self.pooling == "avg" else pooling.maximum
             pool = lambda line_BXC, _: fixed(line_BXC, self.kernel_size)  # noqa: E731
         return pooling.over_past(pool, score_BXC, obs.past[:, ::step], order_BHC[:, ::step])
+
+    def _drift_of(self, obs: Observation, order_BHC: Tensor) -> _Drift:
+        """Empty, to be made of the same logits as the change; but where policies share these, whole and shared too."""
+        kept_B, most = self._past_budget(obs)
+        if obs.memo is None:
+            return _Drift(obs, order_BHC, kept_B, most, self.drift)
+
+        def make() -> _Drift:
+            drift = _Drift(obs, order_BHC, kept_B, most, self.drift)
+            for rows in obs.rows():
+                drift.add(rows)
+            return drift
+
+        return make() if kept_B is not None else obs.once(("drift", self.drift, most), make)
+
+    def _shared_change(self, obs: Observation) -> Tensor:
+        """_output_change, which depends on no budget: once for all policies that share the observation."""
+        if obs.memo is None:
+            return self._output_change(obs)
+        names = ("alpha", "tau", "aggregate", "output_weight", "reduction", "relative", "normalize")
+        code = type(self)._output_change, type(self)._change, type(self)._joint_change  # a subclass may have its own
+        key = "change", self.gqa == "joint", *code, *(getattr(self, name) for name in names)
+        return obs.once(key, lambda: self._output_change(obs))
 
     def _output_change(self, obs: Observation, drift: _Drift | None = None) -> Tensor:
         """Equation 7 for every entry, combined over the observed queries: [B, H, C] or [B, K, C].
@@ -353,7 +376,12 @@ class _Drift:
             self._count_BHW[where] = counts_BHWC.to(exact).sum(-1).long()
             return
         ranked = self._kept_B is not None  # else all that are found count, in whatever order
-        column_BHWT = logits_BHWC.topk(self._max_count).indices if ranked else largest(logits_BHWC, self._max_count)
+        if ranked:
+            column_BHWT = logits_BHWC.topk(self._max_count).indices
+        elif self._past_BHC is None:
+            column_BHWT = rows.largest_BHWT(self._max_count)
+        else:
+            column_BHWT = largest(logits_BHWC, self._max_count)
         counts_BHWT = logits_BHWC.gather(-1, column_BHWT) > -torch.inf
         if self._kept_B is not None:
             rank_T = torch.arange(self._max_count, device=logits_BHWC.device)

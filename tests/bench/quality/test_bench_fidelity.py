@@ -11,19 +11,30 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import restkv
-from bench.quality.fidelity import FidelityPlan, Questions, compare, layer_errors
+from bench.quality.distance import Judged, Told, read
+from bench.quality.fidelity import FidelityPlan, Questions, errors_by_layer
 from bench.quality.kept import kept_masks
 from bench.quality.oracle import Oracle, elimination_order
-from bench.quality.outputs import attention_output, full_pass, observation, relative_error
+from bench.quality.outputs import (
+    LayerTrace,
+    attention_output,
+    full_pass,
+    observation,
+    relative_error,
+    tail_error,
+    tail_errors,
+)
 from bench.quality.tasks import Frame, make_sample
 from bench.report.kinds import progress
 from bench.runs.folder import SAMPLES, read_manifest, read_rows
 from bench.runs.methods import parse_methods
 from bench.runs.run import run
-from bench.runs.together import prefill_together
+from bench.runs.together import Together, prefill_together
 from make.small import small_ids, small_model
 from restkv.cli import main
 from restkv.cli.options import RECALL
@@ -59,9 +70,21 @@ def text() -> str:
 
 
 def session_of(lm: LM, policy: Policy, ids: Sequence[int]) -> Session:
-    session = Session(lm.engine, policy, [len(ids)], TAIL)
+    session = Session(lm.engine, policy, [len(ids)], TAIL + 1, extends=True)
     prefill_together(lm, [session], ids)
     return session
+
+
+def layer_errors(lm: LM, session: Session, layers: Sequence[LayerTrace], context: int) -> list[float] | None:
+    return errors_by_layer(lm, [Together(session, [session.policy], [session.evictor], [0])], layers, context)[0]
+
+
+def compare(session: Session, tail: Sequence[int], full_TV: Tensor) -> dict[str, float]:
+    told = Told(torch.tensor(tail[1:]))
+    told.see(0, full_TV.double().log_softmax(-1))
+    judged = Judged(told)
+    read(session, tail[:1], tail[1:], [judged])
+    return judged.measures()
 
 
 def slow_outputs(lm: LM, obs: Observation, keep_HC: Tensor) -> Tensor:
@@ -90,7 +113,7 @@ def test_the_full_cache_is_itself(lm: LM) -> None:
     logits, layers = full_pass(lm, ids[:-1], TAIL)
     session = session_of(lm, FullCache(), ids[:CONTEXT])
     assert layer_errors(lm, session, layers, CONTEXT) == [0.0, 0.0]
-    compared = compare(lm, session, ids[CONTEXT:], logits)
+    compared = compare(session, ids[CONTEXT:], logits)
     assert compared["kl"] == pytest.approx(0, abs=1e-9) and compared["top1"] == 1
     assert compared["nll"] == pytest.approx(compared["full_nll"], abs=1e-5)
 
@@ -104,7 +127,7 @@ def test_divergences_are_those_of_the_distributions_as_they_are(one: LM) -> None
     ids = small_ids(CONTEXT + TAIL + 1, seed=1)
     policy = restkv.SnapKV(budget=12, window=4)
     logits, _ = full_pass(one, ids[:-1], TAIL)
-    compared = compare(one, session_of(one, policy, ids[:CONTEXT]), ids[CONTEXT:], logits)
+    compared = compare(session_of(one, policy, ids[:CONTEXT]), ids[CONTEXT:], logits)
     lone = Session(one.engine, policy, [CONTEXT], TAIL)
     lone.prefill([ids[:CONTEXT]])
     kl, same, nll, full_nll = 0.0, 0, 0.0, 0.0
@@ -144,6 +167,21 @@ def test_layer_errors_are_those_of_deleting_what_was_evicted(lm: LM, granularity
         torch.testing.assert_close(attention_output(lm, obs), full)
 
 
+@settings(max_examples=20)
+@given(
+    st.sampled_from(list(MODELS.values())), st.sampled_from(("kv", "query")), st.integers(1, 4), st.integers(0, 1000)
+)
+def test_errors_of_many_sets_are_those_of_each(traits: dict[str, Any], granularity: str, sets: int, seed: int) -> None:
+    lm, ids = LM(small_model(seed, **traits), None), small_ids(CONTEXT + TAIL, seed)
+    _, layers = full_pass(lm, ids, TAIL)
+    torch.manual_seed(seed)
+    heads = lm.config.num_heads if granularity == "query" else 1
+    keeps = [(torch.rand(heads, CONTEXT) < share / sets).expand(lm.config.num_heads, -1) for share in range(sets + 1)]
+    for index, trace in enumerate(layers):
+        obs = observation(lm, index, trace, len(ids))
+        assert tail_errors(lm, obs, keeps) == pytest.approx([tail_error(lm, obs, keep) for keep in keeps], rel=1e-9)
+
+
 def test_an_observation_of_an_earlier_place_has_its_queries_and_no_later_column(one: LM) -> None:
     ids = small_ids(CONTEXT + TAIL)
     _, layers = full_pass(one, ids, len(ids))
@@ -159,7 +197,7 @@ def test_renumbered_positions_have_no_layer_error(one: LM) -> None:
     _, layers = full_pass(one, ids, len(ids))
     session = session_of(one, restkv.StreamingLLM(budget=9), ids[:CONTEXT])
     assert layer_errors(one, session, layers, CONTEXT) is None
-    assert set(Oracle(one, layers, CONTEXT).gap(session).values()) == {None}
+    assert set(Oracle(one, layers, CONTEXT).gap(session, session.policy).values()) == {None}
 
 
 # -- the oracle
@@ -229,7 +267,7 @@ def test_the_oracle_is_at_least_as_good_as_any_policy_on_what_it_is_judged_by(on
     )
     for policy in policies:
         session = session_of(one, policy, ids[:CONTEXT])
-        gap = oracle.gap(session)
+        gap = oracle.gap(session, policy)
         for layer, keep_HP in enumerate(kept_masks(session, CONTEXT)):
             assert gap["future_error"][layer] < gap["error"][layer]
             assert gap["future_error"][layer] <= gap["window_error"][layer]
@@ -255,7 +293,7 @@ def test_an_oracle_keeps_as_many_entries_of_every_head_as_the_policy(one: LM) ->
 def test_a_run_on_a_text_and_its_continuation(text: str, tmp_path: Path) -> None:
     lm = restkv.load(RECALL)
     methods = tuple(parse_methods("restkv,streamingllm,snapkv:granularity=query"))
-    plan = FidelityPlan(text, methods, (16, 0.25), context=80, tail=8, windows=2, oracle=1, oracle_context=40)
+    plan = FidelityPlan(text, methods, (16, 0.25), 80, 8, windows=2, oracle=1, oracle_context=40, layer_errors=True)
     run(lm, plan, tmp_path / "whole")
     rows = read_rows(tmp_path / "whole")
     assert len(rows) == 2 * (1 + 3 * 2) + 3 * 2
@@ -337,7 +375,7 @@ def test_the_command_on_another_checkpoint(
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 9)
-    sizes = "--context 96 --tail 8 --windows 2 --oracle 1 --oracle-context 40".split()
+    sizes = "--context 96 --tail 8 --windows 2 --oracle 1 --oracle-context 40 --layer-errors".split()
     command = ["bench", "fidelity", str(stories260k), "--text", str(file), *sizes, "--out", str(tmp_path / "run")]
     assert main([*command, "--methods", "restkv,h2o", "--budgets", "16,0.5"]) == 0
     shown = capsys.readouterr().out

@@ -25,11 +25,9 @@ from bench.runs.folder import SAMPLES, RunError, digest, read_manifest, read_row
 from bench.runs.methods import Method, equal_bytes, parse_methods
 from bench.runs.plans import cells_of
 from bench.runs.run import run
+from bench.runs.sharing import BudgetRead, UnreadTensor, UnreadTuple
 from bench.runs.together import (
     Held,
-    _BudgetRead,
-    _UnreadTensor,
-    _UnreadTuple,
     answer_together,
     kept_mean,
     prefill_all,
@@ -83,11 +81,11 @@ def plan(**changes: Any) -> Plan:
 )
 def test_no_look_at_a_budget_goes_unseen(look):
     """A score that asks for its budget is not shared with other budgets'."""
-    with pytest.raises(_BudgetRead):
-        look(_UnreadTuple())
+    with pytest.raises(BudgetRead):
+        look(UnreadTuple())
     for read in (int, lambda budget: budget - 1, lambda budget: budget.tolist()):
-        with pytest.raises(_BudgetRead):
-            read(_UnreadTensor())
+        with pytest.raises(BudgetRead):
+            read(UnreadTensor())
 
 
 def test_a_shared_prefill_leaves_what_each_policy_alone_would_have(lm: restkv.LM, ids: list[int]) -> None:

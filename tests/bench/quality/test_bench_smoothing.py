@@ -20,7 +20,7 @@ import restkv
 from bench.quality.anli import AnliPlan
 from bench.quality.corpus import Document
 from bench.quality.perplexity import PerplexityPlan, Protocol
-from bench.quality.smoothing import ARMS, SmoothingPlan
+from bench.quality.smoothing import ARMS, PROBED, SmoothingPlan, arms, by_probe
 from bench.report.kinds import parts, progress
 from bench.report.page import markdown, write_report
 from bench.report.tables import Table
@@ -130,6 +130,8 @@ def test_rows_of_anli_say_what_was_asked_and_answered(lm: restkv.LM, anli: Path,
     for row in rows:
         assert row["task"] in ("R1", "R3") and row["name"] == f"test-{row['task'][1]}-0" and row["label"] == 2
         assert row["choice"] == max(range(3), key=lambda i: row["logprobs"][i])
+        shares = [math.exp(value) for value in row["logprobs"]]
+        assert row["likelihood"] == pytest.approx(shares[2] / sum(shares), abs=1e-6)
         assert row["score"] == (row["choice"] == 2)
     full = {row["question"]: row for row in rows if row["method"] == "full" and row["task"] == "R1"}
     assert full["aware"]["logprobs"] == pytest.approx(full["agnostic"]["logprobs"], abs=1e-4)
@@ -238,6 +240,52 @@ def test_the_arms_are_rest_kv_without_its_parts_and_its_rivals() -> None:
     }  # fmt: skip
 
 
+def test_arms_under_other_probes_than_the_window() -> None:
+    labels = [method.label for method in arms(None, ("window", "draft:8"))]
+    assert labels[: len(ARMS.split(",")) + 1] == ["full", *ARMS.split(",")]
+    assert {*labels[len(ARMS.split(",")) + 1 :]} == {f"{label}:probe=draft:8" for label in PROBED}
+    assert {*ARMS.split(",")} > PROBED
+    mine = arms("snapkv,h2o,restkv@replay,restkv:probe=prompt", ("replay", "window"))
+    assert [method.label for method in mine] == [
+        "full", "snapkv:probe=replay", "h2o", "restkv@replay", "restkv:probe=prompt", "snapkv"
+    ]  # fmt: skip
+    assert by_probe(mine, 64) == {
+        "replay": ["snapkv:probe=replay", "h2o", "restkv@replay"],
+        "prompt": ["restkv:probe=prompt", "h2o"],
+        "window": ["snapkv", "h2o"],
+    }
+    assert by_probe(arms("h2o,tova", ("window",)), 64) == {"window": ["h2o", "tova"]}
+    with pytest.raises(PolicyError, match="probe 'dreaming': 'dreaming' is unknown"):
+        arms(None, ("window", "dreaming"))
+
+
+def test_a_run_under_two_probes_compares_within_each(lm: restkv.LM, tmp_path: Path) -> None:
+    plan = smoothing_plan(methods=arms("restkv,snapkv,h2o", ("window", "replay")), question="agnostic")
+    run(lm, plan, tmp_path)
+    arguments, rows = read_manifest(tmp_path)["arguments"], read_rows(tmp_path)
+    assert arguments["arms"] == {
+        "window": ["restkv", "snapkv", "h2o"],
+        "replay": ["restkv:probe=replay", "snapkv:probe=replay", "h2o"],
+    }
+    shown = [part for part in parts("smoothing", arguments, rows) if isinstance(part, Table)]
+    assert "restkv, restkv:probe=replay" in shown[0].caption
+    measures = ("perplexity", "accuracy, query-agnostic", "likelihood of the right answer, query-agnostic")
+    assert [line[:3] for line in shown[0].lines] == [
+        [measure, probe, other]
+        for measure in measures
+        for probe, (_, *others) in arguments["arms"].items()
+        for other in others
+    ]
+    caption = "restkv:probe=replay minus the others, likelihood of the right answer, query-agnostic"
+    (table,) = [one for one in shown if one.caption.startswith(caption)]
+    share = {(row["method"], row["asked"], row["task"]): row["likelihood"] for row in rows if "likelihood" in row}
+    tasks = arguments["tasks"]
+    for line in table.lines:
+        for rate, cell in zip((4.0, 8.0), line[1:], strict=True):
+            ours, theirs = ([share[one, rate, task] for task in tasks] for one in ("restkv:probe=replay", line[0]))
+            assert float(cell.split(" [")[0]) == pytest.approx((sum(ours) - sum(theirs)) / len(tasks), abs=6e-4)
+
+
 def test_what_a_method_cannot_work_with_is_left_out_and_said_to_be(lm: restkv.LM, tmp_path: Path) -> None:
     plan = smoothing_plan(methods=tuple(parse_methods("streamingllm")), compression=(8.0, 64.0), question="aware")
     with pytest.warns(RestKVWarning, match="left out: streamingllm at 64x"):
@@ -281,6 +329,7 @@ def test_the_commands_print_tables_and_one_line_for_an_error(
     assert main(["bench", "report", "--markdown", str(tmp_path / "s")]) == 0
     assert "Does smoothing pay?" in capsys.readouterr().out
     for wrong in (
+        ["smoothing", "--probes", "dreaming"],
         ["perplexity", "--protocol", "gliding"],
         ["smoothing", "--shots", "3"],
         ["anli", "--data", str(tmp_path / "nowhere")],

@@ -63,6 +63,23 @@ def test_one_pass_is_the_full_cache_token_by_token(lm, context, continuation, se
     assert fast.greedy == slow.greedy
 
 
+@settings(max_examples=20)
+@given(
+    st.sampled_from(LMS),
+    st.sampled_from(POLICIES),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4)), min_size=1, max_size=4),
+    st.integers(0, 1000),
+)
+def test_answers_of_one_token_are_scored_as_on_forks(lm, policy, shape, seed):
+    contexts = [small_ids(length, seed + row) for row, (length, _) in enumerate(shape)]
+    choices = [[small_ids(1, seed + 7 * row + place) for place in range(count)] for row, (_, count) in enumerate(shape)]
+    at_once = score_rows(lm, policy, contexts, choices)
+    on_forks = score_rows(lm, policy, contexts, choices, tally=Tally())
+    for mine, theirs in zip(at_once, on_forks, strict=True):
+        assert [one.logprob for one in mine] == pytest.approx([one.logprob for one in theirs], abs=1e-6)
+        assert [one.greedy for one in mine] == [one.greedy for one in theirs]
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_greedy_is_what_generation_says(policy):
     lm, context = LMS[0], small_ids(30, 3)
