@@ -321,7 +321,9 @@ def strongest_attention(obs: Observation, weight_BW: Tensor | None = None) -> Te
     for rows in obs.rows():
         a_BHWC = rows.attention_BHWC()
         if weight_BW is not None:
-            a_BHWC.mul_(weight_BW[:, None, rows.queries, None])
+            a_BHWC = (
+                a_BHWC * weight_BW[:, None, rows.queries, None]
+            )  # rows may be shared (memo): nothing is changed in place
         most_BHC[:, rows.heads] = torch.maximum(most_BHC[:, rows.heads], a_BHWC.amax(2))
     return most_BHC
 
