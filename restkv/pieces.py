@@ -48,7 +48,9 @@ class Pieces:
         """function(*arguments), compiled if that can be."""
         if self.possible:
             try:
-                return self._made.setdefault(function, compiled(function))(*arguments)
+                if function not in self._made:
+                    self._made[function] = compiled(function)
+                return self._made[function](*arguments)
             except CompileError as error:  # too many shapes are one, too
                 self.possible = False
                 warnings.warn(f"{error}. Prompts are scored eagerly from now on", RestKVWarning, stacklevel=3)
