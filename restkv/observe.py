@@ -325,6 +325,7 @@ def strongest_attention(obs: Observation, weight_BW: Tensor | None = None) -> Te
                 a_BHWC * weight_BW[:, None, rows.queries, None]
             )  # rows may be shared (memo): nothing is changed in place
         most_BHC[:, rows.heads] = torch.maximum(most_BHC[:, rows.heads], a_BHWC.amax(2))
+        del a_BHWC  # not alive beside the next piece
     return most_BHC
 
 

@@ -96,9 +96,9 @@ def references(kind: str, obs: Observation, seen: Sequence[Seen], probe: str) ->
         lse_Hm[where], out_HmD[where] = lse_KGm.flatten(0, 1), o_KGmD.flatten(0, 1)
         share_KGm = (lse_KGm - all_KGm).exp().masked_fill(blind_KGm, 0)
         weight_Hm[where] = share_KGm.sqrt().flatten(0, 1)
-    at = replace(
-        view, k=obs.k[:, :, :0], v=obs.v[:, :, :0], pos=obs.pos[:, :, :0]
-    )  # a view of one would keep all alive
+        del logits_KGmC, a_KGmC, late_K1mC  # not alive beside the next piece
+    # Parts of the entries, empty ones too, would keep all of them alive until the last layer has been read.
+    at = replace(view, k=obs.k.new_empty(0), v=obs.v.new_empty(0), pos=obs.pos.new_empty(0))
     return References(kind, at, stop_m, lse_Hm, out_HmD, weight_Hm)
 
 
