@@ -190,7 +190,7 @@ def longer() -> list[tuple[str, str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "granularity", "budget"), longer())
 def test_every_law_for_longer(variant: str, granularity: str, budget: str) -> None:
-    check_policy(make(variant, granularity, **BUDGETS[budget]), examples=many(60), sessions=many(15), seed=1)
+    check_policy(make(variant, granularity, **BUDGETS[budget]), examples=many(60, 10), sessions=many(15, 7), seed=1)
 
 
 @pytest.mark.parametrize("variant", [*(name for name in POLICIES if name != "full"), "restkv joint", "caote joint"])

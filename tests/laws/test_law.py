@@ -37,7 +37,7 @@ from restkv.testing.watch import snapshot
 from twins.masking import Ranked
 
 # Examples of each of the 6 tests: 240 on every run, 3,750 in the slow one; 120 and 750 under CI, which runs both.
-FEW, MANY = many(40, 2), many(625)
+FEW, MANY = many(40, 2), many(625, 10)
 
 
 @dataclass(frozen=True)
