@@ -146,10 +146,9 @@ class Observation:
         """All logits, piece by piece, in whole rows: as many KV heads at once as are affordable, or of one head some queries."""
         if self.memo is None:
             return self._rows()
+        # The tensors are kept with their rows, so that nothing else gets their ids.
         key = "rows", id(self.q), id(self.k), self.gap
-        *_, pieces = self.once(
-            key, lambda: (self.q, self.k, [KeptRows(*one) for one in self._rows()])
-        )  # which keeps the ids
+        *_, pieces = self.once(key, lambda: (self.q, self.k, [KeptRows(*one) for one in self._rows()]))
         return iter(pieces)
 
     def _rows(self) -> Iterator[Rows]:
@@ -321,9 +320,8 @@ def strongest_attention(obs: Observation, weight_BW: Tensor | None = None) -> Te
     for rows in obs.rows():
         a_BHWC = rows.attention_BHWC()
         if weight_BW is not None:
-            a_BHWC = (
-                a_BHWC * weight_BW[:, None, rows.queries, None]
-            )  # rows may be shared (memo): nothing is changed in place
+            # A product of its own: rows may be shared (memo), and nothing of theirs is written to.
+            a_BHWC = a_BHWC * weight_BW[:, None, rows.queries, None]
         most_BHC[:, rows.heads] = torch.maximum(most_BHC[:, rows.heads], a_BHWC.amax(2))
         del a_BHWC  # not alive beside the next piece
     return most_BHC

@@ -113,16 +113,16 @@ def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:
 
 def _own_lse(obs: Observation, part: Seen, q_HmD: Tensor, pos_m: Tensor) -> Tensor:
     """[H, m]: log-sum-exp of the queries' logits over the entries that were read with them; -inf where there are none."""
-    nothing_Hm = torch.full(q_HmD.shape[:2], -torch.inf, dtype=obs.dtype, device=q_HmD.device)
+    lse_Hm = torch.full(q_HmD.shape[:2], -torch.inf, dtype=obs.dtype, device=q_HmD.device)
     if part.k_KTD is None or part.v_KTD is None or not len(pos_m):
-        return nothing_Hm
+        return lse_Hm
     length = obs.pos.shape[-1]
     own_KT = torch.arange(length, length + part.k_KTD.shape[1], device=pos_m.device).expand(len(part.k_KTD), -1)
     k, v, pos = part.k_KTD[None], part.v_KTD[None], own_KT[None]
     view = replace(obs, q=q_HmD[None], q_pos=pos_m[None], k=k, v=v, pos=pos, keep=None)
     for rows in view.rows():
-        nothing_Hm[rows.heads, rows.queries] = rows.logits_BHWC[0].logsumexp(-1)
-    return nothing_Hm
+        lse_Hm[rows.heads, rows.queries] = rows.logits_BHWC[0].logsumexp(-1)
+    return lse_Hm
 
 
 def refit(

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 SPINS = "5000"
 RECALL = Path(__file__).parents[1] / "assets" / "recall-mini"
 DEEPEST = 50  # lists and objects within each other in a value of the command line
-DEFAULT_BUDGET = (
-    1024  # for methods that need a budget when none is given, as in LM.generate (restkv.policies imports torch)
-)
+# For methods that need a budget when none is given: restkv.policies has the same number, but imports torch.
+DEFAULT_BUDGET = 1024
 
 
 def parse_budget(text: str) -> int | float | tuple[int, ...]:
@@ -330,7 +329,7 @@ def make_policy(method: str | None, preset: str | None, options: dict[str, Any],
     """
     from restkv.policies import Policy, default_policy, get_policy, policy_class
 
-    own = set(options) - {field.name for field in fields(Policy)} - {"budget_by"}
+    own = set(options) - {field.name for field in fields(Policy)}
     unnamed, method = method is None and preset is None and not own, method or "restkv"
     if "preset" in options:
         raise PolicyError(f"{method}: option 'preset' is unknown; a preset is named by --preset, or with the method")
