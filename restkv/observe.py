@@ -142,30 +142,42 @@ class Observation:
             self.memo[key] = make()
         return self.memo[key]
 
-    def rows(self) -> Iterator[Rows]:
-        """All logits, piece by piece, in whole rows: as many KV heads at once as are affordable, or of one head some queries."""
+    def rows(self, seen: bool = False) -> Iterator[Rows]:
+        """All logits, piece by piece, in whole rows: as many KV heads at once as are affordable, or of one head some queries.
+
+        Args:
+            seen: leave out the last columns, as far as none of a piece's queries sees them. Smaller pieces then: whoever looks at
+                thousands of queries goes over each many times.
+        """
         if self.memo is None:
-            return self._rows()
+            return self._rows(seen)
         # The tensors are kept with their rows, so that nothing else gets their ids.
-        key = "rows", id(self.q), id(self.k), self.gap
-        *_, pieces = self.once(key, lambda: (self.q, self.k, [KeptRows(*one) for one in self._rows()]))
+        key = "rows", id(self.q), id(self.k), self.gap, seen
+        *_, pieces = self.once(key, lambda: (self.q, self.k, [KeptRows(*one) for one in self._rows(seen)]))
         return iter(pieces)
 
-    def _rows(self) -> Iterator[Rows]:
+    def _rows(self, seen: bool) -> Iterator[Rows]:
         B, _, W, _ = self.q.shape
         K, C = self.k.shape[1:3]
-        affordable = chunk_elements(self.k.device) // (B * self.group * C)  # KV heads times queries
+        elements = chunk_elements(self.k.device)
+        if seen and self.k.device.type == "cpu":
+            elements = max(1, elements // 4)
+        affordable = elements // (B * self.group * C)  # KV heads times queries
         heads, queries = max(1, min(K, affordable // W)), max(1, min(W, affordable))
         for head in range(0, K, heads):
             for query in range(0, W, queries):
                 head_slice, query_slice = slice(head, min(head + heads, K)), slice(query, min(query + queries, W))
                 grouped = slice(head_slice.start * self.group, head_slice.stop * self.group)
+                reach = self._reach(query_slice)
+                columns = slice(0, reach.stop if seen else C)
+                near_from = min(reach.near, columns.stop)
                 yield Rows(
                     grouped,
                     query_slice,
-                    self.logits(heads=head_slice, queries=query_slice),
-                    self._seen_by_all > 0,
-                    self.near(queries=query_slice, heads=head_slice),
+                    self.logits(columns, query_slice, head_slice),
+                    reach.all > 0,
+                    self.near(slice(near_from, columns.stop), query_slice, head_slice),
+                    near_from,
                 )
 
     def near(
@@ -195,7 +207,7 @@ class Observation:
             logits_BKGWC = self.softcap * torch.tanh(logits_BKGWC / self.softcap)
         if self.bias is not None:
             logits_BKGWC = logits_BKGWC + self.bias[:, heads, None, None, columns]
-        start = min(max(0, self._seen_by_all - (columns.start or 0)), logits_BKGWC.shape[-1])
+        start = min(max(0, self._reach(queries).all - (columns.start or 0)), logits_BKGWC.shape[-1])
         later_BKGWC, columns = logits_BKGWC[..., start:], slice((columns.start or 0) + start, columns.stop)
         pos_BK11C = self.pos[:, heads, None, None, columns]
         q_pos_B11W1 = self.q_pos[:, None, None, queries, None]
@@ -207,17 +219,18 @@ class Observation:
         later_BKGWC.masked_fill_(~visible, -torch.inf)
         return logits_BKGWC.flatten(1, 2)
 
-    @property
-    def _seen_by_all(self) -> int:
-        """Columns before this one hide nothing from any query, as far as a CPU can tell: those of a prompt before its window."""
+    def _reach(self, queries: slice) -> Reach:
+        """Of some queries, as far as a CPU can tell; asking another device would be waiting for it."""
+        C = self.pos.shape[-1]
         if self.pos.device.type != "cpu" or torch.compiler.is_compiling():
-            return 0  # asking would wait for the device
+            return Reach(0, 0, C)
+        q_pos_BW = self.q_pos[:, queries]
+        first_B11, last_B11 = q_pos_BW.amin(-1)[:, None, None], q_pos_BW.amax(-1)[:, None, None]
+        later = _first(self.pos > last_B11, every=True)
+        near = _first(self.pos >= first_B11 - self.gap, every=False) if self.gap else C
         if self.sliding_window is not None or self.keep is not None:
-            return 0
-        hidden_C = (
-            ((self.pos < 0) | (self.pos > self.q_pos.amin(-1)[:, None, None])).flatten(0, 1).any(0).numpy()
-        )  # no sync: a CPU
-        return int(hidden_C.argmax()) if hidden_C.any() else len(hidden_C)
+            return Reach(0, near, later)
+        return Reach(_first((self.pos < 0) | (self.pos > first_B11), every=False), near, later)
 
     def attention(self, lse_BHW: Tensor, columns: slice | None = None) -> Tensor:
         """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns, less those of `near`, which are 0."""
@@ -237,14 +250,29 @@ class Look(NamedTuple):
     at: Tensor | None = None
 
 
+class Reach(NamedTuple):
+    """Columns of some queries.
+
+    Attributes:
+        all: none of those before it is hidden from any of them.
+        near: none of those before it is near any of them (Observation.near).
+        stop: none of them sees it or any later one; at least 1.
+    """
+
+    all: int
+    near: int
+    stop: int
+
+
 class Rows(NamedTuple):
-    """Attention logits of some query heads and some queries over all columns."""
+    """Attention logits of some query heads and some queries over all columns, or the first ones."""
 
     heads: slice
     queries: slice
     logits_BHWC: Tensor
     all_see: bool = False  # every query sees something; the softmax of one that sees nothing is NaN
-    near_BHWC: Tensor | None = None  # see Observation.near
+    near_BHWN: Tensor | None = None  # see Observation.near: of the columns from near_from on
+    near_from: int = 0
 
     def normalizer_BHW(self) -> Tensor:
         """Log-sum-exp of every row; 0 for a query that sees nothing, so that its weights are 0."""
@@ -268,10 +296,20 @@ class Rows(NamedTuple):
         """Columns of the `count` largest logits of every query, in any order."""
         return largest(self.logits_BHWC, count)
 
+    def own_weights_BHWC(self) -> Tensor:
+        """The same, which the caller may write to."""
+        return self.weights_BHWC()
+
     def attention_BHWC(self) -> Tensor:
-        """The same, 0 where a query does not count (Observation.gap)."""
-        a_BHWC = self.weights_BHWC()
-        return a_BHWC if self.near_BHWC is None else a_BHWC.masked_fill(self.near_BHWC, 0)
+        """The same, 0 where a query does not count (Observation.gap); not to be written to."""
+        return self.weights_BHWC() if self.near_BHWN is None else self.counting(self.own_weights_BHWC())
+
+    def counting(self, x_BHWC: Tensor) -> Tensor:
+        """What is of some of the first columns, with 0 in place of what does not count."""
+        if self.near_BHWN is not None and x_BHWC.shape[-1] > self.near_from:
+            tail_BHWn = x_BHWC[..., self.near_from :]
+            tail_BHWn.masked_fill_(self.near_BHWN[..., : tail_BHWn.shape[-1]], 0)
+        return x_BHWC
 
     def add_attention(self, total_BHC: Tensor, weight_BW: Tensor) -> None:
         """Add these queries' softmax weights, each times its own weight, to [B, H, C]."""
@@ -300,6 +338,10 @@ class KeptRows(Rows):
             self._weights_BHWC = super().weights_BHWC()
         return self._weights_BHWC
 
+    def own_weights_BHWC(self) -> Tensor:
+        """A copy of them."""
+        return self.weights_BHWC().clone()
+
 
 def attention_BHWC(obs: Observation) -> Tensor:
     """The observed queries' softmax weights over all columns at once, [B, H, W, C] in obs.dtype."""
@@ -317,12 +359,13 @@ def weighted_attention(obs: Observation, weight_BW: Tensor) -> Tensor:
 def strongest_attention(obs: Observation, weight_BW: Tensor | None = None) -> Tensor:
     """The most of a softmax weight that any observed query gives, times the query's own weight, [B, H, C] in obs.dtype."""
     most_BHC = nothing(obs)
-    for rows in obs.rows():
+    for rows in obs.rows(seen=True):
         a_BHWC = rows.attention_BHWC()
         if weight_BW is not None:
             # A product of its own: rows may be shared (memo), and nothing of theirs is written to.
             a_BHWC = a_BHWC * weight_BW[:, None, rows.queries, None]
-        most_BHC[:, rows.heads] = torch.maximum(most_BHC[:, rows.heads], a_BHWC.amax(2))
+        seen = slice(0, a_BHWC.shape[-1])
+        most_BHC[:, rows.heads, seen] = torch.maximum(most_BHC[:, rows.heads, seen], a_BHWC.amax(2))
         del a_BHWC  # not alive beside the next piece
     return most_BHC
 
@@ -355,6 +398,15 @@ def _triangle(w: Tensor) -> Tensor:
 
 def _oldest_first(pos_BXC: Tensor) -> Tensor:
     return pos_BXC.masked_fill(pos_BXC < 0, torch.iinfo(pos_BXC.dtype).max).argsort(dim=-1, stable=True)
+
+
+def _first(holds_BKC: Tensor, every: bool) -> int:
+    """With `every` the column from which on it holds for all, at least 1; else the first for which it holds for any; or C."""
+    if not every:
+        holds_C = holds_BKC.flatten(0, 1).any(0).numpy()  # no sync: a CPU
+        return int(holds_C.argmax()) if holds_C.any() else len(holds_C)
+    rests_C = ~holds_BKC.flatten(0, 1).all(0).numpy()  # nor is this
+    return max(1, len(rests_C) - int(rests_C[::-1].argmax())) if rests_C.any() else min(1, len(rests_C))
 
 
 def _lowest(x: Tensor) -> float:

@@ -207,7 +207,7 @@ class ReSTKV(Policy):
             if averaged:
                 rows.add_attention(a_BHC, weight_BW)
                 if obs.gap:
-                    rows._replace(near_BHWC=None).add_attention(whole_BHC, weight_BW)
+                    rows._replace(near_BHWN=None).add_attention(whole_BHC, weight_BW)
             else:
                 lse_BHW[:, rows.heads, rows.queries] = rows.normalizer_BHW()
                 top_BHW[:, rows.heads, rows.queries] = rows.logits_BHWC.argmax(-1)
