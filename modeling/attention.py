@@ -1,7 +1,7 @@
 """Attention: of a few new tokens over pages (flex compiled, or SDPA eager), and of a whole prompt over its own keys.
 
 Letters: B batch rows, H query heads, K KV heads, G = H / K, T new tokens, D head dim, R = B*K page lists, S slots of the pool,
-C columns (entries of one head).
+C columns (entries of one head), L tokens of a prompt, N columns of a text that goes on from it.
 
 The query group is folded into query rows (q [1, R, G*T, D]), so a KV head is read once for its whole group and no kernel needs
 to know about grouped-query attention. Both backends answer the same question; sdpa is the slow, eager twin of flex.
@@ -116,6 +116,70 @@ def masked_attention(
         weights_XtC = torch.softmax(logits_XtC.masked_fill(~seen_XtC, float("-inf")), dim=-1).nan_to_num(0.0)
         parts.append(torch.matmul(weights_XtC.to(v_XCD.dtype), v_XCD))
     return torch.cat(parts, -2)
+
+
+def branched_attention(
+    q_BTHD: Tensor,
+    k_KLD: Tensor,
+    v_KLD: Tensor,
+    own_k_KBND: Tensor,
+    own_v_KBND: Tensor,
+    first_B: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of several texts that go on from one prompt, each over the prompt's entries and its own: the prompt's are read
+    once for all of them, and not copied.
+
+    Args:
+        q_BTHD: T new queries of every text, after RoPE.
+        k_KLD, v_KLD: the prompt's entries; column c is position c.
+        own_k_KBND, own_v_KBND: those of the texts, the new ones included; column n is position L + n. All are finite.
+        first_B: the column of each text's first new query.
+    Returns:
+        [B, T, H, D]
+    """
+    B, T, H, _ = q_BTHD.shape
+    per_query = H * (k_KLD.shape[1] + own_k_KBND.shape[2])
+    tokens = max(1, min(T, CAPPED_LOGITS // per_query))
+    texts = max(1, CAPPED_LOGITS // (per_query * tokens))
+    out_BTHD = torch.empty_like(q_BTHD)
+    for rows in (slice(start, start + texts) for start in range(0, B, texts)):
+        own = own_k_KBND[:, rows], own_v_KBND[:, rows]
+        for part in (slice(start, start + tokens) for start in range(0, T, tokens)):
+            at_BT = first_B[rows, None] + torch.arange(T, device=q_BTHD.device)[part]
+            out_BTHD[rows, part] = _branched(q_BTHD[rows, part], k_KLD, v_KLD, *own, at_BT, scale, softcap, window)
+    return out_BTHD
+
+
+def _branched(
+    q_BTHD: Tensor,
+    k_KLD: Tensor,
+    v_KLD: Tensor,
+    own_k_KBND: Tensor,
+    own_v_KBND: Tensor,
+    at_BT: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """branched_attention of so few queries that their logits may be written out; at_BT: their columns."""
+    K, L, _ = k_KLD.shape
+    B, G = len(q_BTHD), q_BTHD.shape[2] // K
+    q_KBqD = rearrange(q_BTHD, "B T (K G) D -> K B (G T) D", K=K)
+    of_prompt_KBqL = (q_KBqD.flatten(1, 2) @ k_KLD.mT).unflatten(1, (B, -1))
+    logits_KBqC = torch.cat([of_prompt_KBqL, q_KBqD @ own_k_KBND.mT], -1)
+    logits_KBqC = logits_KBqC.to(torch.promote_types(logits_KBqC.dtype, torch.float32)) * scale
+    if softcap is not None:
+        logits_KBqC = softcap * torch.tanh(logits_KBqC / softcap)
+    column_C = torch.arange(logits_KBqC.shape[-1], device=q_BTHD.device)
+    seen_BTC = visible(column_C, L + at_BT[..., None], window)
+    seen_BqC = repeat(seen_BTC, "B T C -> B (G T) C", G=G)
+    a_KBqC = logits_KBqC.masked_fill(~seen_BqC, -torch.inf).softmax(-1).to(v_KLD.dtype)
+    from_prompt_KBqD = (a_KBqC[..., :L].flatten(1, 2) @ v_KLD).unflatten(1, (B, -1))
+    return rearrange(from_prompt_KBqD + a_KBqC[..., L:] @ own_v_KBND, "K B (G T) D -> B T (K G) D", G=G)
 
 
 def _rows(k_XCD: Tensor) -> int:

@@ -20,7 +20,7 @@ from modeling.text.tokenizer import Tokenizer
 from restkv.engine import Engine
 from restkv.errors import PromptError
 from restkv.meter import Meter
-from restkv.probes import Phrases
+from restkv.phrases import Phrases
 from restkv.results import Decoding, Generation, Row, Stats
 from restkv.session import BROKEN, Session
 

@@ -23,9 +23,9 @@ from modeling.sparse import sparse_attention
 from restkv.errors import TooManyShapes
 from restkv.kernels import check_compiler
 from restkv.masking import evict
+from restkv.phrases import Phrases
 from restkv.pieces import Pieces
 from restkv.policies.base import Policy
-from restkv.probes import Phrases
 from restkv.roots import Roots
 from restkv.sizing import Capacities, companions_of
 

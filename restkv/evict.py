@@ -24,13 +24,14 @@ from restkv.compete import Competition
 from restkv.masking import Entries, Shape, observe, over_limit
 from restkv.mass import column_mass
 from restkv.observe import Observation
+from restkv.phrases import Phrases
 from restkv.pieces import Pieces
 from restkv.policies.base import Policy
-from restkv.probes import Phrases, Reading, looks
 from restkv.protection import check_protected, protected
 from restkv.reading import Layer
 from restkv.refit import References, references, refit
 from restkv.roots import Roots
+from restkv.seen import Reading, looks
 from restkv.sizing import LEAST_COLUMNS, Capacities
 
 UNLIMITED = 2**31 - 1  # entries: the budget of a policy without one

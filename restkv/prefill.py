@@ -17,7 +17,7 @@ from modeling.room import require
 from modeling.sparse import sparse_attention
 from restkv.evict import Evictor
 from restkv.patterns import Pattern
-from restkv.probes import Phrases
+from restkv.phrases import Phrases
 from restkv.reading import Layer, embed, read_layers
 
 Progress = Callable[[int, int], None]  # (layers or tokens done, of how many)
@@ -34,7 +34,7 @@ def prefill(
     phrases: Phrases = Phrases(),  # noqa: B008 - nor is this
 ) -> Tensor:
     """Prefill of a one-row cache, layer by layer: the full keys and values of ONE layer are alive at a time, or those of all
-    where the policy's probe drafts.
+    where the policy's probe drafts (see read_layers).
 
     Args:
         cache, evictor: of the row alone (KVCache.row, Evictor.row).

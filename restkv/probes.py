@@ -9,38 +9,35 @@ and drafts whose queries are observed and whose own entries are never kept.
     draft[:N]         those of N tokens that the model itself goes on with, and of the prompt's newest as many as are missing
                       to `window` (as in LAQ, arXiv 2505.20334)
     replay            the prompt read once more, after a sentence that asks for it (KVzip, arXiv 2505.23416)
-    questions[:FILE]  questions about a text: general ones, or those of a file, one a line
+    questions[:N][:FILE]
+                      questions about a text: general ones, or those of a file, one a line; each with N tokens of the answer that
+                      the model gives
+    ask[:N]           N questions that the model itself asks about the prompt, each with its answer
 
-Several are joined by "+": an entry is worth the most that any of them says.
-
-Letters: H query heads, K KV heads, Q queries, L tokens of the prompt, T tokens read after it, D head dim, S kinds of sizes.
+Several are joined by "+": an entry is worth the most that any of them says. What is read and observed then: restkv/seen.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
 from modeling.text.characters import brief
-from modeling.text.tokenizer import Tokenizer
 from restkv.errors import PolicyError
 from restkv.files import reason
-from restkv.observe import Look, Observation
+from restkv.phrases import Phrases
 from restkv.plugins import PluginError, entry_points, load, origin, origins
 
 WINDOW = "window"
 GROUP = "restkv.probes"
 PIECE = 2048  # tokens that are replayed at once, as in KVzip's code
-FIRST = 4  # entries of the prompt's begin that every piece attends to, as there
 QUOTED = 8  # tokens by which a request names where a later piece begins
 MOST_DRAFTS, MOST_QUESTIONS, MOST_BYTES = 1 << 12, 1 << 10, 1 << 20
+ASKED, ANSWERED = 24, 12  # tokens of a question that the model asks, and of its answer, at most
 QUESTIONS = (
     "What is this text about?",
     "Who are the people and groups in it, and what does each of them do?",
@@ -53,7 +50,15 @@ QUESTIONS = (
     "What are the results, conclusions and recommendations?",
     "Which names and terms are defined, and what do they mean?",
 )
-_MARK = "restkv-content"
+# How questions of the model's own begin, so that greedily drafted ones differ.
+BEGINNINGS = ("What", "Who", "When", "Where", "Why", "How", "Which", "How many", "What happens", "Whose")
+
+
+class Drafted(NamedTuple):
+    """What the model goes on with, greedily: `count` tokens, or fewer where it ends its turn; `then` is read after them."""
+
+    count: int
+    then: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,53 +66,17 @@ class Side:
     """Text to read after a prompt: it sees the prompt and itself, and nothing else that is read there.
 
     Attributes:
-        ids: its tokens.
+        ids: its tokens; none to go on with the prompt itself, whose newest queries are observed then, too.
         part: the [start, stop) of the prompt that its queries are asked about; None: all of it.
+        drafts: what the model goes on with, part after part; its queries are observed like those of `ids`. The full cache is
+            alive until all has been said.
+        probe: the name of the probe that reads it, which need not be given.
     """
 
     ids: tuple[int, ...]
     part: tuple[int, int] | None = None
-
-
-class Seen(NamedTuple):
-    """Queries of one layer that the eviction after a prompt observes, after RoPE.
-
-    q_HQD: consecutive ones; `first` is the position of the first. k_KTD, v_KTD: entries that they see after the prompt's, or
-    None. part: see Side. gap: a query counts for entries more than so many positions before it. newest: the prompt's newest
-    queries are observed with them, as many as the policy's window has room for. sizes_SQ: see Observation.
-    """
-
-    q_HQD: Tensor
-    first: int
-    k_KTD: Tensor | None = None
-    v_KTD: Tensor | None = None
-    part: tuple[int, int] | None = None
-    gap: int = 0
-    newest: bool = False
-    sizes_SQ: Tensor | None = None
-
-
-class Phrases:
-    """Requests to a model as token ids that follow a text. Where there is a chat template, a request ends the user's turn and
-    opens the assistant's; without a tokenizer nothing is said.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
-        self._tokenizer = tokenizer
-
-    def request(self, text: str, quoted: Sequence[int] = ()) -> tuple[int, ...]:
-        """Ask for something; `quoted`: tokens that the request ends with."""
-        if self._tokenizer is None:
-            return tuple(quoted)
-        return (*self._tokenizer.encode_more(f"\n\n{text}"), *quoted, *self._closing)
-
-    @cached_property
-    def _closing(self) -> tuple[int, ...]:
-        assert self._tokenizer is not None
-        if not self._tokenizer.has_chat_template:
-            return tuple(self._tokenizer.encode_more("\n"))
-        _, _, after = self._tokenizer.render([{"role": "user", "content": _MARK}]).rpartition(_MARK)
-        return tuple(self._tokenizer.encode(after, bos=False))
+    drafts: tuple[Drafted, ...] = ()
+    probe: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,10 +111,9 @@ class Probe(ABC):
         """See Seen."""
         return 0
 
-    @property
-    def drafts(self) -> int:
-        """Tokens that the model is to go on with."""
-        return 0
+    def tokens(self, length: int, phrases: Phrases) -> int:
+        """How many it reads after a prompt of so many, without what is drafted."""
+        return sum(len(side.ids) for side in self.sides(range(length), phrases))
 
 
 @dataclass(frozen=True)
@@ -183,17 +151,11 @@ class Draft(Probe):
         """draft:N."""
         if argument is None:
             return cls()
-        whole = (
-            argument.isascii() and argument.isdigit() and len(argument) < 10
-        )  # longer ones may be too long for int()
-        if not whole or not 1 <= int(argument) <= MOST_DRAFTS:
-            raise PolicyError(f"probe {brief(f'draft:{argument}')}: give the tokens to draft, 1 to {MOST_DRAFTS}")
-        return cls(int(argument))
+        return cls(_count(f"draft:{argument}", argument, "the tokens to draft", MOST_DRAFTS))
 
-    @property
-    def drafts(self) -> int:
-        """As many as were asked for."""
-        return self.count
+    def sides(self, ids: Sequence[int], phrases: Phrases) -> list[Side]:
+        """Nothing that is read before them."""
+        return [Side((), drafts=(Drafted(self.count),))]
 
 
 @dataclass(frozen=True)
@@ -217,20 +179,33 @@ class Replay(Probe):
             sides.append(Side((*request, *ids[start:stop]), (start, stop) if len(ids) > PIECE else None))
         return sides
 
+    def tokens(self, length: int, phrases: Phrases) -> int:
+        """All of it again, and the requests: without making the sides of a prompt that nobody has."""
+        first, two = (sum(len(side.ids) for side in self.sides(range(n), phrases)) - n for n in (1, PIECE + 1))
+        return length + first + (two - first) * (-(-length // PIECE) - 1)
+
 
 @dataclass(frozen=True)
 class Questions(Probe):
-    """Questions about the text, each asked on its own."""
+    """Questions about the text, each asked on its own, and as much of the answer as the model is to give."""
 
     name: ClassVar[str] = "questions"
     path: str | None = None  # of a file with one question a line; None: general ones
+    count: int = 0  # tokens of an answer
 
     @classmethod
     def of(cls, argument: str | None) -> Probe:
-        """questions:FILE."""
-        if argument == "":
-            raise PolicyError("probe questions:: name a file after the colon, or leave it out for general questions")
-        return cls(argument)
+        """questions:FILE, questions:N or questions:N:FILE."""
+        first, colon, rest = (argument or "").partition(":")
+        counted = first.isascii() and first.isdigit()
+        if argument == "" or (counted and colon and not rest):
+            raise PolicyError(
+                f"probe {brief(f'questions:{argument}')}: name a file after the colon, or leave it out for general questions"
+            )
+        if not counted:
+            return cls(argument)
+        said = f"questions:{argument}"
+        return cls(rest or None, _count(said, first, "the tokens of an answer to draft", MOST_DRAFTS))
 
     def sides(self, ids: Sequence[int], phrases: Phrases) -> list[Side]:
         """A side for every question.
@@ -239,10 +214,47 @@ class Questions(Probe):
             PolicyError: the file cannot be read, there are none or too many in it, or there is no tokenizer to ask with.
         """
         texts = QUESTIONS if self.path is None else _lines(self.path)
-        sides = [Side(phrases.request(f"Question: {text}")) for text in texts]
-        if not all(side.ids for side in sides):
-            raise PolicyError("probe questions: this model has no tokenizer to ask with; choose another probe")
-        return sides
+        drafts = (Drafted(self.count),) if self.count else ()
+        return [Side(_asked(self.name, phrases.request(f"Question: {text}")), drafts=drafts) for text in texts]
+
+
+@dataclass(frozen=True)
+class Ask(Probe):
+    """Questions that the model itself asks about the text, each with the answer that it gives: two turns of a chat."""
+
+    name: ClassVar[str] = "ask"
+    count: int = len(BEGINNINGS)
+
+    @classmethod
+    def of(cls, argument: str | None) -> Probe:
+        """ask:N."""
+        if argument is None:
+            return cls()
+        return cls(_count(f"ask:{argument}", argument, "how many questions the model is to ask", len(BEGINNINGS)))
+
+    def sides(self, ids: Sequence[int], phrases: Phrases) -> list[Side]:
+        """A side for every question, with its first word.
+
+        Raises:
+            PolicyError: there is no tokenizer to ask with.
+        """
+        request = _asked(self.name, phrases.request("Write a question about the text above."))
+        drafts = Drafted(ASKED, phrases.reply("Answer it shortly.")), Drafted(ANSWERED)
+        return [Side((*request, *phrases.begin(text)), drafts=drafts) for text in BEGINNINGS[: self.count]]
+
+
+def _count(said: str, text: str, what: str, most: int) -> int:
+    """A whole number of an argument: 1 to `most`."""
+    whole = text.isascii() and text.isdigit() and len(text) < 10  # longer ones may be too long for int()
+    if not whole or not 1 <= int(text) <= most:
+        raise PolicyError(f"probe {brief(said)}: give {what}, 1 to {most}")
+    return int(text)
+
+
+def _asked(name: str, request: tuple[int, ...]) -> tuple[int, ...]:
+    if not request:
+        raise PolicyError(f"probe {name}: this model has no tokenizer to ask with; choose another probe")
+    return request
 
 
 def _lines(path: str) -> list[str]:
@@ -266,7 +278,7 @@ def _lines(path: str) -> list[str]:
     return questions
 
 
-PROBES: dict[str, type[Probe]] = {cls.name: cls for cls in (Window, Own, Draft, Replay, Questions)}
+PROBES: dict[str, type[Probe]] = {cls.name: cls for cls in (Window, Own, Draft, Replay, Questions, Ask)}
 
 
 @cache
@@ -306,105 +318,3 @@ def _plugin(name: str) -> type[Probe] | None:
     if not (isinstance(cls, type) and issubclass(cls, Probe) and getattr(cls, "name", None) == name):
         raise PolicyError(f"probe {name!r}: {origin(points[0])} is no restkv.probes.Probe of that name")
     return cls
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a prompt's eviction has to read and to observe.
-
-    Attributes:
-        own, gap: so many of the prompt's queries with such a gap.
-        drafts: tokens to draft.
-        sides: text to read after the prompt.
-    """
-
-    own: int = 0
-    gap: int = 0
-    drafts: int = 0
-    sides: tuple[Side, ...] = ()
-
-    @classmethod
-    def of(cls, probe: str, ids: Sequence[int], phrases: Phrases) -> Reading:
-        """Of a probe and a prompt."""
-        probes = parse_probe(probe)
-        return cls(
-            own=max(one.own(len(ids)) for one in probes),
-            gap=max(one.gap for one in probes),
-            drafts=max(one.drafts for one in probes),
-            sides=tuple(side for one in probes for side in one.sides(ids, phrases)),
-        )
-
-    def merged(self, other: Reading) -> Reading | None:
-        """What serves both, by `part`; None where the prompt's own queries or the drafts are others."""
-        own = {(one.own, one.gap) for one in (self, other) if one.own} or {(0, 0)}
-        drafts = {one.drafts for one in (self, other) if one.drafts} or {0}
-        if len(own) > 1 or len(drafts) > 1:
-            return None
-        return Reading(*own.pop(), drafts.pop(), tuple(dict.fromkeys((*self.sides, *other.sides))))
-
-    def part(self, seen: Sequence[Seen], reading: Reading) -> tuple[Seen, ...]:
-        """Of what was seen in this reading what would have been in another one, which this one serves."""
-        first = int(self.own > 0)
-        sides = dict(zip(self.sides, seen[first:], strict=False))
-        own, drafts = seen[:first], seen[first + len(self.sides) :]
-        return (
-            *(own if reading.own else ()),
-            *(sides[side] for side in reading.sides),
-            *(drafts if reading.drafts else ()),
-        )
-
-
-def looks(probe: str, obs: Observation, seen: Sequence[Seen], window: int) -> tuple[Look, ...]:
-    """What the queries that a probe observes see of a layer's prompt and of what was read after it; nothing where they are those
-    that `obs` has anyway.
-
-    Args:
-        obs: all entries of the prompt, and its last queries.
-        window: how many of the newest queries count.
-    """
-    if not seen:
-        return ()
-    newest = [Look(lambda obs: obs)] if WINDOW in probe.split("+") else []
-    return (*newest, *(_look(obs, one, window) for one in seen))
-
-
-def _look(obs: Observation, seen: Seen, window: int) -> Look:
-    at_n = None
-    if seen.part is not None:
-        start, stop = seen.part
-        at_n = torch.cat([torch.arange(min(FIRST, start)), torch.arange(start, stop)]).to(obs.pos.device)
-    return Look(partial(_view, seen=seen, at_n=at_n, window=window), at_n)
-
-
-def _view(obs: Observation, seen: Seen, at_n: Tensor | None, window: int) -> Observation:
-    length, device = obs.pos.shape[-1], obs.pos.device
-    k, v, pos = (x if at_n is None else x[:, :, at_n] for x in (obs.k, obs.v, obs.pos))
-    if seen.k_KTD is not None and seen.v_KTD is not None:
-        own_KT = torch.arange(length, length + seen.k_KTD.shape[1], device=device).expand(len(seen.k_KTD), -1)
-        k, v = torch.cat([k, seen.k_KTD[None]], 2), torch.cat([v, seen.v_KTD[None]], 2)
-        pos = torch.cat([pos, own_KT[None]], 2)
-    q_1HQD, stop = seen.q_HQD[None], seen.first + seen.q_HQD.shape[1]
-    if seen.newest:
-        room = max(0, window - q_1HQD.shape[2])
-        q_1HQD = torch.cat([obs.q[:, :, max(0, obs.q.shape[2] - room) :], q_1HQD], 2)
-    q_pos_1Q = torch.arange(stop - q_1HQD.shape[2], stop, device=device)[None]
-    end = length if seen.gap else None  # what a query of the prompt counts for is not older than all of them
-    sizes_1SQ = None if seen.sizes_SQ is None else seen.sizes_SQ[None]
-    if seen.newest and sizes_1SQ is not None and obs.sizes is not None:
-        sizes_1SQ = torch.cat([obs.sizes, sizes_1SQ], 2)[..., -q_1HQD.shape[2] :]
-    view = replace(obs, q=q_1HQD, q_pos=q_pos_1Q, k=k, v=v, pos=pos, end=end, gap=seen.gap, sizes=sizes_1SQ)
-    return replace(view, protected=None, mass=None)
-
-
-def check_readable(probe: str, refit: str, chunked: bool) -> None:
-    """Refuse a probe and a refit for a prompt that is evicted while it is read.
-
-    Raises:
-        PolicyError: it needs the whole prompt.
-    """
-    option, value, mend = ("probe", probe, WINDOW) if probe != WINDOW else ("refit", refit, "none")
-    if chunked and value != mend:
-        raise PolicyError(
-            f"{option} {value!r}: a chunked prefill evicts before all of the prompt has been read; choose {option}={mend}, or "
-            "prefill=dense"
-        )

@@ -25,7 +25,8 @@ from einops import rearrange
 from torch import Tensor
 
 from restkv.observe import Observation
-from restkv.probes import WINDOW, Seen
+from restkv.probes import WINDOW
+from restkv.seen import Seen
 
 REFITS = ("none", "values", "bias", "both")
 QUERIES = 640  # of a KV head's group, as in the trials
@@ -50,7 +51,8 @@ class References(NamedTuple):
 
 
 def references(kind: str, obs: Observation, seen: Sequence[Seen], probe: str) -> References | None:
-    """Those of a prompt's layer: of every text that its probe has read as many as of any other, as far as it has them.
+    """Those of a prompt's layer: of every probe as many as of any other, and of every text that it has read as many as of its
+    others, as far as it has them.
 
     Args:
         kind: of REFITS; with "none" there are none.
@@ -62,8 +64,8 @@ def references(kind: str, obs: Observation, seen: Sequence[Seen], probe: str) ->
     length, device = obs.pos.shape[-1], obs.pos.device
     parts = list(seen)
     if not seen or WINDOW in probe.split("+") or any(one.newest for one in seen):
-        parts.append(Seen(obs.q[0], length - obs.q.shape[2]))
-    counts = _shared_out(QUERIES // obs.group, [part.q_HQD.shape[1] for part in parts])
+        parts.append(Seen(obs.q[0], length - obs.q.shape[2], probe=WINDOW))
+    counts = _counts(QUERIES // obs.group, parts)
     queries, positions, stops, own = [], [], [], []
     for part, count in zip(parts, counts, strict=True):
         at_m = torch.linspace(0, part.q_HQD.shape[1] - 1, count, device=device).round().long()
@@ -100,6 +102,20 @@ def references(kind: str, obs: Observation, seen: Sequence[Seen], probe: str) ->
     # Parts of the entries, empty ones too, would keep all of them alive until the last layer has been read.
     at = replace(view, k=obs.k.new_empty(0), v=obs.v.new_empty(0), pos=obs.pos.new_empty(0))
     return References(kind, at, stop_m, lse_Hm, out_HmD, weight_Hm)
+
+
+def _counts(total: int, parts: Sequence[Seen]) -> list[int]:
+    """How many queries to take of every part. Ten questions are one probe: they are not to leave a replay next to nothing."""
+    probes: dict[str, list[int]] = {}
+    for index, part in enumerate(parts):
+        probes.setdefault(part.probe, []).append(index)
+    sizes = {probe: [parts[index].q_HQD.shape[1] for index in indices] for probe, indices in probes.items()}
+    shares = _shared_out(total, [sum(some) for some in sizes.values()])
+    counts = [0] * len(parts)
+    for (probe, indices), share in zip(probes.items(), shares, strict=True):
+        for index, count in zip(indices, _shared_out(share, sizes[probe]), strict=True):
+            counts[index] = count
+    return counts
 
 
 def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:

@@ -26,9 +26,9 @@ from restkv.evict import Evictor
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies.base import TOO_MANY, Policy, require_policy
 from restkv.prefill import Progress, prefill
-from restkv.probes import check_readable
 from restkv.sampling import Sampling, sample
 from restkv.schedule import Schedule
+from restkv.seen import check_readable
 from restkv.sizing import AHEAD, Job, mean_budgets, power, room_for, too_large
 
 P = ParamSpec("P")

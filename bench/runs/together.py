@@ -23,9 +23,9 @@ from restkv.lm import LM
 from restkv.meter import Meter
 from restkv.patterns import Pattern, parse_prefill
 from restkv.policies import FullCache, Policy
-from restkv.probes import Reading
 from restkv.reading import Layer, read_layers
 from restkv.results import Decoding, Generation, Row, Stats
+from restkv.seen import Reading
 from restkv.session import Session
 from restkv.sizing import companions_of, page_size
 
@@ -254,7 +254,7 @@ class _Reader(NamedTuple):
 @torch.no_grad()
 def prefill_all(lm: LM, groups: Sequence[Together], ids: Sequence[int], pattern: Pattern | None = None) -> None:
     """Run one prompt through the model and let every row of every session keep its share of it: once for all probes, unless two
-    of them draft differently."""
+    of them observe other queries of the prompt's own."""
     passes: list[tuple[Reading, list[_Reader]]] = []
     for group in groups:
         for cache, evictor in group.rows:
@@ -280,21 +280,15 @@ def _prefill_rows(
     scores = Scores()
     for row in rows:
         row.evictor.policy = sharing(row.policy, scores)
-    later = [row for row in rows if row.reading.drafts]
-    held = Reading()  # what rows that wait for drafts need of a layer until then
-    for row in later:
-        both = held.merged(replace(row.reading, drafts=0))
-        assert both is not None, "they share a reading"
-        held = both
-    masses: dict[str, Tensor | None] = {}
+    masses: dict[tuple[int, str], Tensor | None] = {}  # of layers that have been read and not yet stored
 
     def watch(index: int) -> Watch | None:
         """Accumulated attention is the same for all policies that want it, per KV head or per query head."""
-        masses.clear()
         watches = []
         for row in rows:
-            if "mass" in row.policy.needs and row.policy.granularity not in masses:
-                callback, masses[row.policy.granularity] = row.evictor.watch_prompt(index, len(ids))
+            key = index, row.policy.granularity
+            if "mass" in row.policy.needs and key not in masses:
+                callback, masses[key] = row.evictor.watch_prompt(index, len(ids))
                 watches.append(callback)
 
         def watch_all(*what: Any) -> None:
@@ -304,27 +298,15 @@ def _prefill_rows(
 
         return watch_all if watches else None
 
-    def store_some(some: Sequence[_Reader], index: int, layer: Layer, seen_in: Reading) -> None:
-        scores.clear()
-        for row in some:
-            mass_XL = masses[row.policy.granularity] if "mass" in row.policy.needs else None
-            raw_KLD = layer.raw_KLD if row.policy.slot_positions else None
-            one = layer._replace(raw_KLD=raw_KLD, seen=seen_in.part(layer.seen, row.reading))
-            row.evictor.store_prompt(row.cache, index, one, mass_XL)
-
-    def store_early(index: int, layer: Layer) -> Layer:
-        """Those that need no drafts; what is left for the others, of whom all layers are alive at once."""
-        store_some([row for row in rows if not row.reading.drafts], index, layer, reading)
-        last = _last(later)
-        q_HWD, sizes_SW = layer.q_HWD[:, -last:].clone(), None if layer.sizes_SW is None else layer.sizes_SW[:, -last:]
-        raw_KLD = layer.raw_KLD if any(row.policy.slot_positions for row in later) else None
-        return layer._replace(q_HWD=q_HWD, raw_KLD=raw_KLD, sizes_SW=sizes_SW, seen=reading.part(layer.seen, held))
-
     def store(index: int, layer: Layer) -> None:
-        if later:
-            store_some(later, index, layer, replace(held, drafts=reading.drafts))
-        else:
-            store_some(rows, index, layer, reading)
+        scores.clear()
+        for row in rows:
+            mass_XL = masses[index, row.policy.granularity] if "mass" in row.policy.needs else None
+            raw_KLD = layer.raw_KLD if row.policy.slot_positions else None
+            one = layer._replace(raw_KLD=raw_KLD, seen=reading.part(layer.seen, row.reading))
+            row.evictor.store_prompt(row.cache, index, one, mass_XL)
+        for key in [key for key in masses if key[0] == index]:
+            del masses[key]
 
     x_1E = read_layers(
         lm.model,
@@ -337,7 +319,6 @@ def _prefill_rows(
         normed=any("normed" in row.policy.needs for row in rows),
         pattern=pattern,
         attend=lm.engine.attend,
-        early=store_early,
     )
     for row in rows:
         row.evictor.prompt_done(row.cache, len(ids))

@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from modeling.shown import shown
-from restkv.errors import PolicyError, RestKVWarning
+from restkv.errors import PolicyError, RestKVError, RestKVWarning
 
 if TYPE_CHECKING:
     from modeling.layers import Decoder
+    from restkv.phrases import Phrases
     from restkv.policies import Policy
     from restkv.results import Generation, Stats
 
@@ -163,3 +164,29 @@ def checkpoint_table(name: str, outline: Decoder, context: int, entries: Sequenc
     for row in rows.items():
         table.add_row(*row)
     return titled(name, table)
+
+
+SHOWN_PROBES = ("window", "prompt", "draft:8", "replay", "questions", "questions:12", "ask", "replay+questions:12")
+
+
+def probes_table(outline: Decoder, context: int, phrases: Phrases) -> Group:
+    """What probes read besides a prompt of `context` tokens, and what is alive at once until it has been evicted: those that ask
+    are left out where there is no tokenizer to ask with.
+    """
+    from restkv.costs import cost_of
+
+    table = Table("probe", "tokens read besides", "steps", "alive at once", "of that, keys and values")
+    for probe in SHOWN_PROBES:
+        try:
+            cost = cost_of(probe, context, phrases)
+        except RestKVError:
+            continue
+        full = context * outline.config.kv_bytes_per_token(outline.dtype)
+        held = (
+            f"all layers', {byte_text(full)}"
+            if cost.steps
+            else f"one layer's, {byte_text(full / outline.config.num_layers)}"
+        )
+        read = f"{cost.read:,}" + (f" and {cost.drafted:,} drafted" if cost.steps else "")
+        table.add_row(probe, read, str(cost.steps), byte_text(cost.alive(outline.config, outline.dtype)), held)
+    return titled(f"what a probe costs a prompt of {context:,} tokens, at most", table)

@@ -31,7 +31,7 @@ from restkv.cli.options import (
     with_fields,
 )
 from restkv.cli.terminal import put_line, status
-from restkv.errors import PolicyError, PromptError
+from restkv.errors import PolicyError, PromptError, RestKVError
 
 if TYPE_CHECKING:
     from restkv.policies import Policy
@@ -129,12 +129,20 @@ def inspect(
         typer.Option("--mask", help="Show which pages each head reads: `restkv bench mask`, which has the options."),
     ] = False,
 ) -> None:
-    """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
+    """Show a checkpoint's shapes, its parameters, the bytes its KV cache takes, and what each probe (`restkv generate --probe`)
+    costs a prompt of --context tokens: tokens read besides, steps, bytes alive at once. Weights are not read."""
     from modeling.checkpoint.loading import load_outline, resolve
+    from modeling.text.tokenizer import Tokenizer
     from restkv.cli.console import table_console
-    from restkv.cli.display import checkpoint_table, layer_entries
+    from restkv.cli.display import checkpoint_table, layer_entries, probes_table
+    from restkv.phrases import Phrases
 
-    outline = load_outline(resolve(model), dtype)
+    folder = resolve(model)
+    outline = load_outline(folder, dtype)
     context = context or outline.config.max_positions
     entries = layer_entries(sizing_policy("restkv", budget), context, outline.config.num_layers)
-    table_console().print(checkpoint_table(model, outline, context, entries))
+    try:
+        phrases = Phrases(Tokenizer.from_folder(folder))
+    except RestKVError:  # shapes can be shown without one
+        phrases = Phrases()
+    table_console().print(checkpoint_table(model, outline, context, entries), probes_table(outline, context, phrases))

@@ -21,12 +21,12 @@ from laws.models import MODELS, model_of
 from make.effort import many
 from make.small import small_ids
 from modeling.layers import Decoder
-from restkv import probes, schedule
+from restkv import drafting, probes, schedule
 from restkv.engine import Engine
 from restkv.errors import PolicyError
 from restkv.observe import Observation
+from restkv.phrases import Phrases
 from restkv.policies import Policy, get_policy
-from restkv.probes import Phrases
 from restkv.session import Session
 from restkv.testing.dense import Dense
 from restkv.testing.watch import positions, snapshot
@@ -34,6 +34,12 @@ from twins import probed
 
 FEW, MANY = many(40, 2), many(600)
 FIRST, LATER, ASKED, CLOSING = (3, 5), (6,), ((7, 8, 9), (1, 2)), (4,)
+WRITE, WORDS, REPLY = (
+    (8, 2),
+    ((11,), (12, 13)),
+    (14, 15),
+)  # what asks for a question, its first words, what asks for its answer
+DRAFTED = 4, 2  # tokens of a question of the model's own and of its answer
 
 
 class Words(Phrases):
@@ -45,7 +51,15 @@ class Words(Phrases):
     def request(self, text: str, quoted: Sequence[int] = ()) -> tuple[int, ...]:
         if text.startswith("Question: "):
             return (*ASKED[probes.QUESTIONS.index(text.removeprefix("Question: "))], *CLOSING)
+        if text.startswith("Write a question"):
+            return (*WRITE, *CLOSING)
         return (*(LATER if quoted else FIRST), *quoted, *CLOSING)
+
+    def begin(self, text: str) -> tuple[int, ...]:
+        return WORDS[probes.BEGINNINGS.index(text)]
+
+    def reply(self, text: str) -> tuple[int, ...]:
+        return REPLY
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Job:
     gap: int
     words: bool
     eos: bool  # the model may end its drafts, by every third token
+    texts: int  # drafted at once
     seed: int
 
     @property
@@ -75,7 +90,8 @@ class Job:
             return probed.Settings(self.piece, self.gap, eos=self.ends)
         first, later = (*FIRST, *CLOSING), (LATER, CLOSING)
         asked = [(*question, *CLOSING) for question in ASKED]
-        return probed.Settings(self.piece, self.gap, first, later, asked, self.ends)
+        begun = [(*WRITE, *CLOSING, *words) for words in WORDS]
+        return probed.Settings(self.piece, self.gap, first, later, asked, self.ends, begun, REPLY, DRAFTED)
 
     def model(self) -> Decoder:
         return model_of(True, **dict(self.traits))
@@ -88,6 +104,10 @@ class Job:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(probes, "PIECE", self.piece)
             patch.setattr(probes, "QUESTIONS", probes.QUESTIONS[: len(ASKED)])
+            patch.setattr(probes, "BEGINNINGS", probes.BEGINNINGS[: len(WORDS)])
+            patch.setattr(probes, "ASKED", DRAFTED[0])
+            patch.setattr(probes, "ANSWERED", DRAFTED[1])
+            patch.setattr(drafting, "TEXTS", self.texts)
             patch.setattr(probes.Own, "gap", self.gap)
             patch.setattr(model, "config", replace(model.config, eos_token_ids=self.ends))
             session.prefill([self.prompts[row] for row in rows])
@@ -133,7 +153,7 @@ SCORED = st.one_of(
         }
     ),
 )
-SINGLE = ["window", "prompt", "draft:1", "draft:9", "replay", "questions"]
+SINGLE = ["window", "prompt", "draft:1", "draft:9", "replay", "questions", "questions:3", "ask:1", "ask:2"]
 JOINED = [
     "prompt+draft:3",
     "window+prompt",
@@ -141,6 +161,8 @@ JOINED = [
     "replay+window",
     "prompt+replay",
     "questions+draft:3+prompt+replay",
+    "ask:2+replay",
+    "questions:4+draft:2+window+ask:2",
 ]
 PROBES = st.sampled_from([*SINGLE, *JOINED])
 
@@ -167,9 +189,10 @@ def jobs(draw: Callable, rows: int = 1) -> Job:
         lengths=tuple(draw(st.lists(st.integers(20, 36) | st.integers(1, 30), min_size=rows, max_size=rows))),
         piece=draw(st.sampled_from([3, 7, 11, 2048])),
         gap=draw(st.sampled_from([1, 4, 64])),
-        words="questions" in policy.probe or draw(st.booleans()),
+        words="questions" in policy.probe or "ask" in policy.probe or draw(st.booleans()),
         eos=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
+        texts=draw(st.sampled_from([1, 2, 32])),
     )
 
 

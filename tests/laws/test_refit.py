@@ -27,6 +27,7 @@ from restkv.errors import PolicyError, PromptError
 from restkv.policies import KVzip, Policy, StreamingLLM, get_policy
 from restkv.refit import REFITS, References, refit_head
 from restkv.saving.store import load_session, save_session
+from restkv.seen import Seen
 from restkv.session import Session
 from restkv.testing.dense import Dense
 from restkv.testing.watch import positions, snapshot
@@ -111,6 +112,16 @@ def test_queries_are_shared_out_evenly(total: int, sizes: list[int]) -> None:
     assert sum(mine) == min(total, sum(sizes)) and all(a <= b for a, b in zip(mine, sizes, strict=True))
     theirs = refitted.shared_out(total, sizes)
     assert all(abs(a - b) <= 1 for a, b in zip(mine, theirs, strict=True))
+
+
+def test_ten_questions_are_one_probe_and_leave_a_replay_its_half():
+    def seen(probe: str, queries: int) -> Seen:
+        return Seen(torch.empty(1, queries, 2), 0, probe=probe)
+
+    parts = [seen("replay", 2048), seen("replay", 900), *[seen("questions", 30) for _ in range(10)]]
+    assert refit._counts(200, parts) == [50, 50, *[10] * 10]
+    assert refit._counts(800, parts) == [250, 250, *[30] * 10], "what questions cannot use goes to the replay"
+    assert refit._counts(60, [seen("window", 32), seen("draft", 8)]) == [32, 8]
 
 
 # -- models

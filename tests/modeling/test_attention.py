@@ -18,7 +18,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from make.small import small_ids, small_model
-from modeling.attention import CAPPED_LOGITS, MASKED_PAIRS, causal_attention, masked_attention, paged_attention
+from modeling import attention
+from modeling.attention import (
+    CAPPED_LOGITS,
+    MASKED_PAIRS,
+    branched_attention,
+    causal_attention,
+    masked_attention,
+    paged_attention,
+)
 from modeling.cache import UNBOUNDED
 from modeling.masks import visible
 from modeling.pages import LayerCache
@@ -242,6 +250,24 @@ def test_dense_attention_of_a_prompt_is_the_loop(T, start, softcap, window):
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
             want_D = logits.softmax(0) @ v_KCD[h // G, first : at + 1].double()
             assert largest_gap(got[t, h], want_D) < 1e-5
+
+
+@pytest.mark.parametrize("logits", [1, 300, 1 << 22])
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_texts_that_go_on_from_one_prompt_attend_as_each_would_alone(monkeypatch, logits, window, softcap):
+    """Whatever fits into a piece, and whatever lies in columns that a text has not reached."""
+    monkeypatch.setattr(attention, "CAPPED_LOGITS", logits)
+    B, K, G, T, L, N, D = 3, 2, 2, 3, 7, 9, 4
+    k_KLD, v_KLD = torch.randn(2, K, L, D)
+    own_k_KBND, own_v_KBND = torch.randn(2, K, B, N, D)
+    q_BTHD, first_B = torch.randn(B, T, K * G, D), torch.tensor([0, 6, 2])
+    how: dict[str, Any] = {"scale": 0.7, "softcap": softcap, "window": window}
+    got_BTHD = branched_attention(q_BTHD, k_KLD, v_KLD, own_k_KBND, own_v_KBND, first_B, **how)
+    for text, first in enumerate(first_B.tolist()):
+        k_KCD, v_KCD = torch.cat([k_KLD, own_k_KBND[:, text]], 1), torch.cat([v_KLD, own_v_KBND[:, text]], 1)
+        want_THD = causal_attention(q_BTHD[text], k_KCD, v_KCD, L + first, **how)
+        assert largest_gap(got_BTHD[text], want_THD) < 1e-5
 
 
 class Largest(TorchDispatchMode):

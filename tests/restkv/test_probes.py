@@ -18,14 +18,17 @@ import torch
 from laws.law import watched
 from make.chats import say, session_of
 from make.small import small_ids, small_lm, small_model
-from restkv import probes, reading
+from modeling.attention import branched_attention
+from restkv import drafting, probes, reading
 from restkv.chat import Chat
 from restkv.context import CompressedContext
 from restkv.engine import Engine
 from restkv.errors import PolicyError, RestKVError, RestKVWarning
+from restkv.evict import Evictor
 from restkv.lm import LM
+from restkv.phrases import Phrases
 from restkv.policies import POLICIES, KVzip, Policy, ReSTKV, SnapKV, get_policy
-from restkv.probes import MOST_BYTES, MOST_QUESTIONS, Phrases, Replay, Side, parse_probe
+from restkv.probes import MOST_BYTES, MOST_QUESTIONS, Drafted, Replay, Side, parse_probe
 from restkv.reading import side_layer
 from restkv.session import Session
 from restkv.testing.watch import positions, snapshot
@@ -47,15 +50,20 @@ def refused(text: str, kind: type[Exception] = PolicyError) -> str:
 
 @contextmanager
 def tokens_beside() -> Iterator[list[int]]:
-    """How many tokens each layer reads after a prompt."""
+    """How many tokens each layer reads after a prompt, padding included."""
     read: list[int] = []
 
     def count(model, block, x_TE, *rest):
         read.append(len(x_TE))
         return side_layer(model, block, x_TE, *rest)
 
+    def branched(q_BTHD, *rest, **how):
+        read.append(q_BTHD.shape[0] * q_BTHD.shape[1])
+        return branched_attention(q_BTHD, *rest, **how)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "side_layer", count)
+        patch.setattr(drafting, "branched_attention", branched)
         yield read
 
 
@@ -67,7 +75,7 @@ def tokens_beside() -> Iterator[list[int]]:
     [
         (
             "nothing",
-            "probe 'nothing': 'nothing' is unknown; choose from window, prompt, draft, replay, questions, joined by +",
+            "probe 'nothing': 'nothing' is unknown; choose from window, prompt, draft, replay, questions, ask, joined by +",
         ),
         ("", "probe '': '' is unknown"),
         ("window+", "probe 'window+': '' is unknown"),
@@ -76,6 +84,11 @@ def tokens_beside() -> Iterator[list[int]]:
         ("replay:5", "probe 'replay:5': replay takes nothing after a colon"),
         ("window:", "probe 'window:': window takes nothing after a colon"),
         ("questions:", "name a file after the colon"),
+        ("questions:4:", "name a file after the colon"),
+        ("questions:0", "give the tokens of an answer to draft, 1 to 4096"),
+        ("questions:5000:a.txt", "give the tokens of an answer to draft, 1 to 4096"),
+        ("ask+ask:3", "one of them is given twice"),
+        *((f"ask:{n}", "give how many questions the model is to ask, 1 to 10") for n in ("", "0", "11", "x.txt", "-1")),
         ("a\nb", r"probe 'a\nb'"),
         *(
             (f"draft:{n}", "give the tokens to draft, 1 to 4096")
@@ -96,7 +109,16 @@ def test_a_probe_is_text():
 def test_probes_are_read_as_they_are_written():
     assert [vars(one) for one in parse_probe("draft+draft:4096".split("+")[1])] == [{"count": 4096}]
     window, draft, questions = parse_probe("window+draft+questions:a:b/c.txt")
-    assert (window.name, draft.drafts, vars(questions)) == ("window", 8, {"path": "a:b/c.txt"})
+    assert (window.name, vars(draft), vars(questions)) == ("window", {"count": 8}, {"path": "a:b/c.txt", "count": 0})
+    for text, path, count in (
+        ("questions", None, 0),
+        ("questions:12", None, 12),
+        ("questions:12:a:b", "a:b", 12),
+        ("questions:./12", "./12", 0),
+        ("questions:a:", "a:", 0),
+    ):
+        assert [vars(one) for one in parse_probe(text)] == [{"path": path, "count": count}]
+    assert [vars(one) for one in (*parse_probe("ask"), *parse_probe("ask:3"))] == [{"count": 10}, {"count": 3}]
 
 
 @pytest.mark.parametrize("name", [name for name, cls in POLICIES.items() if not cls.observes])
@@ -164,11 +186,12 @@ def test_every_line_that_is_not_empty_is_a_question(lm, tmp_path):
     assert "Question: Who is it?" in texts[0] and "Question: What is red?" in texts[-1]
 
 
-def test_questions_need_a_tokenizer():
+@pytest.mark.parametrize("probe", ["questions", "questions:3", "ask:2"])
+def test_questions_need_a_tokenizer(probe):
     """Else the probe would quietly be another one."""
     with pytest.raises(PolicyError, match="no tokenizer to ask with"):
-        small_lm().generate(IDS, SnapKV(20, window=4, probe="questions"), max_new_tokens=1)
-    small_lm().generate(IDS, SnapKV(60, window=4, probe="questions"), max_new_tokens=1)  # nothing is evicted, nor asked
+        small_lm().generate(IDS, SnapKV(20, window=4, probe=probe), max_new_tokens=1)
+    small_lm().generate(IDS, SnapKV(60, window=4, probe=probe), max_new_tokens=1)  # nothing is evicted, nor asked
 
 
 # -- what is read
@@ -186,6 +209,62 @@ def test_a_request_ends_the_turn_of_a_chat_and_opens_the_answers(templated):
         opening = lm.tokenizer.render([{"role": "user", "content": "X"}]).partition("X")[2]
         assert text.startswith("\n\n") and opening in text
     assert sides[0].ids[-len(lm.encode("Lily")) :] == tuple(lm.encode("Lily"))
+
+
+def test_a_question_of_the_models_own_is_one_turn_and_its_answer_the_next(templated):
+    lm = templated("chatml")
+    (ask,) = parse_probe("ask")
+    sides = ask.sides(lm.encode("Lily"), Phrases(lm.tokenizer))
+    assert len({side.ids for side in sides}) == len(sides) == len(probes.BEGINNINGS)
+    for side, words in zip(sides, probes.BEGINNINGS, strict=True):
+        question, answer = side.drafts
+        assert (question.count, answer) == (probes.ASKED, Drafted(probes.ANSWERED))
+        asked, between = (lm.tokenizer.decode(ids, skip_special=False) for ids in (side.ids, question.then))
+        user = lm.tokenizer.render([{"role": "user", "content": "X"}], False).partition("X")[0]
+        opening = lm.tokenizer.render([{"role": "user", "content": "X"}]).partition("X")[2]
+        assert asked == f"\n\nWrite a question about the text above.{opening}{words}"
+        assert between.endswith(f"{user}Answer it shortly.{opening}") and "?" not in between
+
+
+def test_a_text_without_a_template_asks_in_lines(lm):
+    (side,) = parse_probe("ask:1")[0].sides(lm.encode("Lily"), Phrases(lm.tokenizer))
+    assert lm.tokenizer.decode(side.ids) == "\n\nWrite a question about the text above.\nWhat"
+    assert lm.tokenizer.decode(side.drafts[0].then) == "\nAnswer it shortly.\n"
+
+
+def test_texts_are_gone_on_with_in_one_batch(lm):
+    """Ten questions and their answers take as many steps as the longest of them."""
+    ids = lm.encode("Lily had a red ball. " * 6)
+    session = Session(lm.engine, SnapKV(20, window=4, probe="questions:3+draft:2"), [len(ids)], 1)
+    lm.model.config, kept = dataclasses.replace(lm.config, eos_token_ids=()), lm.model.config
+    try:
+        with tokens_beside() as read:
+            session.prefill([ids])
+    finally:
+        lm.model.config = kept
+    layers, texts = lm.config.num_layers, len(probes.QUESTIONS) + 1
+    longest = max(len(side.ids) for side in parse_probe("questions")[0].sides(ids, Phrases(lm.tokenizer)))
+    steps = [texts * longest, texts, texts, texts - 1]
+    assert read == [tokens for tokens in steps for _ in range(layers)]
+
+
+def test_a_replay_beside_drafts_is_read_once_they_are_made(monkeypatch):
+    """So that its keys and values are alive of one layer at a time, as without them."""
+    order: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        run = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return run(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((reading, "draft"), (reading, "side_layer"), (Evictor, "store_prompt")):
+        noted(owner, name)
+    small_lm().compress(IDS, SnapKV(12, window=4, probe="replay+draft:3"))
+    assert order == ["draft", *["side_layer", "store_prompt"] * 2]
 
 
 def test_a_long_text_is_replayed_in_pieces(monkeypatch):
@@ -307,17 +386,18 @@ def test_a_sparse_prefill_takes_probes(prefill):
         assert sum(context.kept) == 2 * 40
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("probe", [*PROBES, "questions:3", "ask:2"])
 def test_a_chunked_prefill_does_not(probe):
     lm = small_lm()
     with pytest.raises(RestKVError) as caught:
         lm.generate(IDS, KVzip(20, probe=probe), prefill="chunked", chunk=16)
-    assert "choose probe=window, or prefill=dense" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"probe {probe!r}: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "choose probe=window, or prefill=dense" in str(caught.value)
     lm.generate(IDS, KVzip(20, probe="window"), prefill="chunked", chunk=16, max_new_tokens=1)
     lm.generate(IDS, KVzip(None, probe=probe), prefill="chunked", chunk=16, max_new_tokens=1)  # nothing is evicted
 
 
-@pytest.mark.parametrize("probe", [*PROBES, "questions"])
+@pytest.mark.parametrize("probe", [*PROBES, "questions", "replay+ask:2", "questions:3"])
 def test_everything_that_takes_a_policy_takes_one_with_a_probe(lm, tmp_path, probe):
     """Texts, streams, likelihoods, chats, contexts; and a context that was saved goes on as before."""
     policy = KVzip(20, window=4, probe=probe, interval=6)
@@ -332,7 +412,7 @@ def test_everything_that_takes_a_policy_takes_one_with_a_probe(lm, tmp_path, pro
     assert again.ask("Who?", **options).tokens == context.ask("Who?", **options).tokens
 
 
-@pytest.mark.parametrize("probe", [*PROBES, "questions"])
+@pytest.mark.parametrize("probe", [*PROBES, "questions:3", "ask:2"])
 def test_a_chat(templated, probe):
     chat = Chat(templated("chatml"), KVzip(24, window=4, probe=probe, interval=6), None)
     for said in ("Lily had a red ball. " * 3, "Who had it?"):
@@ -385,7 +465,7 @@ def test_a_probe_of_another_package(register):
             sessions[-1].prefill([IDS])
         assert read == [40] * (4 if probe == "twice" else 2)
     assert held(sessions[0]) == held(sessions[1])
-    assert "twice:3" in refused("twice:3") and "questions, twice, joined by +" in refused("thrice")
+    assert "twice:3" in refused("twice:3") and "questions, ask, twice, joined by +" in refused("thrice")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ NOTHING = -math.inf
 @dataclass(frozen=True)
 class Settings:
     """How probes are: tokens of a piece of the replay, the gap of `prompt`, and the requests in front of what is read: one for
-    the first piece, one for later ones (before and after 8 quoted tokens), one for each question.
+    the first piece, one for later ones (before and after 8 quoted tokens), one for each question, one before each question of the
+    model's own, and what is read between such a question and its answer, of which so many tokens are drafted.
     """
 
     piece: int
@@ -41,6 +42,9 @@ class Settings:
     later: tuple[Sequence[int], Sequence[int]] = ((), ())
     questions: Sequence[Sequence[int]] = ()
     eos: Sequence[int] = ()
+    beginnings: Sequence[Sequence[int]] = ()
+    reply: Sequence[int] = ()
+    drafted: tuple[int, int] = (0, 0)
 
 
 class Text(Dense):
@@ -86,6 +90,15 @@ def read(model: Decoder, ids: Sequence[int]) -> Text:
     return text
 
 
+def drafted(text: Text, logits_V: Tensor, count: int, eos: Sequence[int]) -> Tensor:
+    """Let a text go on greedily, one token after the other; logits after the last."""
+    for _ in range(count):
+        if int(logits_V.argmax()) in eos:
+            break
+        logits_V = text.run([int(logits_V.argmax())])
+    return logits_V
+
+
 def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settings: Settings) -> list[View]:
     """What each part of a probe observes."""
     L, found = len(prompt), []
@@ -97,11 +110,9 @@ def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settin
             found.append(View(read(model, prompt), range(L // 2, L), range(L), L, settings.gap))
         elif name == "draft":
             text = Text(model)
-            logits_V, said = text.run(prompt), 0
-            while said < int(number or 8) and int(logits_V.argmax()) not in settings.eos:
-                logits_V, said = text.run([int(logits_V.argmax())]), said + 1
-            oldest = max(0, L - max(0, window - said))
-            found.append(View(text, range(oldest, L + said), range(L + said)))
+            drafted(text, text.run(prompt), int(number or 8), settings.eos)
+            oldest = max(0, L - max(0, window - (text.length - L)))
+            found.append(View(text, range(oldest, text.length), range(text.length)))
         elif name == "replay":
             for start in range(0, L, settings.piece):
                 again = list(prompt[start : start + settings.piece])
@@ -114,9 +125,18 @@ def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settin
                     else range(L)
                 )
                 found.append(View(text, range(L, text.length), [*sees, *range(L, text.length)]))
-        else:
+        elif name == "questions":
             for asked in settings.questions:
-                text = read(model, [*prompt, *asked])
+                text = Text(model)
+                drafted(text, text.run([*prompt, *asked]), int(number or 0), settings.eos)
+                found.append(View(text, range(L, text.length), range(text.length)))
+        else:
+            for asked in settings.beginnings[: int(number)]:
+                text, (question, answer) = Text(model), settings.drafted
+                logits_V = drafted(text, text.run([*prompt, *asked]), question, settings.eos)
+                for token in settings.reply:
+                    logits_V = text.run([token])
+                drafted(text, logits_V, answer, settings.eos)
                 found.append(View(text, range(L, text.length), range(text.length)))
     return found or views(model, "window", prompt, window, settings)
 

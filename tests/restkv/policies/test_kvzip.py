@@ -23,8 +23,8 @@ from modeling.checkpoint.loading import load_model
 from restkv import probes
 from restkv.engine import Engine
 from restkv.observe import Observation
+from restkv.phrases import Phrases
 from restkv.policies import KVzip, KVzipPlus, Policy
-from restkv.probes import Phrases
 from restkv.session import Session
 from restkv.testing.cases import shapes
 from restkv.testing.observed import observation, root_for, sizes_of
