@@ -5,7 +5,7 @@ not be what an answer needs; a probe brings others. It names queries of the prom
 and drafts whose queries are observed and whose own entries are never kept.
 
     window            the last `window` queries of the prompt
-    prompt            those of the prompt's second half, each for entries well before it
+    prompt[:N]        N of those of the prompt's second half, each for entries well before it
     draft[:N]         those of N tokens that the model itself goes on with, and of the prompt's newest as many as are missing
                       to `window` (as in LAQ, arXiv 2505.20334)
     replay            the prompt read once more, after a sentence that asks for it (KVzip, arXiv 2505.23416)
@@ -37,6 +37,7 @@ GROUP = "restkv.probes"
 PIECE = 2048  # tokens that are replayed at once, as in KVzip's code
 QUOTED = 8  # tokens by which a request names where a later piece begins
 MOST_DRAFTS, MOST_QUESTIONS, MOST_BYTES = 1 << 12, 1 << 10, 1 << 20
+MOST_OWN = 1 << 24
 ASKED, ANSWERED = 24, 12  # tokens of a question that the model asks, and of its answer, at most
 QUESTIONS = (
     "What is this text about?",
@@ -55,9 +56,9 @@ BEGINNINGS = ("What", "Who", "When", "Where", "Why", "How", "Which", "How many",
 
 
 class Drafted(NamedTuple):
-    """What the model goes on with, greedily: `count` tokens, or fewer where it ends its turn; `then` is read after them."""
+    """What the model goes on with, greedily: so many tokens, or fewer where it ends its turn; `then` is read after them."""
 
-    count: int
+    tokens: int
     then: tuple[int, ...] = ()
 
 
@@ -102,9 +103,9 @@ class Probe(ABC):
         """What to read after the prompt `ids`."""
         return []
 
-    def own(self, length: int) -> int:
-        """How many of the prompt's last queries count with the probe's `gap`."""
-        return 0
+    def own(self, length: int) -> range:
+        """The positions of the prompt whose queries count with the probe's `gap`."""
+        return range(0)
 
     @property
     def gap(self) -> int:
@@ -125,13 +126,23 @@ class Window(Probe):
 
 @dataclass(frozen=True)
 class Own(Probe):
-    """The queries of the prompt's second half, each for entries more than 64 tokens before it: no further pass."""
+    """Queries of the prompt's second half, as many, each for entries more than 64 tokens before it: no further pass."""
 
     name: ClassVar[str] = "prompt"
+    count: int = 256
 
-    def own(self, length: int) -> int:
-        """The second half."""
-        return length - length // 2
+    @classmethod
+    def of(cls, argument: str | None) -> Probe:
+        """prompt:N."""
+        if argument is None:
+            return cls()
+        return cls(_count(f"prompt:{argument}", argument, "how many queries to observe", MOST_OWN))
+
+    def own(self, length: int) -> range:
+        """`count` at most, at equal distances, the last one among them."""
+        half = length - length // 2
+        step = -(-half // self.count)
+        return range(length - 1 - (half - 1) // step * step, length, step)
 
     @property
     def gap(self) -> int:

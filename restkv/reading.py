@@ -66,24 +66,27 @@ def read_layers(
 
     def read(index: int, block: Block) -> Layer:
         """A layer of the prompt alone."""
-        sizes_SW = stream_sizes(block, x_LE[max(0, length - max(last, reading.own)) :], normed)
+        queries = max(last, length - reading.own.start if reading.own else 0)
+        sizes_SW = stream_sizes(block, x_LE[max(0, length - queries) :], normed)
         q_HWD, k_KLD, v_KLD, raw_KLD = dense_layer(
             model,
             block,
             x_LE,
             rotary,
-            max(last, reading.own),
+            queries,
             watch=watch(index),
             raw=raw,
             choose=chooser(pattern, model.config, block.window, length),
             attend=attend,
         )
         seen = []
-        if reading.own:
-            own = slice(q_HWD.shape[1] - reading.own, None)
-            seen.append(Seen(q_HWD[:, own], length - reading.own, gap=reading.gap, sizes_SQ=sizes_SW[:, own]))
+        if own := reading.own:
+            at = slice(q_HWD.shape[1] - (length - own.start), None, own.step)
+            q_HQD, sizes_SQ = q_HWD[:, at].contiguous(), sizes_SW[:, at]
+            seen.append(Seen(q_HQD, own.start, gap=reading.gap, sizes_SQ=sizes_SQ, step=own.step))
         newest = slice(max(0, q_HWD.shape[1] - last), None)
-        return Layer(q_HWD[:, newest], k_KLD, v_KLD, raw_KLD, sizes_SW[:, newest], tuple(seen))
+        q_HwD = q_HWD[:, newest].clone() if own.step > 1 else q_HWD[:, newest]  # those between what is observed go
+        return Layer(q_HwD, k_KLD, v_KLD, raw_KLD, sizes_SW[:, newest], tuple(seen))
 
     def observed(block: Block, layer: Layer, drafted: Iterator[Seen]) -> Layer:
         """The same with what its probe sees there, in the order of the reading."""

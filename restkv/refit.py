@@ -69,7 +69,7 @@ def references(kind: str, obs: Observation, seen: Sequence[Seen], probe: str) ->
     queries, positions, stops, own = [], [], [], []
     for part, count in zip(parts, counts, strict=True):
         at_m = torch.linspace(0, part.q_HQD.shape[1] - 1, count, device=device).round().long()
-        q_HmD, pos_m = part.q_HQD[:, at_m], at_m + part.first
+        q_HmD, pos_m = part.q_HQD[:, at_m], part.positions_Q()[at_m]
         queries.append(q_HmD)
         positions.append(pos_m)
         stops.append(pos_m - part.gap if part.gap else pos_m + 1)

@@ -27,7 +27,7 @@ FIRST = 4  # entries of the prompt's begin that every piece of a replay attends 
 class Seen(NamedTuple):
     """Queries of one layer that the eviction after a prompt observes, after RoPE.
 
-    q_HQD: consecutive ones; `first` is the position of the first. k_KTD, v_KTD: entries that they see after the prompt's, or
+    q_HQD: those at `first` and at every `step`-th position after it. k_KTD, v_KTD: entries that they see after the prompt's, or
     None. part, probe: see Side. gap: a query counts for entries more than so many positions before it. newest: the prompt's
     newest queries are observed with them, as many as the policy's window has room for. sizes_SQ: see Observation.
     """
@@ -41,6 +41,12 @@ class Seen(NamedTuple):
     newest: bool = False
     sizes_SQ: Tensor | None = None
     probe: str = Own.name
+    step: int = 1
+
+    def positions_Q(self) -> Tensor:
+        """Of the queries, on their device."""
+        at_Q = torch.arange(self.q_HQD.shape[1], device=self.q_HQD.device)
+        return self.first + self.step * at_Q
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,11 @@ class Reading:
     """What a prompt's eviction has to read and to observe.
 
     Attributes:
-        own, gap: so many of the prompt's queries with such a gap.
+        own, gap: positions of the prompt whose queries are observed with such a gap.
         sides: text to read after the prompt.
     """
 
-    own: int = 0
+    own: range = range(0)
     gap: int = 0
     sides: tuple[Side, ...] = ()
 
@@ -61,7 +67,7 @@ class Reading:
         """Of a probe and a prompt."""
         probes = parse_probe(probe)
         return cls(
-            own=max(one.own(len(ids)) for one in probes),
+            own=max((one.own(len(ids)) for one in probes), key=len),
             gap=max(one.gap for one in probes),
             sides=tuple(replace(side, probe=one.name) for one in probes for side in one.sides(ids, phrases)),
         )
@@ -73,14 +79,14 @@ class Reading:
 
     def merged(self, other: Reading) -> Reading | None:
         """What serves both, by `part`; None where the prompt's own queries are others."""
-        own = {(one.own, one.gap) for one in (self, other) if one.own} or {(0, 0)}
+        own = {(one.own, one.gap) for one in (self, other) if one.own} or {(range(0), 0)}
         if len(own) > 1:
             return None
         return Reading(*own.pop(), tuple(dict.fromkeys((*self.sides, *other.sides))))
 
     def part(self, seen: Sequence[Seen], reading: Reading) -> tuple[Seen, ...]:
         """Of what was seen in this reading what would have been in another one, which this one serves."""
-        first = int(self.own > 0)
+        first = int(len(self.own) > 0)
         sides = dict(zip(self.sides, seen[first:], strict=True))
         return (*(seen[:first] if reading.own else ()), *(sides[side] for side in reading.sides))
 
@@ -114,11 +120,12 @@ def _view(obs: Observation, seen: Seen, at_n: Tensor | None, window: int) -> Obs
         own_KT = torch.arange(length, length + seen.k_KTD.shape[1], device=device).expand(len(seen.k_KTD), -1)
         k, v = torch.cat([k, seen.k_KTD[None]], 2), torch.cat([v, seen.v_KTD[None]], 2)
         pos = torch.cat([pos, own_KT[None]], 2)
-    q_1HQD, stop = seen.q_HQD[None], seen.first + seen.q_HQD.shape[1]
+    q_1HQD, q_pos_1Q = seen.q_HQD[None], seen.positions_Q()[None]
     if seen.newest:
         room = max(0, window - q_1HQD.shape[2])
-        q_1HQD = torch.cat([obs.q[:, :, max(0, obs.q.shape[2] - room) :], q_1HQD], 2)
-    q_pos_1Q = torch.arange(stop - q_1HQD.shape[2], stop, device=device)[None]
+        before = slice(max(0, obs.q.shape[2] - room), None)
+        q_1HQD = torch.cat([obs.q[:, :, before], q_1HQD], 2)
+        q_pos_1Q = torch.cat([obs.q_pos[:, before], q_pos_1Q], 1)
     end = length if seen.gap else None  # what a query of the prompt counts for is not older than all of them
     sizes_1SQ = None if seen.sizes_SQ is None else seen.sizes_SQ[None]
     if seen.newest and sizes_1SQ is not None and obs.sizes is not None:

@@ -153,7 +153,7 @@ SCORED = st.one_of(
         }
     ),
 )
-SINGLE = ["window", "prompt", "draft:1", "draft:9", "replay", "questions", "questions:3", "ask:1", "ask:2"]
+SINGLE = ["window", "prompt", "prompt:3", "draft:1", "draft:9", "replay", "questions", "questions:3", "ask:1", "ask:2"]
 JOINED = [
     "prompt+draft:3",
     "window+prompt",

@@ -33,7 +33,7 @@ from restkv.testing.dense import Dense
 from restkv.testing.watch import positions, snapshot
 from twins import probed, refitted
 
-PROBES = ["window", "prompt", "draft:3", "replay", "prompt+draft:3", "window+replay"]
+PROBES = ["window", "prompt", "prompt:5", "draft:3", "replay", "prompt+draft:3", "window+replay"]
 
 
 def laws(examples: int) -> Callable[[Callable], Callable]:

@@ -18,7 +18,17 @@ from restkv.policies import SnapKV
 from restkv.reading import Layer
 from restkv.session import Session
 
-PROBES = ("window", "prompt", "draft:5", "replay", "questions", "questions:3", "ask:2", "replay+questions:4+prompt")
+PROBES = (
+    "window",
+    "prompt",
+    "prompt:3",
+    "draft:5",
+    "replay",
+    "questions",
+    "questions:3",
+    "ask:2",
+    "replay+questions:4+prompt",
+)
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -27,7 +37,7 @@ def test_it_is_what_a_prompt_reads_and_holds(lm: LM, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(probes, "PIECE", 30)
     ids = lm.encode("Lily had a red ball, and a cat. " * 5)
     session = Session(lm.engine, SnapKV(20, window=4, probe=probe), [len(ids)], 1)
-    own = [probes.Own().own(len(ids))] if "prompt" in probe else []
+    own = [len(one.own(len(ids))) for one in probes.parse_probe(probe)]
     stored: list[Layer] = []
     monkeypatch.setattr(
         "restkv.evict.Evictor.store_prompt", lambda self, cache, index, layer, mass: stored.append(layer)

@@ -107,7 +107,9 @@ def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settin
         if name == "window":
             found.append(View(read(model, prompt), range(max(0, L - window), L), range(L)))
         elif name == "prompt":
-            found.append(View(read(model, prompt), range(L // 2, L), range(L), L, settings.gap))
+            distance = math.ceil((L - L // 2) / int(number or 256))
+            queries = [L - 1 - n for n in range(0, L - L // 2, distance)]
+            found.append(View(read(model, prompt), queries[::-1], range(L), L, settings.gap))
         elif name == "draft":
             text = Text(model)
             drafted(text, text.run(prompt), int(number or 8), settings.eos)
