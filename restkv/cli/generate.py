@@ -58,10 +58,10 @@ class KeepOptions:
     probe: Annotated[
         str | None,
         keep_option(
-            help="Whose queries the prompt's eviction observes: window; prompt (its own, no further pass); draft:N (N steps, "
-            "with the full cache alive); replay (the prompt is read twice); questions[:N][:FILE] (some 200 tokens more; with "
-            "N tokens of each answer also N steps and the full cache alive); ask[:N] (N questions of the model's own, some 60 "
-            "steps with the full cache alive); some joined by +. `restkv inspect` has the numbers.",
+            help="Whose queries the prompt's eviction observes: window; prompt[:N] (N of its own, no further pass); draft:N (N "
+            "steps, with the full cache alive); replay (the prompt is read twice); questions[:N][:FILE] (some 200 tokens more; "
+            "with N tokens of each answer also N steps and the full cache alive); ask[:N] (N questions of the model's own, some "
+            "60 steps with the full cache alive); some joined by +. `restkv inspect` has the numbers.",
             show_default="the preset's, or window",
         ),
     ] = None

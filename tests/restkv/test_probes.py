@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from laws.law import watched
 from make.chats import say, session_of
@@ -90,6 +92,7 @@ def tokens_beside() -> Iterator[list[int]]:
         ("ask+ask:3", "one of them is given twice"),
         *((f"ask:{n}", "give how many questions the model is to ask, 1 to 10") for n in ("", "0", "11", "x.txt", "-1")),
         ("a\nb", r"probe 'a\nb'"),
+        *((f"prompt:{n}", "give how many queries to observe, 1 to 16777216") for n in ("", "0", "x", "-1", "16777217")),
         *(
             (f"draft:{n}", "give the tokens to draft, 1 to 4096")
             for n in ("", "0", "x", "-1", "1.5", "99999", "4097", "0000000019999999", "9" * 5000, "\u0663")
@@ -99,6 +102,19 @@ def tokens_beside() -> Iterator[list[int]]:
 def test_what_is_no_probe_is_refused_in_one_line(text, words):
     message = refused(text)
     assert message.startswith("snapkv: probe ") and words in message and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "expected"), [(1, 256, [0]), (9, 256, [4, 5, 6, 7, 8]), (10, 3, [5, 7, 9]), (11, 2, [7, 10])]
+)
+def test_the_prompts_own_queries_lie_in_its_second_half_at_equal_distances_and_end_with_it(length, count, expected):
+    assert [*probes.Own(count).own(length)] == expected
+
+
+@given(st.integers(1, 10_000), st.integers(1, 5000))
+def test_there_are_as_many_of_them_as_fit(length, count):
+    own = probes.Own(count).own(length)
+    assert min(count, length - length // 2) / 2 < len(own) <= count and own[0] >= length // 2 and own[-1] == length - 1
 
 
 def test_a_probe_is_text():
