@@ -57,11 +57,11 @@ def strongest_change(obs: Observation, relative: bool, also: Callable[[Rows], No
         top_change_BkGw1 = top_a_BkGw1 * torch.linalg.vector_norm(top_move_BkGwF, dim=-1, keepdim=True)
         shrink_BkGw1 = _shrink(obs, rows, relative)
         compared = slice(0, min(seen, past))
-        odds_BkGwC = others_BkGwC[..., compared]
+        others_BkGwC = others_BkGwC[..., compared]
         x_BkGwf = torch.cat([o_BkGwF.square().sum(-1, keepdim=True), torch.ones_like(mass_BkGw1), -2 * o_BkGwF], -1)
         # The square of the distance, times that of the shrinking.
         change_BkGwC = (x_BkGwf * shrink_BkGw1.square()) @ y_BkGCf[..., compared, :].mT
-        change_BkGwC.clamp_min_(0).sqrt_().mul_(odds_BkGwC.div_(1 - odds_BkGwC))
+        change_BkGwC.clamp_min_(0).sqrt_().mul_(others_BkGwC).div_(others_BkGwC.neg_().add_(1))
         # A top entry that is not compared leaves the last one as it is.
         at_BkGw1 = top_BkGw1.clamp_max(compared.stop - 1)
         there_BkGw1 = change_BkGwC.gather(-1, at_BkGw1)
