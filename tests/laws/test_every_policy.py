@@ -64,7 +64,11 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "adakv": {"budget": 12, "budget_by": "adakv"},
     "global": {"budget": 12, "budget_by": "global"},
 }
-EXAMPLES = {"int": 6, "adakv": 3, "global": 3}  # observations: the others choose from one as these do
+EXAMPLES = {
+    "int": many(6, 2),
+    "adakv": many(4, 2),
+    "global": many(4, 2),
+}  # observations: the others choose from one as these do
 OF_ONE = [law.name for law in (*OBSERVED, *LARGEST)]
 OF_SESSIONS = [law.name for law in SESSIONS]
 PAIRS = [(variant, granularity) for variant in VARIANTS for granularity in GRANULARITIES]

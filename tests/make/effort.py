@@ -1,4 +1,4 @@
-"""How many examples a slow test draws."""
+"""How many examples a test draws."""
 
 from __future__ import annotations
 

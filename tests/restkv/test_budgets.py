@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from make.effort import many
 from restkv.budgets import ALLOCATIONS, Allocation, Global, HeadAdaptive, Pyramid
 from restkv.errors import PolicyError
 from restkv.observe import Observation
@@ -60,7 +61,7 @@ shapes = {
 }
 
 
-@settings(max_examples=250)
+@settings(max_examples=many(250, 2))
 @given(**shapes)
 def test_pyramid_released_integers(window, extra, num_layers, length, beta, middle_regime):
     assume(window + extra > 0)
@@ -69,7 +70,7 @@ def test_pyramid_released_integers(window, extra, num_layers, length, beta, midd
     assert got == reference.pyramid(*args, beta=beta, middle_regime=middle_regime)
 
 
-@settings(max_examples=250)
+@settings(max_examples=many(250, 2))
 @given(**shapes)
 def test_pyramid_exact_spends_everything_along_the_same_line(window, extra, num_layers, length, beta, middle_regime):
     assume(window + extra > 0)
@@ -153,7 +154,7 @@ def test_pyramid_released_code(layer, shared):
 # ---- adakv
 
 
-@settings(max_examples=250)
+@settings(max_examples=many(250, 2))
 @given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 4), normalize=st.booleans(), exact=st.booleans())
 def test_adakv_equals_its_loops(data, rows, heads, normalize, exact):
     # Infinite scores have no share of a sum, and sums of random floats depend on their order.
@@ -232,7 +233,7 @@ def models(draw):
     return layers, budget, draw(st.sampled_from(FLOORS))
 
 
-@settings(max_examples=250)
+@settings(max_examples=many(250, 2))
 @given(models())
 def test_global_equals_its_loops(model):
     layers, budget, floor = model
@@ -250,7 +251,7 @@ def test_global_equals_its_loops(model):
             assert len(kept) == min(entries, total)
 
 
-@settings(max_examples=250)
+@settings(max_examples=many(250, 2))
 @given(models())
 def test_cascade_is_the_one_selection(model):
     layers, budget, floor = model
@@ -309,7 +310,7 @@ def test_global_keeps_nothing_hidden_in_preference_to_something_visible():
 # ---- all of them
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(data=st.data(), rows=st.integers(2, 3), heads=st.integers(1, 3))
 def test_a_row_of_a_batch_is_a_row_alone_and_other_padding_changes_nothing(data, rows, heads):
     score, pos, protected = data.draw(layers_of(rows, heads))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import restkv
+from make.effort import many
 from make.places import environment
 from make.policies import FOUR, POLICY, SOME
 from make.small import eagerly, small_ids, small_lm, small_model
@@ -111,7 +112,7 @@ def test_a_fork_that_grows_the_pool_leaves_the_others_alone(monkeypatch):
     torch.testing.assert_close(session.logits_BV, lm.logits([*ids, 5])[-1:], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(pages=st.integers(1, 10**9), steps=st.sampled_from([1, 2, 4, 8]))
 def test_sizes_of_pools(pages, steps):
     size = pool_size(pages, steps)

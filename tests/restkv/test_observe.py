@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from restkv.observe import attention_BHWC, group_root_of, root_of, weighted_attention
 from restkv.testing.cases import shapes
 from restkv.testing.observed import observation
 from twins import reference
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(shape=shapes, per_head=st.booleans())
 def test_attention_equals_the_slow_twin(shape, per_head):
     obs, _ = observation(**shape, per_head=per_head)

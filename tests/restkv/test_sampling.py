@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from restkv.errors import PromptError
 from restkv.sampling import COLDEST, Sampling, filter_logits, sample
 
@@ -49,7 +50,7 @@ def allowed(logits: list[float], s: Sampling) -> tuple[set[int], set[int]]:
     return set(left), doubtful
 
 
-@settings(max_examples=400)
+@settings(max_examples=many(400, 2))
 @given(rows=st.lists(logits_lists, min_size=1, max_size=3), sampling=samplings)
 def test_filters_are_the_loop(rows, sampling):
     vocab = min(map(len, rows))
@@ -123,7 +124,7 @@ extremes = st.builds(
 far = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 1e30, -1e30, 3e38, -3e38, 88.0, 1e4, -1e4, -math.inf])
 
 
-@settings(max_examples=300)
+@settings(max_examples=many(300, 2))
 @given(logits=st.lists(far, min_size=2, max_size=6).filter(lambda row: max(row) > -math.inf), sampling=extremes)
 def test_whatever_the_numbers_what_is_drawn_is_possible(logits, sampling):
     """Never an entry of -inf, nor one that a filter leaves out, however far apart the logits and how extreme the options."""

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from restkv.select import largest, nth_largest, select
 from twins import reference
 
@@ -19,7 +20,7 @@ from twins import reference
 values = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, math.inf, -math.inf, math.nan, 1e-30, 2e-30])
 
 
-@settings(max_examples=300)
+@settings(max_examples=many(300, 2))
 @given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 3), columns=st.integers(1, 12))
 def test_equals_a_sort(data, rows, heads, columns):
     shape = (rows, heads, columns)
@@ -45,7 +46,7 @@ def test_equals_a_sort(data, rows, heads, columns):
             assert len(kept) == min(max(limit, held), sum(p >= 0 for p in positions))
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(
     data=st.data(), shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 30)), distinct=st.booleans()
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 import restkv
+from make.effort import many
 from make.toy_tokenizers import KINDS, TOKENS
 from modeling.text.tokenizer import Tokenizer
 from restkv import Chat, FullCache
@@ -96,7 +97,7 @@ def test_eos_is_a_special_token_like_any_other_where_it_is_ignored(words):
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=many(150, 2))
 def test_a_stop_ends_any_answer_before_it_and_nothing_is_taken_back(kind, words, data):
     """Random tokens, also halves of characters: what was said of the whole text holds for the pieces."""
     tokenizer = words[kind]
@@ -207,7 +208,7 @@ def test_half_characters_come_at_once_and_in_linear_time(name, words):
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 def test_streams_of_bytes_equal_the_whole(kind, words, data):
     """Mostly bytes, in any order and any state of a character."""
     tokenizer = words[kind]
@@ -246,7 +247,7 @@ LATE = {
 
 @pytest.mark.parametrize("rules", LATE.values(), ids=LATE)
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=many(150, 2))
 def test_stops_cut_text_that_comes_late_where_they_cut_any_other(rules, data):
     """Decoders that look across tokens, on texts that they change nothing in, against one that does not."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bench.report.kinds import read_run
 from bench.report.page import build, markdown
 from bench.runs.folder import SAMPLES, TIMINGS, RunError, open_run, read_rows
+from make.effort import many
 from make.hostile import alter_remarks
 from make.result_folders import ALL, filled, manifest_of, said, write
 from make.result_rows import FIDELITY
@@ -30,7 +31,7 @@ def test_an_unaltered_folder_has_tables_and_a_page(kind, tmp_path):
         assert "<table" in build(folder)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=many(120, 2), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), kind=st.sampled_from(sorted(ALL)))
 def test_an_altered_folder_has_tables_or_is_refused_in_one_line(data, kind, tmp_path_factory):
     manifest, rows = manifest_of(kind), ALL[kind][1](ALL[kind][0])[:12]

@@ -10,6 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from make.effort import many
 from make.toy_tokenizers import KINDS
 from modeling.errors import TokenizerError
 from modeling.text.outlook import outlook
@@ -86,7 +87,7 @@ def require_whole(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=1500)
+@settings(max_examples=many(1500, 2))
 def test_the_stream_of_any_chain_of_rules_is_the_whole(data):
     rules = data.draw(st.lists(RULE, max_size=4))
     spellings = SPELLINGS if data.draw(st.booleans()) else SPELLINGS[:-1]  # without "" some more are piecewise

@@ -10,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from make.template_folders import HELLO, folder_with
 from modeling.errors import RestKVWarning, TokenizerError
 from modeling.text import renderer
@@ -169,7 +170,7 @@ PLAIN = st.recursive(
 
 
 @given(value=PLAIN)
-@settings(max_examples=150)
+@settings(max_examples=many(150, 2))
 def test_values_arrive_as_they_are(value, shared_tokenizers):
     ours, theirs = shared_tokenizers
     assert ours.render(HELLO, x=value) == theirs.apply_chat_template(
@@ -204,7 +205,7 @@ SAID = st.none() | st.text(max_size=3) | st.booleans() | st.lists(st.text(max_si
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=many(150, 2))
 def test_reasoning_has_all_its_names_as_in_transformers(data, reasoned):
     """Whatever names a message has it under, in whatever order, with other keys in between."""
     ours, theirs = reasoned

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from make.effort import many
 from make.toy_tokenizers import CORPUS, KINDS, SPECIAL, TOKENS
 from modeling.errors import TokenizerError
 from modeling.text.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> list[s
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=many(300, 2))
 def test_a_stream_gives_exactly_the_text_of_all_ids(kind, folders, data):
     """Random ids: broken UTF-8, byte tokens in any order, special and unknown tokens, spaces."""
     tokenizer = Tokenizer.from_folder(folders[kind])
@@ -138,7 +139,7 @@ def test_a_stream_gives_exactly_the_text_of_all_ids(kind, folders, data):
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @given(text=st.text(alphabet=st.sampled_from("ab €é😀北 \n"), max_size=20), data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 def test_a_stream_of_text_never_shows_half_a_character(kind, folders, text, data):
     tokenizer = Tokenizer.from_folder(folders[kind])
     pieces = streamed(tokenizer, tokenizer.encode(text), True)

@@ -282,7 +282,7 @@ def check_damaged(file: dict[str, Any], folder: Path) -> None:
 
 
 @given(file=damaged())
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 def test_damaged_files_work_or_are_refused(file, tmp_path_factory):
     check_damaged(file, tmp_path_factory.getbasetemp())
 

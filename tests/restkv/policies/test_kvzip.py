@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from make.effort import many
 from make.places import DATA
 from make.zipped import CASES, FIRST, LATER, SUFFIX, Case, llama
 from modeling.checkpoint.loading import load_model
@@ -100,7 +101,7 @@ def best(score_NKL: Tensor, count: int) -> Tensor:
     return kept_NKL
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(
     shape=shapes,
     cls=st.sampled_from([KVzip, KVzipPlus]),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from restkv import observe, pooling
 from restkv.budgets import Allocation
 from restkv.errors import PolicyError
@@ -146,7 +147,7 @@ def assert_same(policy, obs, w_o, rtol, atol=0.0):
     np.testing.assert_allclose(got[promised], want[promised], rtol=rtol, atol=atol)
 
 
-@settings(max_examples=300)
+@settings(max_examples=many(300, 2))
 @given(shape=shapes, values=options, per_head=st.booleans(), budget_each=st.booleans(), bounded=st.booleans())
 def test_equals_the_slow_twin(shape, values, per_head, budget_each, bounded):
     policy = build(values)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from make.effort import many
 from restkv.policies import (
     CAOTE,
     H2O,
@@ -42,21 +43,21 @@ def assert_same(policy, obs, w_o, **given):
     np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-12)
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(shape=shapes)
 def test_tova(shape):
     obs, w_o = observation(**shape)
     assert_same(TOVA(9), obs, w_o)
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(shape=shapes)
 def test_keydiff(shape):
     obs, w_o = observation(**shape)
     assert_same(KeyDiff(9), obs, w_o)
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(
     shape=shapes,
     seed=st.integers(0, 2**32 - 1),
@@ -72,7 +73,7 @@ def test_random_keynorm_and_streamingllm(shape, seed, layer, granularity):
         assert_same(StreamingLLM(9), obs, w_o)
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(
     shape=even_shapes,
     options=st.fixed_dictionaries(
@@ -103,7 +104,7 @@ def test_expected_attention_of_many_queries_in_parts(monkeypatch):
     assert_same(ExpectedAttention(9, future=3), obs, w_o, frequencies=[0.5, 0.1])
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(
     shape=even_shapes,
     queries=st.sampled_from([1, 4, 24]),
@@ -129,7 +130,7 @@ def test_compactor(shape, queries, options, layer, factor):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)  # of a Gram matrix that is nearly singular
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(
     shape=shapes,
     options=st.fixed_dictionaries(
@@ -147,7 +148,7 @@ def test_curdkv(shape, options, layer):
     assert_same(CurDKV(9, **options), replace(obs, layer=layer, num_layers=201), w_o)
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(
     shape=shapes,
     options=st.fixed_dictionaries(
@@ -171,7 +172,7 @@ def test_rkv_of_entries_that_say_the_same_favours_the_newest():
     assert score[5] == score[7] > score[4] > score[1]
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(shape=shapes, sets=sets, output_weight=st.booleans(), per_head=st.booleans())
 def test_caote_is_the_measured_change_of_the_newest_querys_output(shape, sets, output_weight, per_head):
     policy = CAOTE(9, output_weight=output_weight, **sets)
@@ -182,7 +183,7 @@ def test_caote_is_the_measured_change_of_the_newest_querys_output(shape, sets, o
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 @given(shape=shapes, granularity=st.sampled_from(["kv", "query"]))
 def test_observed_attention_is_the_mean_weight_over_the_queries_that_saw_an_entry(shape, granularity):
     """Of a whole prompt, so that the queries that saw an entry can be counted one by one."""

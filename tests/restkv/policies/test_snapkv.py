@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from make.effort import many
 from restkv.errors import PolicyError
 from restkv.policies import SnapKV, get_policy
 from restkv.testing.cases import shapes
@@ -15,7 +16,7 @@ from restkv.testing.observed import observation
 from twins import reference
 
 
-@settings(max_examples=200)
+@settings(max_examples=many(200, 2))
 @given(
     shape=shapes,
     kernel_size=st.sampled_from([1, 3, 5, 7, 31]),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import restkv
+from make.effort import many
 from make.small import small_ids, small_model
 from modeling.layers import Decoder
 from restkv.context import CompressedContext
@@ -50,7 +51,7 @@ MODELS = {"float32": small_model(4), "bfloat16": small_model(4).bfloat16()}
 
 @pytest.mark.parametrize("dtype", MODELS)
 @given(data=st.data())
-@settings(max_examples=100)
+@settings(max_examples=many(100, 2))
 def test_every_bit_counts(dtype, data):
     model = MODELS[dtype]
     before = fingerprint(model)
