@@ -55,9 +55,9 @@ BEGINNINGS = ("What", "Who", "When", "Where", "Why", "How", "Which", "How many",
 
 
 class Drafted(NamedTuple):
-    """What the model goes on with, greedily: `count` tokens, or fewer where it ends its turn; `then` is read after them."""
+    """What the model goes on with, greedily: `most` tokens, or fewer where it ends its turn; `then` is read after them."""
 
-    count: int
+    most: int
     then: tuple[int, ...] = ()
 
 
