@@ -56,7 +56,7 @@ def cost_of(probe: str, length: int, phrases: Phrases) -> Cost:
         tokens = one.tokens(length, phrases)
         # What is drafted does not depend on the prompt's length.
         drafting = [side for side in one.sides(range(1), phrases) if side.drafts]
-        plans = [sum(part.tokens + len(part.then) for part in side.drafts) for side in drafting]
+        plans = [sum(part.most + len(part.then) for part in side.drafts) for side in drafting]
         read, drafted, steps = read + tokens, drafted + sum(plans), max([steps, *plans])
         observed = max(observed, len(one.own(length)))
         answered += tokens if drafting else 0

@@ -65,7 +65,7 @@ class _Texts:
         self._model, self._entries, self._sides, self._normed = model, entries, sides, normed
         self._length = entries[0][0].shape[1]
         self._counts = [0] * len(sides)  # tokens read so far
-        plans = [[token for part in side.drafts for token in (DRAFTED,) * part.tokens + part.then] for side in sides]
+        plans = [[token for part in side.drafts for token in (DRAFTED,) * part.most + part.then] for side in sides]
         self._plans = [deque(plan) for plan in plans]
         # Texts are padded to the longest one before drafts take the padding's place.
         longest = max(len(side.ids) for side in sides)

@@ -56,9 +56,9 @@ BEGINNINGS = ("What", "Who", "When", "Where", "Why", "How", "Which", "How many",
 
 
 class Drafted(NamedTuple):
-    """What the model goes on with, greedily: so many tokens, or fewer where it ends its turn; `then` is read after them."""
+    """What the model goes on with, greedily: `most` tokens, or fewer where it ends its turn; `then` is read after them."""
 
-    tokens: int
+    most: int
     then: tuple[int, ...] = ()
 
 

@@ -234,7 +234,7 @@ def test_a_question_of_the_models_own_is_one_turn_and_its_answer_the_next(templa
     assert len({side.ids for side in sides}) == len(sides) == len(probes.BEGINNINGS)
     for side, words in zip(sides, probes.BEGINNINGS, strict=True):
         question, answer = side.drafts
-        assert (question.tokens, answer) == (probes.ASKED, Drafted(probes.ANSWERED))
+        assert (question.most, answer) == (probes.ASKED, Drafted(probes.ANSWERED))
         asked, between = (lm.tokenizer.decode(ids, skip_special=False) for ids in (side.ids, question.then))
         user = lm.tokenizer.render([{"role": "user", "content": "X"}], False).partition("X")[0]
         opening = lm.tokenizer.render([{"role": "user", "content": "X"}]).partition("X")[2]

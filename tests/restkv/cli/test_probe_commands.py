@@ -12,7 +12,7 @@ import restkv
 from make.commands import STORY, Ran
 from restkv.cli import main
 
-PROBES = ["prompt", "draft:4", "replay", "questions", "window+draft:2+replay"]
+PROBES = ["prompt", "draft:4", "replay", "questions", "window+draft:2+replay", "questions:2+ask:2"]
 
 
 @pytest.mark.parametrize("probe", PROBES)
