@@ -129,7 +129,7 @@ class Own(Probe):
     """Queries of the prompt's second half, as many, each for entries more than 64 tokens before it: no further pass."""
 
     name: ClassVar[str] = "prompt"
-    count: int = 128
+    count: int = 512
 
     @classmethod
     def of(cls, argument: str | None) -> Probe:

@@ -107,7 +107,7 @@ def views(model: Decoder, probe: str, prompt: Sequence[int], window: int, settin
         if name == "window":
             found.append(View(read(model, prompt), range(max(0, L - window), L), range(L)))
         elif name == "prompt":
-            distance = math.ceil((L - L // 2) / int(number or 128))
+            distance = math.ceil((L - L // 2) / int(number or 512))
             queries = [L - 1 - n for n in range(0, L - L // 2, distance)]
             found.append(View(read(model, prompt), queries[::-1], range(L), L, settings.gap))
         elif name == "draft":
