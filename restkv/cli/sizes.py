@@ -120,6 +120,12 @@ def inspect(
     context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
+    ranks: Annotated[
+        bool,
+        typer.Option(
+            "--ranks", help="Show what 2, 4 and 8 ranks that share the model would send one another, and hold."
+        ),
+    ] = False,
     kept: Annotated[  # for --help, and so is `mask`: `main` has sent such a line to the other command
         bool,
         typer.Option("--kept", help="Show what each head keeps of a text: `restkv bench kept`, which has the options."),
@@ -132,9 +138,12 @@ def inspect(
     """Show a checkpoint's shapes, its parameters and the bytes its KV cache takes; weights are not read."""
     from modeling.checkpoint.loading import load_outline, resolve
     from restkv.cli.console import table_console
-    from restkv.cli.display import checkpoint_table, layer_entries
+    from restkv.cli.display import checkpoint_table, layer_entries, ranks_table
 
     outline = load_outline(resolve(model), dtype)
     context = context or outline.config.max_positions
-    entries = layer_entries(sizing_policy("restkv", budget), context, outline.config.num_layers)
+    policy = sizing_policy("restkv", budget)
+    entries = layer_entries(policy, context, outline.config.num_layers)
     table_console().print(checkpoint_table(model, outline, context, entries))
+    if ranks:
+        table_console().print(ranks_table(outline, context, policy))
