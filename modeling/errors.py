@@ -26,6 +26,10 @@ class NumericError(RestKVError):
     """A model's logits are no numbers, so that nothing can be drawn from them."""
 
 
+class ParallelError(RestKVError):
+    """A model that cannot be shared as asked for, or another of the processes that share it has gone."""
+
+
 class TooLargeError(RestKVError):
     """There is not enough memory for what was asked for; the line names the numbers to lower."""
 

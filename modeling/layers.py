@@ -1,7 +1,9 @@
 """The decoder that every supported family is an instance of, attention left out.
 
 A forward pass is: embed, then per block project -> (someone's attention) -> finish, then head. Caches, masks and
-kernels live elsewhere; what differs between families is said by ModelConfig's fields.
+kernels live elsewhere; what differs between families is said by ModelConfig's fields. Where
+ranks share a model, each has a Decoder of its heads and of its part of the MLP's width and of the vocabulary; the residual stream
+and the logits are whole on all of them.
 
 Letters: B batch rows, T tokens, E hidden width, H query heads, K KV heads, D head dim, V vocabulary.
 """
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.config import ModelConfig
+from modeling.ranks import ALONE, Ranks
 from modeling.rope import Rotary, rotate
 
 # A CPU without instructions for a narrow dtype multiplies many rows of it at a seventh of float32's rate (AVX2, bfloat16: 8
@@ -91,11 +94,15 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of weights: what happens before attention (project) and after it (finish)."""
+    """One layer of weights: what happens before attention (project) and after it (finish).
 
-    def __init__(self, config: ModelConfig, index: int, fused: bool = True):
+    Of ranks that share a model each has some columns of o_proj and down_proj, whose products are summed; rank 0 has their biases.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, fused: bool = True, ranks: Ranks = ALONE):
         super().__init__()
         c = self.config = config
+        self.ranks = ranks
         self.index = index
         self.window = c.windows[index]
         self.rope = c.layer_rope[index]
@@ -158,7 +165,7 @@ class Block(nn.Module):
 
     def add_attention(self, x_BTE: Tensor, o_BTHD: Tensor) -> Tensor:
         """The residual stream [B,T,E] after attention."""
-        y_BTE = linear(o_BTHD.flatten(-2), self.o_proj.weight, self.o_proj.bias)
+        y_BTE = self.ranks.sum(linear(o_BTHD.flatten(-2), self.o_proj.weight, self.o_proj.bias))
         return x_BTE + (self.post_attention_layernorm(y_BTE) if self.config.post_norms else y_BTE)
 
     def add_mlp(self, x_BTE: Tensor) -> Tensor:
@@ -172,7 +179,8 @@ class Block(nn.Module):
             gate, up = linear(x_BTE, self.gate_up_proj.weight, self.gate_up_proj.bias).chunk(2, dim=-1)
         else:
             gate, up = (linear(x_BTE, p.weight, p.bias) for p in (self.gate_proj, self.up_proj))
-        return linear(activate(gate, self.config.activation) * up, self.down_proj.weight, self.down_proj.bias)
+        y_BTE = linear(activate(gate, self.config.activation) * up, self.down_proj.weight, self.down_proj.bias)
+        return self.ranks.sum(y_BTE)
 
     def output_weight(self) -> Tensor:
         """W_O as [E, H, D], a view: query head h adds W_O[:, h] @ o_h to the layer's output (before any post norm)."""
@@ -184,18 +192,22 @@ class Decoder(nn.Module):
 
     The embedding is left uninitialised: whoever builds a Decoder fills it (torch's own filling, of a matrix on the meta device,
     loads the whole compiler).
+
+    Args:
+        config: of one rank: its heads, and its part of the MLP's width; the vocabulary is the whole one's.
+        ranks: that share the model.
     """
 
-    def __init__(self, config: ModelConfig, fused: bool = True):
+    def __init__(self, config: ModelConfig, fused: bool = True, ranks: Ranks = ALONE):
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
-        self.layers = nn.ModuleList(Block(config, index, fused) for index in range(config.num_layers))
+        self.config, self.ranks = config, ranks
+        vocabulary = ranks.part(config.vocab_size)
+        self._first_id, rows = vocabulary.start, vocabulary.stop - vocabulary.start
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(rows, config.hidden_size), freeze=False)
+        self.layers = nn.ModuleList(Block(config, index, fused, ranks) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.rotaries = nn.ModuleList(Rotary(rope) for rope in config.ropes)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, rows, bias=False)
 
     @property
     def blocks(self) -> list[Block]:
@@ -212,11 +224,24 @@ class Decoder(nn.Module):
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Residual stream [B,T,E] of token ids [B,T], in the weights' dtype."""
-        x_BTE = self.embed_tokens(ids_BT)
+        x_BTE = self._looked_up(ids_BT)
         if self.config.embed_scale == 1.0:
             return x_BTE
         # Gemma was trained with the factor itself rounded to the dtype (sqrt(3072) = 55.5 in bfloat16).
         return x_BTE * rounded(self.config.embed_scale, x_BTE.dtype)
+
+    def _looked_up(self, ids_BT: Tensor) -> Tensor:
+        """Rows of the embedding. A rank that lacks one adds zeros, which change no bit."""
+        if self.ranks.size == 1:
+            return self.embed_tokens(ids_BT)
+        row_BT, rows = ids_BT - self._first_id, self.embed_tokens.weight.shape[0]
+        x_BTE = self.embed_tokens(row_BT.clamp(0, rows - 1))
+        return self.ranks.sum(x_BTE.masked_fill(((row_BT < 0) | (row_BT >= rows))[..., None], 0))
+
+    def embedding_of(self, token: int) -> Tensor:
+        """[1, E], a view of the token's row of the embedding; [0, E] where another rank has it."""
+        row = token - self._first_id
+        return self.embed_tokens.weight[max(0, row) : max(0, row + 1)]
 
     def rotary(self, pos_BT: Tensor, length_B: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(cos, sin), each [B,T,D] in the weights' dtype, one pair per config.ropes; block.rope indexes them.
@@ -229,4 +254,12 @@ class Decoder(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] float32 of the residual stream [..., E]: final norm, output matrix, softcap."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return softcap(linear(self.norm(x), weight).float(), self.config.final_softcap)
+        return softcap(self._whole(linear(self.norm(x), weight)).float(), self.config.final_softcap)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """Logits [..., V] of this rank's part, which only in the last one may be narrower than in the others."""
+        if self.ranks.size == 1:
+            return part
+        vocabulary = self.config.vocab_size
+        part = F.pad(part, (0, self.ranks.each(vocabulary) - part.shape[-1]))
+        return self.ranks.gather(part, -1)[..., :vocabulary]

@@ -32,6 +32,8 @@ def numeric_error(model: Decoder, ids: Sequence[int], row: int | None = None) ->
         row: of a batch.
     """
     place = _first(model, ids) if ids else None
+    if place is not None:  # another rank may hold what is broken; what weights make is the same on all
+        place.broken = any(row[0] for row in model.ranks.table([place.broken]))
     where = f"after {len(ids)} tokens" + ("" if row is None else f" of row {row}")
     head = f"the logits {where} are no numbers: "
     dtype = str(model.dtype).removeprefix("torch.")
@@ -91,7 +93,7 @@ def _first(model: Decoder, ids: Sequence[int]) -> _Found | None:
         wrong_L = ~x_LE.isfinite().all(-1)
         if bool(wrong_L.any()):
             token = ids[int(wrong_L.to(torch.uint8).argmax())]
-            return _Found(f"the embedding of token {token}", x_LE, [model.embed_tokens.weight[token]])
+            return _Found(f"the embedding of token {token}", x_LE, [model.embedding_of(token)])
         rotary = model.rotary(pos_1L, pos_1L.amax(-1) + 1)
         for block in model.blocks:
             dense_layer(model, cast(Block, _Watched(block)), x_LE, rotary, last=0)

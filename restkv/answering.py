@@ -16,6 +16,7 @@ import torch
 
 from modeling.layers import Decoder
 from modeling.modes import own_modes
+from modeling.ranks import Ranks
 from modeling.text.tokenizer import Tokenizer
 from restkv.engine import Engine
 from restkv.errors import PromptError
@@ -30,7 +31,7 @@ Prompt = str | Sequence[int]
 class Answering:
     """A model with its tokenizer and engine.
 
-    Attributes: model, config, tokenizer, engine, device, dtype, backend, compiled.
+    Attributes: model, config, ranks, tokenizer, engine, device, dtype, backend, compiled.
 
     Args:
         named: see Engine.
@@ -55,6 +56,11 @@ class Answering:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the model; `config` has this one's heads and part of the MLP's width."""
+        return self.model.ranks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +116,7 @@ class Answering:
                 session that nobody goes on with when the answer is broken off.
         """
         rows = rows or [self.answer(decoding) for _ in session.active]
-        generators = decoding.sampling.generators(len(rows))
+        generators = decoding.sampling.generators(len(rows), self.ranks)
         ends_E = torch.tensor([] if decoding.ignore_eos else self.config.eos_token_ids, device=self.device)
         laps: list[float] = []
         lap, left = 0.0, decoding.max_new_tokens
@@ -145,7 +151,7 @@ class Answering:
             stats.tpot_s = sorted(laps)[len(laps) // 2]
             stats.tokens_per_s = (sum(stats.new_tokens) - len(rows)) / sum(laps)
         self.measure(session, stats)
-        stats.graphs, stats.peak_bytes = meter.graphs(), meter.peak_bytes()
+        stats.graphs, (stats.peak_bytes,) = meter.graphs(), self.ranks.most([meter.peak_bytes()])
         results.extend(Generation(row.text, row.tokens, row.reason, stats) for row in rows)
 
     def answer(self, decoding: Decoding) -> Row:
@@ -153,13 +159,21 @@ class Answering:
         return Row(self._tokenizer, decoding, self.config.eos_token_ids)
 
     def measure(self, session: Session, stats: Stats) -> None:
-        """Write into `stats` what the cache of a session holds now."""
+        """Write into `stats` what the cache of a session holds now, on all ranks together."""
         cache = session.cache
         stats.seen = cache.next_pos[: len(session.active)].tolist()  # sync: once, at the end
-        stats.kept = session.kept()
-        stats.max_kept = max(session.evictor.max_live, *(int(layer.live_counts().max()) for layer in cache.layers))
-        stats.live_bytes, stats.allocated_bytes = cache.live_bytes, cache.allocated_bytes
-        stats.full_bytes = sum(stats.seen) * self.config.kv_bytes_per_token(self.dtype)
+        kept, heads = session.kept(), self.config.num_kv_heads
+        highest = max(session.evictor.max_live, *(int(layer.live_counts().max()) for layer in cache.layers))
+        full_bytes = sum(stats.seen) * self.config.kv_bytes_per_token(self.dtype)
+        flat = [mean for rows in kept for mean in rows]
+        table = self.ranks.table([highest, cache.live_bytes, cache.allocated_bytes, full_bytes, *flat])
+        highests, *totals = list(zip(*table, strict=True))[:4]
+        stats.max_kept = int(max(highests))
+        stats.live_bytes, stats.allocated_bytes, stats.full_bytes = (int(sum(bytes_n)) for bytes_n in totals)
+        means = [sum(mean_n) / len(table) for mean_n in zip(*(row[4:] for row in table), strict=True)]
+        rows = len(stats.seen)
+        stats.kept = [means[start : start + rows] for start in range(0, len(means), rows)]
+        stats.rank_entries = [round(sum(row[4:]) * heads) for row in table]
         stats.evictions = session.evictor.evictions
         stats.scores = min(session.evictor.scored, default="")
         if session.schedule.interval:

@@ -85,8 +85,12 @@ class Engine:
         return self._run(sparse_attention, sparse_attention, *inputs, **how)
 
     def masks(self, policy: Policy) -> bool:
-        """Whether evictions while decoding are one compiled graph, which moves nothing."""
-        return self.backend == "flex" and policy.traceable and repr(policy) not in self._eager_policies
+        """Whether evictions while decoding are one compiled graph, which moves nothing.
+
+        Where ranks compare heads it is eager: how long lists are, and with it which graph they take, differs from rank to rank.
+        """
+        compiles = self.backend == "flex" and policy.traceable and repr(policy) not in self._eager_policies
+        return compiles and not (self.model.ranks.size > 1 and policy.compares_heads)
 
     def evict(self, policy: Policy, *inputs: Any) -> Tensor | None:
         """masking.evict, compiled. None, with nothing done, where it cannot be: a policy evicts eagerly then, for good; a cache

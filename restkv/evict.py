@@ -19,6 +19,7 @@ from modeling.forward import Watch
 from modeling.layers import Decoder
 from modeling.pages import LayerCache
 from modeling.sparse import BlockMap
+from restkv import across
 from restkv.budgets import Global
 from restkv.compete import Competition
 from restkv.masking import Entries, Shape, observe, over_limit
@@ -52,7 +53,7 @@ class Evictor:
     """
 
     def __init__(self, model: Decoder, policy: Policy, roots: Roots, lengths: Sequence[int]) -> None:
-        self.model, self.policy, self.roots = model, policy, roots
+        self.model, self.policy, self.roots, self.ranks = model, policy, roots, model.ranks
         layers = model.config.num_layers
         per_row = [
             [UNLIMITED] * layers if policy.budget is None else policy.layer_budgets(length, layers)
@@ -115,11 +116,9 @@ class Evictor:
     def store_prompt(self, cache: KVCache, layer: int, read: Layer, mass_XL: Tensor | None) -> None:
         """Write what the policy keeps of one layer's prompt into a one-row cache, and remember the last queries."""
         q_HWD, k_KLD, v_KLD, raw_KLD, sizes_SW, seen = read
-        heads, length, _ = k_KLD.shape
-        device = k_KLD.device
+        (heads, length), device = k_KLD.shape[:2], k_KLD.device
         pos_KL = torch.arange(length, device=device).expand(heads, length)
-        budget = self.budgets[layer][0]
-        keep_1XL = obs = None
+        budget, keep_1XL, obs = self.budgets[layer][0], None, None
         if budget < length:
             observed = min(max(self.policy.observed_prompt, 1), length)
             q_1HWD = q_HWD[None, :, -observed:]
@@ -251,13 +250,13 @@ class Evictor:
             return
         everything = list(observed)
         assert isinstance(everything[0].budget_B, Tensor)
-        score, pos, protected = zip(*(self.policy.ranking(obs) for obs in everything), strict=True)
-        keeps = allocation.select_layers(score, pos, protected, everything[0].budget_B)
+        rankings = [self.policy.ranking(obs) for obs in everything]
+        keeps = across.select_layers(self.ranks, allocation, rankings, everything[0].budget_B)
         yield from zip(cache.layers, everything, keeps, strict=True)
 
     def _over(self, cache: KVCache) -> list[bool]:
         """Which rows have outgrown their budget, or the policy's high-water mark: heads, layers or all, as they share it."""
-        live_NBK = torch.stack([layer.live_counts() for layer in cache.layers])
+        live_NBK = self.ranks.gather(torch.stack([layer.live_counts() for layer in cache.layers]), 2)
         return over_limit(self.policy.allocation, live_NBK, self._limit_NB).tolist()  # sync: once per eviction
 
     def _cached(self, cache: KVCache, index: int, over_B: Sequence[bool]) -> Observation:
@@ -362,6 +361,7 @@ class Evictor:
             softcap=config.attn_softcap,
             num_layers=config.num_layers,
             budgets=None if budgets is None else tuple(budgets),
+            ranks=self.ranks,
         )
 
     def kind(self, cache: KVCache) -> Hashable:
@@ -446,4 +446,5 @@ class Evictor:
             budget_B=torch.tensor(budgets, device=pos.device),
             budgets=tuple(budgets),
             rotary=self._rotary(layer) if "rotary" in self.policy.needs else None,
+            ranks=self.ranks,
         )

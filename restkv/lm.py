@@ -17,6 +17,7 @@ from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
+from modeling.ranks import ALONE, Ranks, join, local_device
 from modeling.room import enough_memory
 from modeling.text.tokenizer import Tokenizer
 from restkv.answering import Answering, Prompt, listed
@@ -43,6 +44,7 @@ def load(
     backend: str = "auto",
     check_weights: bool = False,
     progress: Progress | None = None,
+    parallel: str = "none",
 ) -> LM:
     """Load a Hugging Face checkpoint folder (or download one by name with the `hub` extra).
 
@@ -55,16 +57,31 @@ def load(
             where torch cannot compile.
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
         progress: called with the bytes of weights that are there and those in all.
+        parallel: "none", or "tensor": torchrun's processes share the model by KV head (docs/parallel.md).
+            Every process then makes the same calls in the same order, and gets the same answers.
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
         CompileError: flex is asked for by name, and torch cannot compile (`generate` and all else may raise it too).
         TooLargeError: there is not enough memory for the weights.
+        ParallelError: the ranks do not meet, or the model's KV heads do not divide among them.
     """
+    where, ranks = _place(device, parallel)
     folder = resolve(path_or_name)
-    where = _device(device)
-    model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress)
+    model = load_model(
+        folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress, ranks=ranks
+    )
     chosen = _backend(backend, where, model.config.head_dim)
     return LM(model, Tokenizer.from_folder(folder), chosen, named=backend != "auto")
+
+
+def _place(device: str | torch.device, parallel: str) -> tuple[torch.device, Ranks]:
+    """Where this process's part of the model lives, and whom it shares the model with."""
+    if parallel not in ("none", "tensor"):
+        raise PromptError(f"parallel {parallel!r} is not known; give none or tensor")
+    if parallel == "none":
+        return _device(device), ALONE
+    where = local_device() if str(device) in ("auto", "cuda") and torch.cuda.is_available() else _device(device)
+    return where, join(where)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modeling.pages import LayerCache, columns, listed_pages, recent
 from modeling.pool import EMPTY, read
+from modeling.ranks import ALONE, Ranks
 from modeling.rope import Rotary
 from restkv.budgets import Allocation, Global
 from restkv.observe import Observation, weighted_attention
@@ -35,7 +36,7 @@ class Shape:
         page: slots of a page.
         pages: of every list to look at, C / page.
         ring_size: W.
-        softmax_scale, softcap, num_layers, budgets: see Observation; budgets is None where layers differ.
+        softmax_scale, softcap, num_layers, budgets, ranks: see Observation; budgets is None where layers differ.
     """
 
     heads: int
@@ -46,6 +47,7 @@ class Shape:
     softcap: float | None
     num_layers: int
     budgets: tuple[int, ...] | None
+    ranks: Ranks = ALONE
 
 
 class Entries(NamedTuple):
@@ -171,6 +173,7 @@ def observe(
         budget_B=layer.budget_B,
         budgets=shape.budgets,
         rotary=None if rotary is None else lambda pos_BT: rotary(pos_BT, pos_BT.amax(-1) + 1, torch.float32),
+        ranks=shape.ranks,
     )
     if obs.mass is None:
         return obs

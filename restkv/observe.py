@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from modeling.ranks import ALONE, Ranks
 from restkv.select import largest
 
 # Elements of the largest temporary. A CPU is fastest when it stays in the cache (8 MiB in float32), a GPU with fewer launches.
@@ -74,6 +75,7 @@ class Observation:
     # What scores of the same queries over the same entries share, when several policies are asked at once; None: nothing.
     memo: dict[Any, Any] | None = None
     looks: tuple[Look, ...] = ()  # whose queries score the entries in place of q's: a probe's (restkv/probes.py)
+    ranks: Ranks = ALONE  # that have the layer's other heads: H and K are this one's, rank * K heads come before them
 
     @property
     def dtype(self) -> torch.dtype:

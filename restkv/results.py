@@ -76,9 +76,12 @@ class Stats:
         tokens_per_s: new tokens after the first, of all rows, per second of decoding.
         seen: entries a full cache would hold per KV head at the end, per row.
         kept: per layer, per row: live entries per KV head (mean over heads) at the end.
+        rank_entries: live entries of every rank that shares the model: of all layers, rows and its KV heads together.
         max_kept: the largest number of live entries any KV head of any layer held when it was looked at (each eviction, end).
-        live_bytes, allocated_bytes, full_bytes: cache bytes of live entries, of pages held, and of a full cache, at the end.
-        peak_bytes: peak memory of the process (CPU) or the allocator (CUDA) during the call, weights included.
+        live_bytes, allocated_bytes, full_bytes: cache bytes of live entries, of pages held, and of a full cache, at the end; all
+            ranks together.
+        peak_bytes: peak memory of the process (CPU) or the allocator (CUDA) during the call, weights included; the largest of all
+            ranks.
         evictions: decode-time evictions.
         evicts: how those that are due after a token run: "compiled", "eager", or "" where there are none.
         scores: how the prompt's entries were scored: "compiled" (in pieces), "eager", or "" where nothing had to go.
@@ -95,6 +98,7 @@ class Stats:
     tokens_per_s: float = 0.0
     seen: list[int] = field(default_factory=list)
     kept: list[list[float]] = field(default_factory=list)
+    rank_entries: list[int] = field(default_factory=list)
     max_kept: int = 0
     live_bytes: int = 0
     allocated_bytes: int = 0
@@ -104,6 +108,12 @@ class Stats:
     evicts: str = ""
     scores: str = ""
     graphs: int = 0
+
+    @property
+    def imbalance(self) -> float:
+        """Entries of the fullest rank over their mean: 1 where all hold the same; a step waits for the fullest."""
+        total = sum(self.rank_entries)
+        return max(self.rank_entries) * len(self.rank_entries) / total if total else 1.0
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

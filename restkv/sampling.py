@@ -10,6 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from modeling.ranks import ALONE, Ranks
 from restkv.errors import PromptError
 
 SEEDS = 1 << 64  # how many a generator tells apart
@@ -53,9 +54,12 @@ class Sampling:
             if not ok:
                 raise PromptError(f"sampling: {name}={getattr(self, name)!r} is not possible; give a value {wanted}")
 
-    def generators(self, rows: int) -> list[torch.Generator]:
-        """One seeded CPU generator per row."""
-        seeds = [None if self.seed is None else self.seed + row for row in range(rows)]
+    def generators(self, rows: int, ranks: Ranks = ALONE) -> list[torch.Generator]:
+        """One seeded CPU generator per row, the same on all ranks that share a model: their logits are the same bits, too."""
+        seed = self.seed
+        if seed is None and ranks.size > 1 and self.temperature:
+            seed = int(ranks.share(str(torch.Generator().seed())))
+        seeds = [None if seed is None else seed + row for row in range(rows)]
         generators = [torch.Generator() for _ in seeds]
         for generator, seed in zip(generators, seeds, strict=True):
             generator.seed() if seed is None else generator.manual_seed(seed % SEEDS)

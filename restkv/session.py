@@ -111,7 +111,7 @@ class Session:
         self._pattern = parse_prefill(prefill)
         if not isinstance(chunk, int) or not 1 <= chunk < TOO_MANY:
             raise PromptError(f"chunk={chunk!r}: give the tokens of a chunk, a whole number from 1 to {TOO_MANY - 1}")
-        self.engine, self.policy = engine, require_policy(policy)
+        self.engine, self.policy = engine, require_policy(policy, engine.model.ranks)
         self._job = {
             "lengths": list(lengths),
             "max_new_tokens": max_new_tokens,
@@ -443,6 +443,6 @@ class Session:
 
     @own_modes
     def kept(self) -> list[list[float]]:
-        """Live entries per KV head (mean over heads), one list per layer with one number per row."""
+        """Live entries per KV head (mean over this rank's heads), one list per layer with one number per row."""
         counts = [layer.live_counts()[: len(self.active)].double().mean(-1) for layer in self.cache.layers]
         return [count_B.tolist() for count_B in counts]  # sync: figures for a person, never while decoding

@@ -2,7 +2,7 @@
 
 The model is built on the meta device, given empty memory of the wanted dtype, and filled from the files. These are read
 and never mapped, so loading needs the target's size plus CHUNK_BYTES of memory and of address space, whatever the size
-of a shard.
+of a shard. Of ranks that share a model each reads its own cut of every tensor (shares.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from modeling.checkpoint.expected import expected_shapes
 from modeling.checkpoint.folders import INDEX, SINGLE, check_layout, checkpoint_folder, find_shards, why_a_file
 from modeling.checkpoint.hub import download, hub_name
+from modeling.checkpoint.shares import cut_of, share_of
 from modeling.checkpoint.tensor_file import STORED_DTYPES, StoredTensor, read_header, read_pieces
 from modeling.config import DTYPES, ModelConfig
 from modeling.errors import CheckpointError, ConfigError, TooLargeError
@@ -24,6 +25,7 @@ from modeling.families.registry import read_config
 from modeling.files import reason, shortened
 from modeling.free import free_bytes, free_text, size_text
 from modeling.layers import Decoder
+from modeling.ranks import ALONE, Ranks
 from modeling.room import lacking
 
 __all__ = ["INDEX", "SINGLE", "load_model", "load_outline", "resolve", "tensor_slots"]
@@ -38,6 +40,7 @@ def load_model(
     fused: bool = True,
     check_weights: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """The model of a checkpoint folder, in eval mode and without gradients.
 
@@ -48,18 +51,19 @@ def load_model(
         fused: join q/k/v and gate/up projections into one matrix each. The function is the same.
         check_weights: look for NaN and Inf in every tensor after its conversion (reads everything once more).
         progress: called with the bytes that are filled and those in all, tensor by tensor.
+        ranks: that share the model; this one's part of it is returned.
 
     Raises ConfigError when config.json cannot be obeyed, CheckpointError when files are absent, broken, stored twice,
     or do not fit config.json: all missing, unexpected and misshapen tensors come in one message; TooLargeError when the
-    weights do not fit into what memory is free.
+    weights do not fit into what memory is free; ParallelError when they cannot be divided among so many ranks.
     """
     folder = Path(folder)
-    model, stored = _outline(folder, dtype, fused)
+    model, stored = _outline(folder, dtype, fused, ranks)
     _allocate(folder, model, torch.device(device))
     slots = tensor_slots(model)
     broken, done, total = [], 0, sum(slot.nbytes for slot in slots.values())
     for name, slot in slots.items():
-        if not _fill(slot, stored[name], check_weights):
+        if not _fill(slot, stored[name], check_weights, ranks):
             broken.append(name)
         done += slot.nbytes
         if progress is not None:
@@ -71,15 +75,19 @@ def load_model(
     return model
 
 
-def load_outline(folder: str | Path, dtype: str | torch.dtype = "auto", fused: bool = True) -> Decoder:
+def load_outline(
+    folder: str | Path, dtype: str | torch.dtype = "auto", fused: bool = True, ranks: Ranks = ALONE
+) -> Decoder:
     """The model that load_model would give, on the meta device: shapes and dtype without weights.
 
     Only config.json and the headers of the weights are read. Raises what load_model raises about them.
     """
-    return _outline(Path(folder), dtype, fused)[0]
+    return _outline(Path(folder), dtype, fused, ranks)[0]
 
 
-def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decoder, dict[str, StoredTensor]]:
+def _outline(
+    folder: Path, dtype: str | torch.dtype, fused: bool, ranks: Ranks
+) -> tuple[Decoder, dict[str, StoredTensor]]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
     check_layout(folder)
@@ -87,7 +95,7 @@ def _outline(folder: Path, dtype: str | torch.dtype, fused: bool) -> tuple[Decod
     stored = _stored_tensors(folder)
     _check_fit(folder, config, expected_shapes(config), stored)
     with torch.device("meta"):
-        model = Decoder(config, fused)
+        model = Decoder(share_of(config, ranks), fused, ranks)
     model.requires_grad_(False).eval()
     return model.to(_wanted_dtype(dtype, config, stored)), stored
 
@@ -218,11 +226,15 @@ def _wanted_dtype(dtype: str | torch.dtype, config: ModelConfig, stored: dict[st
     return torch.float32 if found == torch.float64 else found
 
 
-def _fill(slot: Tensor, tensor: StoredTensor, check: bool) -> bool:
-    """Copy a stored tensor into its place, converting on the way. False if `check` finds NaN or Inf there."""
+def _fill(slot: Tensor, tensor: StoredTensor, check: bool, ranks: Ranks) -> bool:
+    """Copy this rank's cut of a stored tensor into its place, converting on the way. False if `check` finds NaN or Inf there."""
     finite = True
     flat = slot.view(-1)
-    for place, piece in read_pieces(tensor, CHUNK_BYTES):
+    cut = cut_of(tensor.name, tensor.shape, ranks)
+    if cut is None:
+        flat.zero_()
+        return finite
+    for place, piece in read_pieces(tensor, CHUNK_BYTES, cut):
         flat[place].copy_(piece)
         if check:
             finite &= bool(flat[place].isfinite().all())  # host sync: once per piece, while loading
@@ -234,7 +246,7 @@ def _check_tied_head(model: Decoder, head: StoredTensor | None) -> None:
     if model.lm_head is not None or head is None:
         return
     flat = model.embed_tokens.weight.view(-1)
-    for place, piece in read_pieces(head, CHUNK_BYTES):
+    for place, piece in read_pieces(head, CHUNK_BYTES, cut_of(head.name, head.shape, model.ranks)):
         embedding = flat[place]
         if not torch.equal(piece.to(embedding), embedding):  # host sync: once per piece, while loading
             raise CheckpointError(

@@ -44,6 +44,14 @@ class StoredTensor:
     start: int
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Some rows (dim 0) of a tensor, or some columns (dim 1) of a matrix."""
+
+    dim: int
+    part: slice
+
+
 class _Damage(Exception):
     """What is wrong with a file, said in a few words."""
 
@@ -69,14 +77,16 @@ def read_header(file: Path) -> list[StoredTensor]:
         raise _incomplete(file, error) from None
 
 
-def read_pieces(tensor: StoredTensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+def read_pieces(tensor: StoredTensor, chunk_bytes: int, cut: Cut | None = None) -> Iterator[tuple[slice, Tensor]]:
     """The elements of a floating-point tensor in their order, at most `chunk_bytes` at a time.
 
-    Yields their place in the flattened tensor and a 1-D tensor of them, whose memory the next piece overwrites. Raises
-    CheckpointError when the file has changed since its header was read, or cannot be read.
+    Yields their place in the flattened tensor and a 1-D tensor of them, whose memory the next piece overwrites. With a cut they
+    are those of the cut alone, and so are their places; nothing else is read. Raises CheckpointError when the file has changed
+    since its header was read, or cannot be read.
     """
     dtype = STORED_DTYPES[tensor.dtype]
-    count = torch.Size(tensor.shape).numel()
+    runs = _runs(tensor.shape, cut)
+    count = runs.count * runs.length
     step = max(1, chunk_bytes // dtype.itemsize)
     if not count:
         return
@@ -84,13 +94,47 @@ def read_pieces(tensor: StoredTensor, chunk_bytes: int) -> Iterator[tuple[slice,
     bytes_of_buffer = buffer.view(torch.uint8).numpy().data  # no sync: files are read into memory of the host
     try:
         with tensor.file.open("rb", buffering=0) as stream:
-            stream.seek(tensor.start)
             for first in range(0, count, step):
                 length = min(step, count - first)
-                _read_into(stream, bytes_of_buffer[: length * dtype.itemsize])
+                for element, place, run in runs.within(first, length):
+                    stream.seek(tensor.start + element * dtype.itemsize)
+                    _read_into(stream, bytes_of_buffer[place * dtype.itemsize : (place + run) * dtype.itemsize])
                 yield slice(first, first + length), buffer[:length]
     except (_Damage, OSError) as error:
         raise _incomplete(tensor.file, error) from None
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Elements of a stored tensor that lie together: `count` runs of `length`, one every `stride` elements from `first` on."""
+
+    count: int
+    length: int
+    stride: int
+    first: int
+
+    def within(self, begin: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Of `length` elements of the runs from their `begin`-th on: where they lie in the tensor, where among themselves, how
+        many lie together.
+
+        >>> list(_Runs(3, 2, 5, 1).within(1, 4))
+        [(2, 0, 1), (6, 1, 2), (11, 3, 1)]
+        """
+        done = 0
+        while done < length:
+            run, offset = divmod(begin + done, self.length)
+            together = min(self.length - offset, length - done)
+            yield self.first + run * self.stride + offset, done, together
+            done += together
+
+
+def _runs(shape: tuple[int, ...], cut: Cut | None) -> _Runs:
+    if cut is None:
+        return _Runs(1, torch.Size(shape).numel(), 0, 0)
+    row, size = torch.Size(shape[1:]).numel(), cut.part.stop - cut.part.start
+    if cut.dim == 0:
+        return _Runs(1, size * row, 0, cut.part.start * row)
+    return _Runs(shape[0], size, row, cut.part.start)
 
 
 def _incomplete(file: Path, error: Exception) -> CheckpointError:

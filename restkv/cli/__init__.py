@@ -31,4 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The process behind the command: `main`, and its exit code."""
-    interrupts.leave(main())
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from restkv.cli import ranks
+
+        ranks.part(code)
+    interrupts.leave(code)

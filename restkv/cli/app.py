@@ -18,12 +18,13 @@ from typing import Annotated, Any
 import typer
 
 from modeling.environment import cannot_import, more_memory
-from modeling.errors import RestKVError, RestKVWarning, TooLargeError
+from modeling.errors import ParallelError, RestKVError, RestKVWarning, TooLargeError
 from modeling.free import free_addresses, size_text
 from modeling.room import lacking
 from modeling.shown import one_line, shown
 from modeling.text.characters import brief
 from restkv import __version__
+from restkv.cli import ranks, terminal
 from restkv.cli.chat import chat
 from restkv.cli.commands import add_commands
 from restkv.cli.fuzz import fuzz
@@ -52,6 +53,7 @@ app = typer.Typer(
 
 def execute(arguments: list[str]) -> int:
     prepare()
+    ranks.hush()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch starts its threads
     view = next((view for view in VIEWS if f"--{view}" in arguments), None)
@@ -119,6 +121,8 @@ def _not_ours(error: Exception) -> str | None:
             return cannot_import(package, error)
     if (asked := lacking(error)) is not None:
         return f"not enough memory{asked}; ask for less (lengths, rows, --dtype), or {more_memory()}"
+    if (reason := ranks.lost(error)) is not None:
+        return reason
     return described(error) if isinstance(error, OSError) else None  # a full disk, a checkpoint that vanishes
 
 
@@ -144,7 +148,8 @@ def _command() -> Any:
 
 
 def _fail(text: str) -> int:
-    say(f"restkv: error: {one_line(text)}")
+    if ranks.may_speak():
+        say(f"restkv: error: {ranks.prefix()}{one_line(text)}", urgent=True)
     return 2
 
 
@@ -157,6 +162,8 @@ def _value(error: Exception) -> str:
 
 
 def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    if terminal.hushed:
+        return
     if issubclass(category, RestKVWarning):
         say(f"restkv: note: {one_line(str(message))}")
     else:
@@ -178,6 +185,11 @@ def _root(
     if context.invoked_subcommand is None:
         context.get_help()  # typer prints it itself
         raise typer.Exit
+    if (size := ranks.place()[1]) > 1 and context.invoked_subcommand not in ranks.COMMANDS:
+        raise ParallelError(
+            f"restkv {context.invoked_subcommand}: runs in one process, and torchrun has started {size}; start it without, or "
+            "run restkv generate"
+        )
 
 
 for one in (generate, chat, warmup, methods, inspect, fuzz):

@@ -39,7 +39,7 @@ def byte_text(count: float) -> str:
 
 def summary(generation: Generation) -> str:
     """What was kept, what it saved and how fast it was, in two lines."""
-    return f"{holdings(generation.stats)}\n{pace(generation)}"
+    return f"{holdings(generation.stats)}{balance(generation.stats)}\n{pace(generation)}"
 
 
 def holdings(stats: Stats) -> str:
@@ -57,6 +57,12 @@ def holdings(stats: Stats) -> str:
         budget = "" if stats.budget is None else f", all within the budget of {_budget_text(stats.budget)}"
         return f"{text}, nothing evicted{budget}; cache {live}, in whole pages {held}"
     return f"{text}; cache {live} of {full}, in whole pages {held}"
+
+
+def balance(stats: Stats) -> str:
+    """How evenly ranks share what is kept; nothing where there is one."""
+    ranks = len(stats.rank_entries)
+    return "" if ranks < 2 else f"; {ranks} ranks, the fullest holds {stats.imbalance:.2f} times their mean"
 
 
 def _budget_text(budget: float | tuple[int, ...]) -> str:
@@ -131,6 +137,26 @@ def bytes_table(name: str, outline: Decoder, context: int, policies: Sequence[Po
         mean = sum(entries) / len(entries)
         table.add_row(policy.name, f"{mean:,.0f}", byte_text(held), f"{held / full:.1%}", byte_text(copied))
     return titled(name, table)
+
+
+def ranks_table(outline: Decoder, context: int, policy: Policy) -> Group:
+    """What ranks that share a model send one another, and what each of them holds.
+
+    Raises:
+        PolicyError: the budget is no whole number.
+        ParallelError: the KV heads do not divide among 2.
+    """
+    from restkv.traffic import HEADS, LINKS, cells, sizes
+
+    if not isinstance(policy.budget, int):
+        raise PolicyError(
+            f"--ranks: budget {_budget_text(policy.budget or 1.0)} is no number of entries; give one, as 1024"
+        )
+    table = Table(*HEADS)
+    for ranks in sizes(outline.config):
+        table.add_row(*cells(outline.config, outline.dtype, policy, context, ranks))
+    links = " / ".join(f"{link.name} ({link.rate / 1e9:g} GB/s, {1e6 * link.latency:.0f} µs a call)" for link in LINKS)
+    return titled(f"ranks under {policy.name}, a prompt of {context:,} tokens; ms over {links}", table)
 
 
 def _option(field: Field[Any]) -> str:

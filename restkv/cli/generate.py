@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from restkv.cli import ranks
 from restkv.cli.groups import spread
 from restkv.cli.options import (
     MOST_TOKENS,
@@ -132,21 +133,30 @@ def generate(
     check_weights: Annotated[
         bool, model_option("--check-weights", help="Refuse weights that hold NaN or infinity.")
     ] = False,
+    parallel: Annotated[
+        str,
+        model_option(
+            help="tensor: torchrun's processes share the model by KV head. auto: tensor under torchrun, else none."
+        ),
+    ] = "auto",
 ) -> None:
     """Continue a prompt while keeping only part of its KV cache."""
     if chunk is not None and prefill != "chunked":
         raise PromptError(f"--chunk {chunk}: only --prefill chunked reads in chunks; give it too, or drop --chunk")
-    text = _read_prompt(prompt, prompt_file)
+    rank, size = ranks.place()
+    parallel = _parallel(parallel, size)
+    text = _read_prompt(prompt, prompt_file) if rank == 0 else ""
     template_args = parse_template_args(template_arg)
     decoding = sampling.decoding()
     policy = make_policy(method, preset, with_fields(keep.given(), field), prefill)
-    sink = Sink(output)
+    sink = Sink(output if rank == 0 else None)
 
     from restkv.cli.display import summary
     from restkv.kernels import announce_compiling
     from restkv.saving.store import policy_to_dict
 
-    lm = where.load(model, check_weights)
+    lm = where.load(model, check_weights, parallel)
+    text = lm.ranks.share(text)
     announce_compiling(lm.compiled)
     stream = lm.stream(
         _encode(lm, model, text, chat, template_name, template_args),
@@ -165,6 +175,17 @@ def generate(
     sink.write("\n")
     sink.close()
     say(summary(generation))
+
+
+def _parallel(asked: str, size: int) -> str:
+    """What --parallel says, where torchrun has started so many processes."""
+    if asked == "auto":
+        return "tensor" if size > 1 else "none"
+    if asked not in ("tensor", "none"):
+        raise PromptError(f"--parallel {asked}: give auto, tensor or none")
+    if asked == "none" and size > 1:
+        raise PromptError(f"--parallel none: {size} processes would all do the same; start one, without torchrun")
+    return asked
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -152,14 +152,14 @@ class LoadOptions:
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
 
-    def load(self, model: str, check_weights: bool = False) -> LM:
+    def load(self, model: str, check_weights: bool = False, parallel: str = "none") -> LM:
         """See restkv.load; on a terminal the weights that are there are counted."""
         from restkv.cli.display import byte_text
         from restkv.cli.terminal import status
         from restkv.lm import load
 
         progress = status.progress("loading the weights", byte_text)
-        return load(model, **vars(self), check_weights=check_weights, progress=progress)
+        return load(model, **vars(self), check_weights=check_weights, progress=progress, parallel=parallel)
 
 
 TEXT_LIMIT = 1 << 30  # bytes of a file or a stream that is read as one text

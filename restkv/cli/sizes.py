@@ -120,6 +120,12 @@ def inspect(
     context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
+    ranks: Annotated[
+        bool,
+        typer.Option(
+            "--ranks", help="Show what 2, 4 and 8 ranks that share the model would send one another, and hold."
+        ),
+    ] = False,
     kept: Annotated[  # for --help, and so is `mask`: `main` has sent such a line to the other command
         bool,
         typer.Option("--kept", help="Show what each head keeps of a text: `restkv bench kept`, which has the options."),
@@ -134,15 +140,18 @@ def inspect(
     from modeling.checkpoint.loading import load_outline, resolve
     from modeling.text.tokenizer import Tokenizer
     from restkv.cli.console import table_console
-    from restkv.cli.display import checkpoint_table, layer_entries, probes_table
+    from restkv.cli.display import checkpoint_table, layer_entries, probes_table, ranks_table
     from restkv.phrases import Phrases
 
     folder = resolve(model)
     outline = load_outline(folder, dtype)
     context = context or outline.config.max_positions
-    entries = layer_entries(sizing_policy("restkv", budget), context, outline.config.num_layers)
+    policy = sizing_policy("restkv", budget)
+    entries = layer_entries(policy, context, outline.config.num_layers)
     try:
         phrases = Phrases(Tokenizer.from_folder(folder))
     except RestKVError:  # shapes can be shown without one
         phrases = Phrases()
     table_console().print(checkpoint_table(model, outline, context, entries), probes_table(outline, context, phrases))
+    if ranks:
+        table_console().print(ranks_table(outline, context, policy))

@@ -22,6 +22,7 @@ from restkv.errors import OutputError
 
 NARROWEST, WIDEST = 20, 1000  # columns that a terminal may claim to have
 REFRESH = 0.1  # seconds between two states of the passing line
+hushed = False  # another process speaks for this one (cli/ranks.py)
 
 
 def prepare() -> None:
@@ -48,8 +49,10 @@ def prepare() -> None:
             del os.environ[name]
 
 
-def say(text: str) -> None:
-    """Write lines to stderr. Nobody may be there to read them: that stops nothing."""
+def say(text: str, urgent: bool = False) -> None:
+    """Write lines to stderr; while `hushed`, urgent ones alone. Nobody may be there to read them: that stops nothing."""
+    if hushed and not urgent:
+        return
     status.clear()
     try:
         print(shown(text), file=sys.stderr, flush=True)
@@ -111,7 +114,7 @@ class Status:
     @property
     def seen(self) -> bool:
         """Whether anybody would see it."""
-        return os.environ.get("TERM") not in ("dumb", "unknown") and sys.stderr.isatty()
+        return not hushed and os.environ.get("TERM") not in ("dumb", "unknown") and sys.stderr.isatty()
 
     def show(self, text: str) -> None:
         if self.seen:

@@ -14,7 +14,9 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from modeling.ranks import ALONE, Ranks
 from modeling.text.characters import brief
+from restkv import across
 from restkv.budgets import ALLOCATIONS, LONGEST, Allocation
 from restkv.errors import PolicyError
 from restkv.observe import Observation
@@ -36,6 +38,9 @@ class Policy(ABC):
     granularities: ClassVar[tuple[str, ...]] = ("kv", "query")  # the values `granularity` may take
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max")  # the values `gqa` may take
     observes: ClassVar[bool] = True  # scores depend on queries, which may be those of any probe
+    # What a score asks of heads that other ranks have: "nothing", "sums" (obs.ranks.sum), or None: nobody has said, and where
+    # ranks share a model the policy is refused.
+    exchanges: ClassVar[str | None] = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset name -> option values
 
     # Entries kept per KV head (per query head with granularity="query"), window and sinks included, as in the papers.
@@ -216,6 +221,11 @@ class Policy(ABC):
         return self.budget is not None and type(self).keep is Policy.keep and not self.slot_positions
 
     @property
+    def compares_heads(self) -> bool:
+        """Whether an eviction has to know of all heads of a layer at once, or of all query heads that share an entry's list."""
+        return self.exchanges != "nothing" or self.allocation.ragged or self.granularity == "query"
+
+    @property
     def in_pieces(self) -> int:
         """Queries of a prompt that are scored one by one through Observation.run, where that is there; 0: none are."""
         return 0
@@ -245,7 +255,7 @@ class Policy(ABC):
                 order; a state is shared by all of them.
         """
         assert isinstance(obs.budget_B, Tensor)
-        return self.allocation.select(*self.ranking(obs), obs.budget_B)
+        return across.select(obs.ranks, self.allocation, self.ranking(obs), obs.budget_B)
 
     def ranking(self, obs: Observation) -> tuple[Tensor, Tensor, Tensor]:
         """What an allocation selects by: score, position and protection, each [B, K, C] or (granularity "query") [B, H, C]."""
@@ -315,13 +325,20 @@ class Policy(ABC):
         self._require(getattr(self, option) in values, option, f"choose from {', '.join(values)}")
 
 
-def require_policy(policy: object) -> Policy:
+def require_policy(policy: object, ranks: Ranks = ALONE) -> Policy:
     """What is given as a policy.
 
+    Args:
+        ranks: that share the model.
     Raises:
-        PolicyError: it is none, as the name of one.
+        PolicyError: it is none, as the name of one; or nobody has said whether its heads can be on several ranks.
     """
     if isinstance(policy, Policy):
+        if ranks.size > 1 and policy.exchanges is None:
+            raise PolicyError(
+                f"{policy.name}: nobody has said whether its score of a head looks at others, which {ranks.size} ranks share; "
+                f'set its exchanges to "nothing" if it does not, or load without parallel'
+            )
         return policy
     example = f"restkv.get_policy({policy if isinstance(policy, str) else 'restkv'!r}, budget=1024)"
     raise PolicyError(f"policy {policy!r} is no Policy; give one, such as {example}")

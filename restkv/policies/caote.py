@@ -25,6 +25,7 @@ class CAOTE(Policy):
     """
 
     name: ClassVar[str] = "caote"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max", "joint")
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from modeling.ranks import ALONE, Ranks
 from modeling.rope import unrotate
 from restkv.errors import PolicyError
 from restkv.observe import Observation, chunk_elements
@@ -46,6 +47,7 @@ class Compactor(Policy):
     """
 
     name: ClassVar[str] = "compactor"
+    exchanges: ClassVar[str | None] = "sums"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
@@ -88,8 +90,8 @@ class Compactor(Policy):
         """[B, K, C]."""
         last_B11 = (obs.q_pos[:, -1] - self.window)[:, None, None]
         counted_BKC = (obs.pos >= max(self.sinks, 0)) & (obs.pos <= last_B11)
-        leverage_BKC = standardized(self._leverage(obs, counted_BKC), counted_BKC)
-        attention_BKC = standardized(*self._attention(obs, counted_BKC))
+        leverage_BKC = standardized(self._leverage(obs, counted_BKC), counted_BKC, obs.ranks)
+        attention_BKC = standardized(*self._attention(obs, counted_BKC), obs.ranks)
         return self._blending(obs) * leverage_BKC + attention_BKC
 
     def _blending(self, obs: Observation) -> Tensor:
@@ -99,14 +101,15 @@ class Compactor(Policy):
         budget_B = obs.budget_B if obs.budget_B is not None else self.budget
         if not isinstance(budget_B, int | Tensor):
             raise PolicyError(f"compactor: budget {budget_B!r}: blending=None needs a number of entries (obs.budget_B)")
-        entries_B = (obs.pos >= 0).sum((1, 2)).to(obs.dtype)
-        stays_B = budget_B * obs.pos.shape[1] / entries_B.clamp_min(1)
+        entries_B = obs.ranks.sum((obs.pos >= 0).sum((1, 2))).to(obs.dtype)
+        stays_B = budget_B * (obs.pos.shape[1] * obs.ranks.size) / entries_B.clamp_min(1)
         return (1 - stays_B).clamp(0, 1)[:, None, None]
 
     def _leverage(self, obs: Observation, counted_BKC: Tensor) -> Tensor:
         """[B, K, C]: from three readings of the keys, none of which holds more than a part of them."""
         B, K, _, D = obs.k.shape
-        sketch_KDS = gaussian(self.seed, obs.layer, (K, D, self.sketch_dimension), obs.k.device)
+        shape, before = (K, D, self.sketch_dimension), obs.ranks.rank * K
+        sketch_KDS = gaussian(self.seed, obs.layer, shape, obs.k.device, before)
         sketch_KDS = sketch_KDS / math.sqrt(self.sketch_dimension)
         chunks = [columns for columns, _ in obs.chunks(B * K * max(D, self.sketch_dimension))]
         count_BK11 = counted_BKC.sum(-1)[..., None, None].clamp_min(1)
@@ -189,13 +192,13 @@ class Compactor(Policy):
         return torch.cat(parts, 2)
 
 
-def standardized(x_BKC: Tensor, counted_BKC: Tensor) -> Tensor:
-    """(x - mean) / deviation over the counted entries of all of a row's heads, 0 for the others."""
-    count_B11 = counted_BKC.sum((1, 2), keepdim=True)
+def standardized(x_BKC: Tensor, counted_BKC: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """(x - mean) / deviation over the counted entries of all of a row's heads, those of other ranks too; 0 for the others."""
+    count_B11 = ranks.sum(counted_BKC.sum((1, 2), keepdim=True))
     x_BKC = x_BKC.where(counted_BKC, 0)
-    mean_B11 = x_BKC.sum((1, 2), keepdim=True) / count_B11.clamp_min(1)
+    mean_B11 = ranks.sum(x_BKC.sum((1, 2), keepdim=True)) / count_B11.clamp_min(1)
     off_BKC = (x_BKC - mean_B11).where(counted_BKC, 0)
-    square_B11 = off_BKC.square().sum((1, 2), keepdim=True) / (count_B11 - 1).clamp_min(1)
+    square_B11 = ranks.sum(off_BKC.square().sum((1, 2), keepdim=True)) / (count_B11 - 1).clamp_min(1)
     return off_BKC / square_B11.sqrt().clamp_min(LEAST_DEVIATION)
 
 

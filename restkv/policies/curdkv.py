@@ -32,6 +32,7 @@ class CurDKV(Policy):
     """
 
     name: ClassVar[str] = "curdkv"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)

@@ -38,6 +38,7 @@ class ExpectedAttention(Policy):
     """
 
     name: ClassVar[str] = "expected-attention"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
 
     window: int = 0

@@ -17,6 +17,7 @@ class FullCache(Policy):
     """Keep every entry at its own position (docs/sources.md §2.1)."""
 
     name: ClassVar[str] = "full"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
 
     budget: None = None

@@ -32,6 +32,7 @@ class H2O(Slotted):
     """
 
     name: ClassVar[str] = "h2o"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

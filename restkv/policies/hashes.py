@@ -22,10 +22,12 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def gaussian(seed: int, layer: int | Tensor, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Normal numbers [X, D, S] in float64, of every head and place (Box & Muller 1958)."""
+def gaussian(
+    seed: int, layer: int | Tensor, shape: tuple[int, int, int], device: torch.device, before: int = 0
+) -> Tensor:
+    """Normal numbers [X, D, S] in float64, of every head and place (Box & Muller 1958). `before`: heads before these."""
     X, D, S = shape
-    head_X1 = torch.arange(X, device=device)[:, None]
+    head_X1 = torch.arange(before, before + X, device=device)[:, None]
     state_X1 = mix(torch.full_like(head_X1, seed) ^ mix(head_X1 * 4096 + layer))
     place_n = torch.arange(D * S, device=device) * 2
     radius_Xn, turn_Xn = ((mix(state_X1 ^ (place_n + i)) >> 8).double() / (1 << 24) for i in range(2))

@@ -25,6 +25,7 @@ class KeyDiff(Policy):
     """
 
     name: ClassVar[str] = "keydiff"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)

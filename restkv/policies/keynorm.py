@@ -23,6 +23,7 @@ class KeyNorm(Policy):
     """
 
     name: ClassVar[str] = "keynorm"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)

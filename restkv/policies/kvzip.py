@@ -25,6 +25,7 @@ class KVzip(Policy):
     """
 
     name: ClassVar[str] = "kvzip"
+    exchanges: ClassVar[str | None] = "nothing"
 
     window: int = 8
     sinks: int = 4

@@ -56,6 +56,7 @@ class LaCache(Slotted):
     """
 
     name: ClassVar[str] = "lacache"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)

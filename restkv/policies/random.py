@@ -25,6 +25,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
 
@@ -39,6 +40,7 @@ class Random(Policy):
     def importance(self, obs: Observation) -> Tensor:
         """[B, K, C], or [B, H, C] with a set per query head."""
         pos_BXC = obs.held if self.granularity == "query" else obs.pos
-        head_X1 = torch.arange(pos_BXC.shape[1], device=pos_BXC.device)[:, None]
+        heads = pos_BXC.shape[1]
+        head_X1 = (obs.ranks.rank * heads + torch.arange(heads, device=pos_BXC.device))[:, None]
         state = mix(torch.full_like(head_X1, self.seed) ^ mix(head_X1 * 4096 + obs.layer))
         return (mix(state ^ pos_BXC.long()) >> 8).to(obs.dtype) / (1 << 24)  # 24 bits: exact in float32

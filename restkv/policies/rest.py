@@ -74,6 +74,7 @@ class ReSTKV(Policy):
     """
 
     name: ClassVar[str] = "restkv"
+    exchanges: ClassVar[str | None] = "nothing"
     reductions: ClassVar[tuple[str, ...]] = ("mean", "max", "joint")
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": _PAPER,

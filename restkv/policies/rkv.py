@@ -34,6 +34,7 @@ class RKV(Policy):
     """
 
     name: ClassVar[str] = "rkv"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False  # redundancy is among the entries that there are, not a probe's own
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("max",)

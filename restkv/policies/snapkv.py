@@ -29,6 +29,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
+    exchanges: ClassVar[str | None] = "nothing"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"window": 32, "kernel_size": 7, "pooling": "max", "granularity": "query", "interval": None},
         "paper": {"window": 32, "kernel_size": 5, "pooling": "avg", "granularity": "query", "interval": None},

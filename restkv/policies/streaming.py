@@ -29,6 +29,7 @@ class StreamingLLM(Slotted):
     """
 
     name: ClassVar[str] = "streamingllm"
+    exchanges: ClassVar[str | None] = "nothing"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)

@@ -26,6 +26,7 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
+    exchanges: ClassVar[str | None] = "sums"
     observes: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("kv",)
     reductions: ClassVar[tuple[str, ...]] = ("mean",)
@@ -43,6 +44,7 @@ class TOVA(Policy):
         """Mean attention [B, K, C], the same for every KV head: all hold the same entries, in columns of any order."""
         newest = replace(obs, q=obs.q[:, :, -1:], q_pos=obs.q_pos[:, -1:])
         order_BHC = obs.order
-        mean_B1C = attention_BHWC(newest)[:, :, 0].gather(-1, order_BHC).mean(1, keepdim=True)
+        sum_B1C = attention_BHWC(newest)[:, :, 0].gather(-1, order_BHC).sum(1, keepdim=True)
+        mean_B1C = obs.ranks.sum(sum_B1C) / (obs.q.shape[1] * obs.ranks.size)
         rank_BKC = order_BHC[:, :: obs.group].argsort(-1)
         return mean_B1C.expand_as(rank_BKC).gather(-1, rank_BKC)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from restkv.budgets import ALLOCATIONS, Allocation
 from restkv.engine import Engine
-from restkv.errors import PolicyError, PromptError, RestKVError, TooLargeError
+from restkv.errors import ParallelError, PolicyError, PromptError, RestKVError, TooLargeError
 from restkv.files import writable
 from restkv.policies import Policy, policy_class
 from restkv.saving.archive import opened, write_archive
@@ -85,7 +85,9 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
         OutputError: the file cannot be written.
         PolicyError: the policy's memory is no dataclass of tensors; or its class, or its allocation's, is none that its name
             stands for: the file could not be read again, or would be read as another policy.
+        ParallelError: several ranks share the model.
     """
+    _require_whole(session.engine, path)
     writable(path)
     _require_known(session.policy)
     remarks = {
@@ -95,6 +97,15 @@ def save_session(session: Session, path: str | Path, about: Mapping[str, Any]) -
         "about": dict(about),
     }
     write_archive(path, json.dumps(remarks), _tensors(session))
+
+
+def _require_whole(engine: Engine, path: str | Path) -> None:
+    """A file holds the entries of all heads, which no rank has alone."""
+    if engine.model.ranks.size > 1:
+        raise ParallelError(
+            f"{path}: what {engine.model.ranks.size} ranks hold is neither saved to a file nor read from one yet; load without "
+            "parallel for that"
+        )
 
 
 def _require_known(policy: Policy) -> None:
@@ -141,7 +152,9 @@ def load_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, A
     Raises:
         PromptError: no such file, a damaged one, not one of ours, one of another model (both are named), or one whose parts do
             not fit together.
+        ParallelError: several ranks share the model.
     """
+    _require_whole(engine, path)
     with opened(path) as archive, refused(path):
         remarks = record(archive.remarks, "model policy session about", "it")
         model, ours = model_name(remarks["model"]), fingerprint(engine.model)
