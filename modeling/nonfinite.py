@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeling.errors import NumericError
 from modeling.forward import CHUNK, dense_layer
 from modeling.layers import Block, Decoder
+from modeling.quant import lookup
 from modeling.room import lacking
 
 
@@ -91,7 +92,8 @@ def _first(model: Decoder, ids: Sequence[int]) -> _Found | None:
         wrong_L = ~x_LE.isfinite().all(-1)
         if bool(wrong_L.any()):
             token = ids[int(wrong_L.to(torch.uint8).argmax())]
-            return _Found(f"the embedding of token {token}", x_LE, [model.embed_tokens.weight[token]])
+            row_1E = lookup(model.embed_tokens.weight, ids_1L.new_tensor([token]), model.dtype)
+            return _Found(f"the embedding of token {token}", x_LE, [row_1E])
         rotary = model.rotary(pos_1L, pos_1L.amax(-1) + 1)
         for block in model.blocks:
             dense_layer(model, cast(Block, _Watched(block)), x_LE, rotary, last=0)
