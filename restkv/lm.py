@@ -17,6 +17,7 @@ from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
+from modeling.quant import WEIGHTS
 from modeling.room import enough_memory
 from modeling.text.tokenizer import Tokenizer
 from restkv.answering import Answering, Prompt, listed
@@ -43,6 +44,7 @@ def load(
     backend: str = "auto",
     check_weights: bool = False,
     progress: Progress | None = None,
+    weights: str = "auto",
 ) -> LM:
     """Load a Hugging Face checkpoint folder (or download one by name with the `hub` extra).
 
@@ -55,6 +57,9 @@ def load(
             where torch cannot compile.
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
         progress: called with the bytes of weights that are there and those in all.
+        weights: "int8" or "int4" holds the matrices, embedding and output matrix among them, in 8 or 4 bits a number, made while
+            loading; norms, biases, the cache and all that is computed stay in `dtype` (docs/quantised-weights.md). "auto" holds
+            them as the checkpoint does, which `restkv quantize` may have made.
     Raises:
         CheckpointError, ConfigError, TokenizerError: one line that names the file, the value and the mend.
         CompileError: flex is asked for by name, and torch cannot compile (`generate` and all else may raise it too).
@@ -62,7 +67,11 @@ def load(
     """
     folder = resolve(path_or_name)
     where = _device(device)
-    model = load_model(folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress)
+    if weights not in ("auto", *WEIGHTS):
+        raise PromptError(f"weights {weights!r} are not known; give auto, {', '.join(WEIGHTS)}")
+    model = load_model(
+        folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress, weights=weights
+    )
     chosen = _backend(backend, where, model.config.head_dim)
     return LM(model, Tokenizer.from_folder(folder), chosen, named=backend != "auto")
 
