@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     if isinstance(weight, Quantised):
-        y = weight.product(x.reshape(rows, -1)) if rows < WIDENED_ROWS else None
+        y = weight.product(x.reshape(rows, -1))
         if y is None:
             return _in_pieces(x, weight, bias)
         y = y.view(*x.shape[:-1], -1)

@@ -14,7 +14,7 @@ import modeling.quant
 from make.small import small_ids, small_model
 from modeling import layers
 from modeling.errors import ConfigError
-from modeling.layers import WIDENED_ROWS, linear
+from modeling.layers import linear
 from modeling.quant import (
     ALIGNED,
     Int4,
@@ -60,7 +60,8 @@ def matrices(draw: st.DrawFn) -> tuple[str, Tensor, torch.dtype, bool]:
 def close(got: Tensor, want: Tensor, dtype: torch.dtype, size: float = 1.0) -> None:
     """Equal to rounding, once in `dtype` and along the way in float32."""
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), want, rtol=1.01 * torch.finfo(dtype).eps, atol=2e-6 * size)
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the least number above 0
+    torch.testing.assert_close(got.double(), want, rtol=1.01 * torch.finfo(dtype).eps, atol=2e-6 * size + least)
 
 
 @given(matrices())
@@ -80,7 +81,7 @@ def test_codes_stand_for_the_nearest_numbers_and_everything_reads_the_same_ones(
     assert matrix.nbytes == matrix.codes.nbytes + matrix.scales.nbytes
 
 
-@given(matrices(), st.integers(1, WIDENED_ROWS + 2), st.booleans())
+@given(matrices(), st.one_of(st.integers(1, 14), st.integers(23, 26)), st.booleans())
 @settings(max_examples=40)
 def test_products_are_those_of_the_numbers(drawn, rows, bias):
     """Few rows by torch's operators, many by pieces; a CPU that multiplies a dtype itself rounds the weights to it."""
@@ -102,11 +103,11 @@ def test_products_are_those_of_the_numbers(drawn, rows, bias):
 def test_a_matrix_is_filled_and_stored_by_any_pieces(data):
     kind = data.draw(st.sampled_from(sorted(KINDS)))
     w_NE = torch.randn(2 * ALIGNED, 64)
-    plain = quantised_matrix(kind, w_NE, torch.float32, settled=False)
-    packed = quantised_matrix(kind, w_NE, torch.float32, True, piece=data.draw(st.integers(1, 150)))
+    plain = quantised_matrix(kind, w_NE, torch.bfloat16, settled=False)
+    packed = quantised_matrix(kind, w_NE, torch.bfloat16, True, piece=data.draw(st.integers(1, 150)))
     first = data.draw(st.integers(0, 127))
     last = data.draw(st.integers(first + 1, 128))
-    again = KINDS[kind](w_NE.shape, torch.float32, w_NE.device)
+    again = KINDS[kind](w_NE.shape, torch.bfloat16, w_NE.device)
     for begin, end in ((0, first), (first, last), (last, 128)):
         again.refill(begin, *packed.stored(begin, end))
     for one, other, whole in zip(
@@ -127,15 +128,15 @@ def test_values_on_a_grid_of_sixteen_come_back():
 
 def test_torch_packs_in_a_way_that_is_known_here_and_one_that_is_not_is_left_alone(monkeypatch):
     w_NE = torch.randn(64, 32)
-    want = quantised_matrix("int4", w_NE, torch.float32, settled=True)
+    want = quantised_matrix("int4", w_NE, torch.bfloat16, settled=True)
     assert want.packed == packed_rows()
     monkeypatch.setattr(modeling.quant, "_pack", lambda code_nE: torch.zeros(len(code_nE), code_nE.shape[1] // 2))
     assert packed_rows.__wrapped__() == 0
     monkeypatch.setattr(modeling.quant, "packed_rows", lambda: 0)
-    alone = quantised_matrix("int4", w_NE, torch.float32, settled=True)
+    alone = quantised_matrix("int4", w_NE, torch.bfloat16, settled=True)
     assert alone.packed == 0
-    x_TE = torch.randn(2, 32)
-    torch.testing.assert_close(linear(x_TE, alone), linear(x_TE, want))
+    x_TE = torch.randn(2, 32).bfloat16()
+    torch.testing.assert_close(linear(x_TE, alone), linear(x_TE, want), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -143,9 +144,9 @@ def test_torch_packs_in_a_way_that_is_known_here_and_one_that_is_not_is_left_alo
 def test_what_is_no_number_stays_none(kind, value):
     w_NE = torch.randn(64, 32)
     w_NE[5, 7] = value
-    matrix = quantised_matrix(kind, w_NE, torch.float32, settled=True)
-    assert not matrix.take(torch.tensor(5), torch.float32).isfinite().all()
-    assert linear(torch.ones(1, 32), matrix).isfinite().logical_not().nonzero().tolist() == [[0, 5]]
+    matrix = quantised_matrix(kind, w_NE, torch.bfloat16, settled=True)
+    assert not matrix.take(torch.tensor(5), torch.bfloat16).isfinite().all()
+    assert linear(torch.ones(1, 32).bfloat16(), matrix).isfinite().logical_not().nonzero().tolist() == [[0, 5]]
 
 
 def test_a_torch_without_the_operators_is_refused_and_so_are_other_weights(monkeypatch):
@@ -198,22 +199,22 @@ def test_a_quantised_model_is_the_dense_one_of_its_numbers(weights, tied):
         torch.testing.assert_close(model.head(x_1TE[:, :rows]), twin.head(x_1TE[:, :rows]), rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_products_of_one_row_are_the_products(monkeypatch):
-    """Laid out for the CPU's operators and not, as on a GPU, in one graph."""
+def test_compiled_products_of_one_row_are_the_products():
+    """By the operators, in one graph."""
     torch._dynamo.reset()
     w_NE, x_11E = torch.randn(128, 96), torch.randn(1, 1, 96)
-    made: list[Any] = [
-        quantised_matrix(kind, w_NE, torch.float32, settled) for kind in KINDS for settled in (True, False)
-    ]
+    made: list[Any] = [quantised_matrix(kind, w_NE, torch.bfloat16, True) for kind in KINDS]
+    x_11E = x_11E.bfloat16()
 
     def every(x_11E: Tensor, ids: Tensor) -> list[Tensor]:
-        return [linear(x_11E, one) for one in made] + [lookup(one, ids, torch.float32) for one in made]
+        return [linear(x_11E, one) for one in made] + [lookup(one, ids, torch.bfloat16) for one in made]
 
     ids = torch.tensor([[3, 70]])
-    for got, want in zip(
-        torch.compile(every, fullgraph=True, dynamic=False)(x_11E, ids), every(x_11E, ids), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    run = torch.compile(every, fullgraph=True, dynamic=False)
+    for got, want in zip(run(x_11E, ids), every(x_11E, ids), strict=True):
+        eps = torch.finfo(got.dtype).eps
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2 * eps, atol=40 * eps)
     torch._dynamo.reset()
 
 
