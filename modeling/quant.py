@@ -48,12 +48,14 @@ class Quantised(nn.Module):
         kind: one of WEIGHTS.
         shape: of the matrix.
         few: up to so many rows of x torch's operator is faster than making the rows of the matrix anew (AVX2, bfloat16).
+        last: so many rows lie as torch packs them.
         codes, scales: as the module's docstring and the subclass say; parameters, so that whoever counts the bytes of a model's
             parameters counts what is there.
     """
 
     kind: str
     few: int
+    last = 0
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         """Empty: to be filled, and then settled. `dtype` is the model's."""
@@ -111,7 +113,7 @@ class Quantised(nn.Module):
                 return y_Tn
             rest_nE = self.rows(last, N, wider(x_TE.dtype))
             return torch.cat((y_Tn, nn.functional.linear(x_TE.to(rest_nE.dtype), rest_nE).to(x_TE.dtype)), -1)
-        if len(x_TE) == 1 and x_TE.device.type != "cpu" and torch.compiler.is_compiling():
+        if len(x_TE) == 1 and x_TE.device.type != "cpu" and not self.last and torch.compiler.is_compiling():
             return self.fused(x_TE.to(wider(x_TE.dtype))[0]).to(x_TE.dtype)[None]
         return None
 
@@ -205,12 +207,11 @@ class Int4(Quantised):
     AVX512) lie together, input after input, and byte j of an input has row j in its lower half and row P / 2 + j in the upper.
 
     Attributes:
-        packed: P; 0 while codes lie as they are stored.
-        last: so many rows are packed, all but a part of a lot at the end.
+        packed: P; 0 while codes lie as they are stored. `last` rows are packed then, all but a part of a lot at the end.
     """
 
     kind, few = "int4", 24
-    packed = last = 0
+    packed = 0
 
     @staticmethod
     def room(N: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -287,7 +288,6 @@ class Int4(Quantised):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_TE.contiguous(), self.codes[:last], GROUP, scales_Gn2)
 
     def fused(self, x_E: Tensor) -> Tensor:
-        assert not self.last, "packed codes are of a CPU"
         x_G2J, scales_NG2 = x_E.view(-1, 2, HALF), self.scales.to(x_E.dtype).transpose(0, 1)
         codes_NGJ = self.codes.unflatten(-1, (-1, HALF))
         sum_NG = ((codes_NGJ & 15) * x_G2J[:, 0] + (codes_NGJ >> 4) * x_G2J[:, 1]).sum(-1)
