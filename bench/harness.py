@@ -49,7 +49,7 @@ class RestKVHarness(TemplateLM):
         method: NAME[@PRESET][:OPTION=VALUE]..., see bench/runs/methods.py.
         preset: another way to name one.
         budget: entries per KV head, a fraction of the context, or a list of one number per layer.
-        dtype, device, backend: see restkv.load.
+        dtype, device, backend, weights: see restkv.load.
         batch_size: contexts run as rows of one session.
         max_length: tokens of context and continuation, or of context and answer; the model's positions when not given.
         prefill: "dense", "chunked" or a sparse pattern, see Session.
@@ -71,6 +71,7 @@ class RestKVHarness(TemplateLM):
         max_length: int | None = None,
         prefill: str = "dense",
         template_args: Mapping[str, Any] | str | None = None,
+        weights: str = "auto",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class RestKVHarness(TemplateLM):
         parse_prefill(prefill)
         self.prefill = prefill
         self.batch_size = _at_least_one("batch_size", batch_size)
-        self.lm = load(str(pretrained), dtype=dtype, device=device, backend=backend)
+        self.lm = load(str(pretrained), dtype=dtype, device=device, backend=backend, weights=weights)
         self.max_length = self.lm.config.max_positions
         if max_length is not None:
             self.max_length = _at_least_one("max_length", max_length)

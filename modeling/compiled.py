@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modeling.environment import blamed, first_line
 from modeling.errors import CompileError, TooManyShapes
+from modeling.quant import INT4
 
 Result = TypeVar("Result")
 
@@ -42,9 +43,14 @@ def _(x: Tensor) -> Tensor:
 @functools.cache
 def teach_inductor() -> None:
     """Have inductor, and no other backend of torch.compile, know `only_compiled`, and dynamo einops. Loads the compiler."""
-    from torch._inductor.lowering import register_lowering
+    from torch._inductor.lowering import fallback_handler, register_lowering
 
     register_lowering(torch.ops.restkv.only_compiled.default, type_promotion_kind=None)(lambda x: x)
+    # Inductor's own lowering holds the group size in a tensor, which regions of nested_compile_region take for one of another
+    # region's (torch 2.13): the operator is called as it is.
+    packed = getattr(torch.ops.aten, INT4, None)
+    if packed is not None:
+        register_lowering(packed.default, type_promotion_kind=None)(fallback_handler(packed.default))
     # Dynamo would trace einops' parser of patterns too, and at every call look at all that it reads: 100 guards more per step.
     for function in (rearrange, reduce, repeat):
         torch.compiler.allow_in_graph(function)

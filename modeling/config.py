@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from modeling.errors import ConfigError, RestKVError
 from modeling.fields import FULL, MAX_HEAD_DIM, MAX_INTEGER, MAX_LAYERS, MAX_VOCAB, SLIDING, Fields, shown
 from modeling.files import MAX_VALUES, read_bytes, too_many_values
+from modeling.quant import WEIGHTS
 
+QUANT_METHOD, QUANT_VERSION = "restkv", 1  # of our own quantised checkpoints (restkv/saving/checkpoint.py)
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,6 +113,9 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # generation stops at any of these
     dtype: str | None = None  # what dtype="auto" means; None = as stored
+    # One of quant.WEIGHTS where the checkpoint's matrices are quantised; no part of the repr, of which fingerprints are made: a
+    # model that is quantised while it is loaded is the same.
+    weights: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, values in (("layer_rope", self.layer_rope), ("windows", self.windows)):
@@ -314,12 +319,7 @@ def decoder_config(
     refused; without `ropes` there is one (single_rope). Raises ConfigError as ModelConfig does, and for each key of
     REFUSED_UNLESS.
     """
-    quantized = fields.section("quantization_config")
-    if quantized:
-        raise fields.refuse(
-            f"the weights are quantised ({shown(quantized.get('quant_method', 'unknown method'))}); "
-            "use the float16, bfloat16 or float32 checkpoint"
-        )
+    weights = _quantised(fields)
     for key, (allowed, why) in REFUSED_UNLESS.items():
         if key in fields.raw and fields.raw[key] not in allowed:
             raise fields.refuse(f"{key!r} is {shown(fields.raw[key])}; {why}")
@@ -349,8 +349,38 @@ def decoder_config(
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=fields.token_ids("eos_token_id", eos_token_ids),
             dtype=None if dtype is None else SAME_DTYPE.get(dtype, dtype),
+            weights=weights,
             **features,
         )
     except ConfigError as error:
         text = str(error)
         raise error if text.startswith(f"{fields.place}: ") else fields.refuse(text) from None
+
+
+def _quantised(fields: Fields) -> str | None:
+    """How the checkpoint's matrices are held, as `restkv quantize` says it; None where they are plain numbers.
+
+    Raises ConfigError for what anybody else has quantised.
+    """
+    said = fields.section("quantization_config")
+    if not said:
+        return None
+    method = said.get("quant_method", "unknown method")
+    if method != QUANT_METHOD:
+        raise fields.refuse(
+            f"the weights are quantised ({shown(method)}); use the float16, bfloat16 or float32 checkpoint"
+        )
+    weights, version = said.get("weights"), said.get("version")
+    if weights not in WEIGHTS:
+        raise fields.refuse(f"quantised 'weights' are {shown(weights)}; known are {', '.join(WEIGHTS)}")
+    if version != QUANT_VERSION or said.keys() != quantization_config(weights).keys():
+        raise fields.refuse(
+            f"the weights are quantised by version {shown(version)} of our own format, {QUANT_VERSION} is known; make the folder "
+            "anew from the checkpoint that it was made of (restkv quantize)"
+        )
+    return weights
+
+
+def quantization_config(weights: str) -> dict[str, Any]:
+    """What config.json says of matrices that are held as `weights`."""
+    return {"quant_method": QUANT_METHOD, "version": QUANT_VERSION, "weights": weights}

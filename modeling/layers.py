@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.config import ModelConfig
+from modeling.quant import Quantised, Weight, dense, lookup
 from modeling.ranks import ALONE, Ranks
 from modeling.rope import Rotary, rotate
 
@@ -32,24 +33,43 @@ NATIVE_ON_CPU = {
 }
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias: every projection of the model goes through here.
 
     A single row in a graph compiled for the CPU is written as multiply and sum, of STREAMS parts of the weight: inductor makes
     one loop of them, in which the additions of one part do not wait for those of another. It reads the weights faster than
     aten's matrix product, and reading them is all a decode step does. Many rows of a dtype that the CPU does not multiply
     are widened to float32, which only moves the rounding from the products to the result.
+
+    Few rows meet the codes of a quantised weight (Quantised.product); for many its rows are made anew, some at a time, in the
+    dtype that is multiplied.
     """
+    rows = x.numel() // x.shape[-1]
+    if isinstance(weight, Quantised):
+        y = weight.product(x.reshape(rows, -1))
+        if y is None:
+            return _in_pieces(x, weight, bias)
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
     if x.device.type == "cpu":
-        rows = x.numel() // x.shape[-1]
         if rows == 1 and torch.compiler.is_compiling():
             y = torch.cat([(piece * x.reshape(-1)).sum(-1) for piece in weight.chunk(STREAMS)]).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         if rows >= WIDENED_ROWS and not NATIVE_ON_CPU.get(x.dtype, True):
-            wide, width = x.float(), max(1, WIDENED_WEIGHTS // weight.shape[1])
-            y = torch.cat([F.linear(wide, piece.float()) for piece in weight.split(width)], -1)
-            return (y if bias is None else y + bias.float()).to(x.dtype)
+            return _in_pieces(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _in_pieces(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The product with some rows of the weight at a time, made in a dtype that is multiplied fast."""
+    dtype = x.dtype if x.device.type != "cpu" or NATIVE_ON_CPU.get(x.dtype, True) else torch.float32
+    if isinstance(weight, Quantised):
+        pieces = (weight.rows(first, last, dtype) for first, last in weight.pieces(WIDENED_WEIGHTS))
+    else:
+        pieces = (piece.to(dtype) for piece in weight.split(max(1, WIDENED_WEIGHTS // weight.shape[1])))
+    wide = x.to(dtype)
+    y = torch.cat([F.linear(wide, piece) for piece in pieces], -1)
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -183,12 +203,15 @@ class Block(nn.Module):
         return self.ranks.sum(y_BTE)
 
     def output_weight(self) -> Tensor:
-        """W_O as [E, H, D], a view: query head h adds W_O[:, h] @ o_h to the layer's output (before any post norm)."""
-        return self.o_proj.weight.unflatten(1, (self.config.num_heads, self.config.head_dim))
+        """W_O as [E, H, D], a view (of numbers made for it where it is quantised): query head h adds W_O[:, h] @ o_h to the
+        layer's output, before any post norm."""
+        w_EX = dense(self.o_proj.weight, self.input_layernorm.weight.dtype)
+        return w_EX.unflatten(1, (self.config.num_heads, self.config.head_dim))
 
 
 class Decoder(nn.Module):
-    """All weights of a model. `fused` joins q, k, v and gate, up into one matrix each; the function is the same.
+    """All weights of a model. `fused` joins q, k, v and gate, up into one matrix each; the function is the same. The matrices may
+    be quantised (modeling/quant.py).
 
     The embedding is left uninitialised: whoever builds a Decoder fills it (torch's own filling, of a matrix on the meta device,
     loads the whole compiler).
@@ -216,14 +239,15 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        """What the model computes in, which norms and biases are held in however the matrices are."""
+        return self.norm.weight.dtype
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Residual stream [B,T,E] of token ids [B,T], in the weights' dtype."""
+        """Residual stream [B,T,E] of token ids [B,T], in the model's dtype."""
         x_BTE = self._looked_up(ids_BT)
         if self.config.embed_scale == 1.0:
             return x_BTE
@@ -233,23 +257,25 @@ class Decoder(nn.Module):
     def _looked_up(self, ids_BT: Tensor) -> Tensor:
         """Rows of the embedding. A rank that lacks one adds zeros, which change no bit."""
         if self.ranks.size == 1:
-            return self.embed_tokens(ids_BT)
+            return lookup(self.embed_tokens.weight, ids_BT, self.dtype)
         row_BT, rows = ids_BT - self._first_id, self.embed_tokens.weight.shape[0]
         x_BTE = self.embed_tokens(row_BT.clamp(0, rows - 1))
         return self.ranks.sum(x_BTE.masked_fill(((row_BT < 0) | (row_BT >= rows))[..., None], 0))
 
     def embedding_of(self, token: int) -> Tensor:
-        """[1, E], a view of the token's row of the embedding; [0, E] where another rank has it."""
-        row = token - self._first_id
-        return self.embed_tokens.weight[max(0, row) : max(0, row + 1)]
+        """[1, E], the token's row of the embedding, or what its codes stand for; [0, E] where another rank has it."""
+        row, weight = token - self._first_id, cast(Weight, self.embed_tokens.weight)
+        if isinstance(weight, Quantised):
+            return weight.take(torch.tensor([row], device=self.device), self.dtype)
+        return weight[max(0, row) : max(0, row + 1)]
 
     def rotary(self, pos_BT: Tensor, length_B: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(cos, sin), each [B,T,D] in the weights' dtype, one pair per config.ropes; block.rope indexes them.
+        """(cos, sin), each [B,T,D] in the model's dtype, one pair per config.ropes; block.rope indexes them.
 
         pos_BT: original positions, padding below 0 counts as 0. length_B: tokens known so far in each row, this step's
         included (prompt length in prefill, position + 1 in decoding); only "dynamic" ropes depend on it.
         """
-        return [rotary(pos_BT, length_B, self.embed_tokens.weight.dtype) for rotary in self.rotaries]
+        return [rotary(pos_BT, length_B, self.dtype) for rotary in self.rotaries]
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] float32 of the residual stream [..., E]: final norm, output matrix, softcap."""

@@ -17,6 +17,7 @@ from modeling.errors import RestKVWarning
 from modeling.layers import Decoder
 from modeling.modes import own_modes
 from modeling.nonfinite import numeric_error, sound
+from modeling.quant import WEIGHTS
 from modeling.ranks import ALONE, Ranks, join, local_device
 from modeling.room import enough_memory
 from modeling.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def load(
     backend: str = "auto",
     check_weights: bool = False,
     progress: Progress | None = None,
+    weights: str = "auto",
     parallel: str = "none",
 ) -> LM:
     """Load a Hugging Face checkpoint folder (or download one by name with the `hub` extra).
@@ -57,6 +59,9 @@ def load(
             where torch cannot compile.
         check_weights: look for NaN and infinity in the weights and name the tensors that hold them.
         progress: called with the bytes of weights that are there and those in all.
+        weights: "int8" or "int4" holds the matrices, embedding and output matrix among them, in 8 or 4 bits a number, made while
+            loading; norms, biases, the cache and all that is computed stay in `dtype` (docs/quantised-weights.md). "auto" holds
+            them as the checkpoint does, which `restkv quantize` may have made.
         parallel: "none", or "tensor": torchrun's processes share the model by KV head (docs/parallel.md).
             Every process then makes the same calls in the same order, and gets the same answers.
     Raises:
@@ -67,8 +72,16 @@ def load(
     """
     where, ranks = _place(device, parallel)
     folder = resolve(path_or_name)
+    if weights not in ("auto", *WEIGHTS):
+        raise PromptError(f"weights {weights!r} are not known; give auto, {', '.join(WEIGHTS)}")
     model = load_model(
-        folder, dtype=_dtype(dtype), device=where, check_weights=check_weights, progress=progress, ranks=ranks
+        folder,
+        dtype=_dtype(dtype),
+        device=where,
+        check_weights=check_weights,
+        progress=progress,
+        weights=weights,
+        ranks=ranks,
     )
     chosen = _backend(backend, where, model.config.head_dim)
     return LM(model, Tokenizer.from_folder(folder), chosen, named=backend != "auto")

@@ -41,6 +41,7 @@ class MeasuredOptions:
         str | None, typer.Option(help="A published shape with random weights; nothing is downloaded.")
     ] = None
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16"
+    weights: Annotated[str, typer.Option(help="Of ours: auto (as the checkpoint has them), int8 or int4.")] = "auto"
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
     methods: Annotated[str, typer.Option(metavar=METHODS_FORM, help="Ours; full is our full cache.")] = "restkv,full"
     budget: Annotated[int, typer.Option(max=MOST_TOKENS, help="Entries per KV head.")] = 512

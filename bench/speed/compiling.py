@@ -125,6 +125,7 @@ class CompilePlan:
             "prefill": contest.prefills[0],
             "jobs": self.jobs,
             **{name: getattr(contest, name) for name in ("dtype", "device", "budget", "rounds", "tokens", "threads")},
+            **({} if contest.weights == "auto" else {"weights": contest.weights}),
             "methods": list(contest.methods),
             "results": total,
         }

@@ -29,6 +29,7 @@ from bench.speed.floor import Machine, decode_floor, matrix_parameters, measure_
 from bench.speed.workers import Process
 from modeling.config import ModelConfig
 from modeling.families.registry import config_from_dict, read_config
+from modeling.quant import WEIGHTS
 from restkv.errors import PromptError
 from restkv.patterns import parse_prefill
 from restkv.saving.store import policy_to_dict
@@ -56,6 +57,7 @@ class Contest:
         peers: keys of PEERS.
         prefills: how ours read their prompts ("dense", "chunked" or a sparse pattern, as text); every method in each way.
         prompts: prompts each contestant reads of every length, by turns; TTFT is their median.
+        weights: of ours, as restkv.load takes them; a preset's are dense under "auto". Peers have theirs in `dtype`.
         rounds, tokens: turns each contestant takes after one that warms up, and tokens per turn.
         peer_python: interpreter that has the peers.
         filled: caches are filled with random entries instead of by running the prompts, where those would take too long; then
@@ -79,6 +81,7 @@ class Contest:
     filled: bool = False
     prefills: tuple[str, ...] = ("dense",)
     prompts: int = 1
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.model is None):
@@ -90,6 +93,8 @@ class Contest:
                 raise PromptError(f"peer {peer!r} is unknown; choose from {', '.join(PEERS)}")
         if self.filled and "transformers-static" in self.peers:
             raise PromptError("peer 'transformers-static' cannot be filled; leave it out, or run the prompts")
+        if self.weights not in ("auto", *WEIGHTS):
+            raise PromptError(f"weights {self.weights!r} are not known; give auto, {', '.join(WEIGHTS)}")
         for prefill in self.prefills:
             parse_prefill(prefill)
             if self.filled and prefill != "dense":
@@ -131,7 +136,8 @@ class Contest:
     def ours(self, method: str, prefill: str) -> dict[str, Any]:
         """Arguments of bench.speed.ours for one of our methods."""
         policy = policy_to_dict(Method.parse(method).policy(self.budget))
-        return {**self._common, "backend": self.backend, "policy": policy, "prefill": prefill}
+        own = {"backend": self.backend, "policy": policy, "prefill": prefill, "weights": self.weights}
+        return {**self._common, **own}
 
     def takes_part(self, name: str, context: int) -> bool:
         """A press stays away from contexts that leave it nothing to compress."""
@@ -233,13 +239,14 @@ def _round_robin(
     periods = {name: _over_periods(process, turns[name][-1], contest.tokens) for name, process in running.items()}
     return [
         {"contestant": name, "context": context, "batch": batch}
-        | _figures(contest, machine, context, batch, prompts[name], turns[name], periods[name])
+        | _figures(contest, name, machine, context, batch, prompts[name], turns[name], periods[name])
         for name in running
     ]
 
 
 def _figures(
     contest: Contest,
+    name: str,
     machine: Machine,
     context: int,
     batch: int,
@@ -253,7 +260,9 @@ def _figures(
     laps, ttft = _seconds(rounds), _seconds(prompts)
     evicting = [read["evicting_s"] for read in prompts if read.get("evicting_s") is not None]
     low, tpot, high = statistics.quantiles(laps if len(laps) > 1 else 2 * laps, n=4)
-    floor = decode_floor(contest.config, contest.dtype, machine, last["cache_bytes"], last["kept"], batch)
+    ours = name not in PEERS
+    held = (contest.config.weights if contest.weights == "auto" else contest.weights) if ours else None
+    floor = decode_floor(contest.config, contest.dtype, machine, last["cache_bytes"], last["kept"], batch, held)
     newest = period or last
     return {
         "ttft_s": statistics.median(ttft) if ttft else None,

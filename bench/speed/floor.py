@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from modeling.compiled import compiled, only_compiled
 from modeling.config import ModelConfig
-from modeling.layers import linear
+from modeling.layers import Decoder, linear
+from modeling.quant import quantise, quantised
 from restkv.kernels import check_compiler
 
 TRIES = 11  # the first one compiles
@@ -76,11 +77,31 @@ def matrix_parameters(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def decode_floor(config: ModelConfig, dtype: str, machine: Machine, cache_bytes: int, kept: float, batch: int) -> float:
+@cache
+def matrix_bytes(config: ModelConfig, dtype: str, weights: str | None) -> int:
+    """What those weights take: in `dtype`, or as codes and scales (modeling/quant.py)."""
+    kind: torch.dtype = getattr(torch, dtype)
+    if weights is None:
+        return sum(matrix_parameters(config)) * kind.itemsize
+    with torch.device("meta"):
+        model = Decoder(config).to(kind)
+    quantise(model, weights)
+    unread = "" if config.tie_embeddings else "embed_tokens.weight"
+    return sum(matrix.nbytes for name, matrix in quantised(model).items() if name != unread)
+
+
+def decode_floor(
+    config: ModelConfig,
+    dtype: str,
+    machine: Machine,
+    cache_bytes: int,
+    kept: float,
+    batch: int,
+    weights: str | None = None,
+) -> float:
     """Seconds one decode step takes at least: all weights and the live cache are read, every row multiplied with them."""
     layers, head = matrix_parameters(config)
-    size: int = getattr(torch, dtype).itemsize
-    reading = ((layers + head) * size + cache_bytes) / machine.read_bytes_per_s
+    reading = (matrix_bytes(config, dtype, weights) + cache_bytes) / machine.read_bytes_per_s
     attended = 4 * kept * config.num_heads * config.head_dim * config.num_layers
     return max(reading, batch * (2 * (layers + head) + attended) / machine.operations_per_s)
 

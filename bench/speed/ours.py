@@ -18,6 +18,7 @@ from bench.speed.workers import Worker, serve
 from modeling.checkpoint.loading import load_model
 from modeling.families.registry import config_from_dict
 from modeling.layers import Decoder
+from modeling.quant import quantise
 from restkv.engine import Engine
 from restkv.evict import Evictor
 from restkv.reading import Layer
@@ -64,7 +65,7 @@ class TimedEvictor(Evictor):
 
 class Ours(Worker):
     """Arguments (JSON): config (a config.json) or model (a folder), dtype, device, backend, policy (as
-    restkv.saving.store writes it), prefill (see Session), tokens (to plan for)."""
+    restkv.saving.store writes it), prefill (see Session), tokens (to plan for), weights (see restkv.load)."""
 
     kind: ClassVar[type[Session]] = Session
 
@@ -73,13 +74,15 @@ class Ours(Worker):
         self.device = arguments["device"]
         dtype = getattr(torch, arguments["dtype"])
         if arguments["model"]:
-            model = load_model(arguments["model"], dtype=dtype, device=self.device)
+            model = load_model(arguments["model"], dtype=dtype, device=self.device, weights=arguments["weights"])
         else:
             with torch.device(self.device):
                 model = Decoder(config_from_dict(arguments["config"])).to(dtype).eval().requires_grad_(False)
             for weight in model.parameters():
                 if weight.dim() > 1:
                     weight.normal_(std=0.02)
+            if arguments["weights"] != "auto":
+                quantise(model, arguments["weights"])
         self._engine = Engine(model, arguments["backend"])
         self._policy = policy_from_dict(arguments["policy"])
         self._tokens, self._prefill = arguments["tokens"], arguments["prefill"]

@@ -25,7 +25,8 @@ PICTURE = "compile.png"
 
 def shown(arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[Part]:
     """Tables and the figure of as many rows as there are."""
-    what = f"{arguments['shape']}, {arguments['dtype']}, budget {arguments['budget']}, "
+    held = f", {arguments['weights']} weights" if "weights" in arguments else ""
+    what = f"{arguments['shape']}, {arguments['dtype']}{held}, budget {arguments['budget']}, "
     what += f"prompts of {arguments['context']:,} tokens, {arguments['threads']} threads"
     operations, decoding, jobs = (_of(rows, part) for part in ("operation", "decoding", "jobs"))
     parts: list[Part] = []

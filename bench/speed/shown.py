@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def title(result: Mapping[str, Any]) -> str:
     contest = result["contest"]
     shape = contest["preset"] or contest["model"]
-    text = f"{shape}, {contest['dtype']}, budget {contest['budget']}, {contest['device']}, {contest['threads']} threads"
+    weights = contest.get("weights", "auto")  # files of before have none
+    dtype = contest["dtype"] if weights == "auto" else f"{contest['dtype']}, ours with {weights} weights"
+    text = f"{shape}, {dtype}, budget {contest['budget']}, {contest['device']}, {contest['threads']} threads"
     if "rates" in result:
         rate = result["rates"]
         text += f"; reads {rate['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies "

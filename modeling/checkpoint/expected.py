@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+from modeling.checkpoint.tensor_file import STORED_DTYPES
 from modeling.config import ModelConfig
+from modeling.quant import GROUP, kind_of
+
+SCALES = "_scale"  # after a matrix's name: where a quantised checkpoint keeps its scales (and zeros)
+
+
+class Expected(NamedTuple):
+    """What a tensor must be: its shape, and its dtype, as headers spell it, one of these."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -39,3 +53,29 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not c.tie_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
     return shapes
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Expected]:
+    """Name of every tensor that the checkpoint's files must hold -> what it must be.
+
+    Those of `expected_shapes`, in floating point. Where config.json says that the matrices are quantised, each is two tensors:
+    its codes, int8 [N, E] or uint8 [N, E / 2], under its own name, and its scales, [N] or (scale and zero of every group)
+    [N, G, 2], under that name and SCALES (see modeling/quant.py).
+    """
+    floating = tuple(STORED_DTYPES)
+    tensors: dict[str, Expected] = {}
+    for name, shape in expected_shapes(config).items():
+        if config.weights is None or len(shape) == 1:
+            tensors[name] = Expected(shape, floating)
+        elif kind_of(config.weights, shape[1]) == "int8":
+            tensors[name] = Expected(shape, ("I8",))
+            tensors[name + SCALES] = Expected(shape[:1], floating)
+        else:
+            tensors[name] = Expected((shape[0], shape[1] // 2), ("U8",))
+            tensors[name + SCALES] = Expected((shape[0], shape[1] // GROUP, 2), floating)
+    return tensors
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers the model has, whatever each of them takes."""
+    return sum(math.prod(shape) for shape in expected_shapes(config).values())

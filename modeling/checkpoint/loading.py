@@ -2,35 +2,52 @@
 
 The model is built on the meta device, given empty memory of the wanted dtype, and filled from the files. These are read
 and never mapped, so loading needs the target's size plus CHUNK_BYTES of memory and of address space, whatever the size
-of a shard. Of ranks that share a model each reads its own cut of every tensor (shares.py).
+of a shard. Matrices that are to be quantised are so by some rows at a time, as they are read. Of ranks that share a model each
+reads its own cut of every tensor (shares.py).
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modeling.checkpoint.expected import expected_shapes
+from modeling.checkpoint.expected import SCALES, Expected, expected_tensors
 from modeling.checkpoint.folders import INDEX, SINGLE, check_layout, checkpoint_folder, find_shards, why_a_file
 from modeling.checkpoint.hub import download, hub_name
 from modeling.checkpoint.shares import cut_of, share_of
-from modeling.checkpoint.tensor_file import STORED_DTYPES, StoredTensor, read_header, read_pieces
+from modeling.checkpoint.tensor_file import CODES, STORED_DTYPES, StoredTensor, read_header, read_pieces
 from modeling.config import DTYPES, ModelConfig
-from modeling.errors import CheckpointError, ConfigError, TooLargeError
+from modeling.errors import CheckpointError, ConfigError, ParallelError, TooLargeError
 from modeling.families.registry import read_config
 from modeling.files import reason, shortened
 from modeling.free import free_bytes, free_text, size_text
 from modeling.layers import Decoder
+from modeling.quant import Quantised, quantise, quantised, require_operators, weights_of
 from modeling.ranks import ALONE, Ranks
 from modeling.room import lacking
 
-__all__ = ["INDEX", "SINGLE", "load_model", "load_outline", "resolve", "tensor_slots"]
+__all__ = ["INDEX", "SINGLE", "Rows", "load_model", "load_outline", "resolve", "tensor_slots", "weight_slots"]
 
 CHUNK_BYTES = 4 << 20  # bytes of a file read at once; they then lie in the processor's cache when they are copied
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a stored matrix goes that is quantised: some rows of a (fused) one."""
+
+    matrix: Quantised
+    first: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes * self.count // self.matrix.shape[0]
 
 
 def load_model(
@@ -40,6 +57,7 @@ def load_model(
     fused: bool = True,
     check_weights: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    weights: str = "auto",
     ranks: Ranks = ALONE,
 ) -> Decoder:
     """The model of a checkpoint folder, in eval mode and without gradients.
@@ -51,6 +69,8 @@ def load_model(
         fused: join q/k/v and gate/up projections into one matrix each. The function is the same.
         check_weights: look for NaN and Inf in every tensor after its conversion (reads everything once more).
         progress: called with the bytes that are filled and those in all, tensor by tensor.
+        weights: "int8" or "int4" quantises the matrices as they are read (modeling/quant.py); "auto" holds them as the checkpoint
+            does, which may be quantised itself.
         ranks: that share the model; this one's part of it is returned.
 
     Raises ConfigError when config.json cannot be obeyed, CheckpointError when files are absent, broken, stored twice,
@@ -58,46 +78,68 @@ def load_model(
     weights do not fit into what memory is free; ParallelError when they cannot be divided among so many ranks.
     """
     folder = Path(folder)
-    model, stored = _outline(folder, dtype, fused, ranks)
+    model, stored = _outline(folder, dtype, fused, weights, ranks)
     _allocate(folder, model, torch.device(device))
-    slots = tensor_slots(model)
+    slots = weight_slots(model)
     broken, done, total = [], 0, sum(slot.nbytes for slot in slots.values())
     for name, slot in slots.items():
-        if not _fill(slot, stored[name], check_weights, ranks):
+        if isinstance(slot, Rows):
+            sound = _fill_rows(slot, stored[name], stored.get(name + SCALES), check_weights)
+        else:
+            sound = _fill(slot, stored[name], check_weights, ranks)
+        if not sound:
             broken.append(name)
         done += slot.nbytes
         if progress is not None:
             progress(done, total)
     if broken:
-        as_dtype = f"as {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}"
+        as_dtype = f"as {str(model.dtype).removeprefix('torch.')}"
         raise CheckpointError(f"{folder}: NaN or Inf {as_dtype} in {_some(broken)}; damaged file or too narrow a dtype")
     _check_tied_head(model, stored.get("lm_head.weight"))
+    for matrix in quantised(model).values():
+        matrix.settle()
     return model
 
 
 def load_outline(
-    folder: str | Path, dtype: str | torch.dtype = "auto", fused: bool = True, ranks: Ranks = ALONE
+    folder: str | Path,
+    dtype: str | torch.dtype = "auto",
+    fused: bool = True,
+    weights: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """The model that load_model would give, on the meta device: shapes and dtype without weights.
 
     Only config.json and the headers of the weights are read. Raises what load_model raises about them.
     """
-    return _outline(Path(folder), dtype, fused, ranks)[0]
+    return _outline(Path(folder), dtype, fused, weights, ranks)[0]
 
 
 def _outline(
-    folder: Path, dtype: str | torch.dtype, fused: bool, ranks: Ranks
+    folder: Path, dtype: str | torch.dtype, fused: bool, weights: str, ranks: Ranks
 ) -> tuple[Decoder, dict[str, StoredTensor]]:
+    if weights != "auto":
+        require_operators(weights)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
     check_layout(folder)
     config = read_config(folder)
     stored = _stored_tensors(folder)
-    _check_fit(folder, config, expected_shapes(config), stored)
+    if weights not in ("auto", config.weights) and config.weights is not None:
+        raise ConfigError(
+            f"{folder}: its weights are {config.weights}, and cannot be made {weights}; leave weights at auto, or load the "
+            "checkpoint that it was made of"
+        )
+    _check_fit(folder, config, expected_tensors(config), stored)
     with torch.device("meta"):
         model = Decoder(share_of(config, ranks), fused, ranks)
     model.requires_grad_(False).eval()
-    return model.to(_wanted_dtype(dtype, config, stored)), stored
+    model.to(_wanted_dtype(dtype, config, stored))
+    if (held := config.weights if weights == "auto" else weights) is not None:
+        if ranks.size > 1:
+            raise ParallelError(f"parallel 'tensor': {held} weights cannot be divided among ranks; load plain ones")
+        quantise(model, held)
+    return model, stored
 
 
 def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
@@ -111,15 +153,25 @@ def _allocate(folder: Path, model: Decoder, device: torch.device) -> None:
     except (MemoryError, RuntimeError) as error:
         if (asked := lacking(error)) is None:
             raise
-        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        held = weights_of(model)
+        kind = held or str(model.dtype).removeprefix("torch.")
+        narrower = {"int4": "", "int8": "ask for int4 weights, or "}
+        mend = narrower.get(kind, "ask for a narrower dtype than that or for int8 or int4 weights, or ")
         there = "" if free is None else f", {free_text()}"
         raise TooLargeError(
-            f"{folder}: not enough memory, the weights take {size_text(size)} as {dtype}{there}{asked}; "
-            "ask for a narrower dtype than that, or free memory"
+            f"{folder}: not enough memory, the weights take {size_text(size)} as {kind}{there}{asked}; {mend}free memory"
         ) from None
 
 
 def tensor_slots(model: Decoder) -> dict[str, Tensor]:
+    """weight_slots of a model of plain numbers."""
+    slots = weight_slots(model)
+    dense = {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)}
+    assert len(dense) == len(slots), "the model is quantised"
+    return dense
+
+
+def weight_slots(model: Decoder) -> dict[str, Tensor | Rows]:
     """Hugging Face's name of every tensor -> its place in the model: a parameter, or its rows of a fused one."""
     c = model.config
     kv_out = c.num_kv_heads * c.head_dim
@@ -129,17 +181,34 @@ def tensor_slots(model: Decoder) -> dict[str, Tensor]:
     }
     parents = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn.")
     parents |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp.")
-    slots: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    slots: dict[str, Tensor | Rows] = {}
+    for name, weight in _named_weights(model).items():
         if not name.startswith("layers."):
-            slots[name if name == "lm_head.weight" else f"model.{name}"] = parameter.data
+            slots[name if name == "lm_head.weight" else f"model.{name}"] = _part(weight, 0, weight.shape[0])
             continue
         _, index, module, leaf = name.split(".")
         start = 0
-        for part, rows in parts.get(module, ((module, parameter.shape[0]),)):
-            slots[f"model.layers.{index}.{parents.get(part, '')}{part}.{leaf}"] = parameter.data.narrow(0, start, rows)
+        for part, rows in parts.get(module, ((module, weight.shape[0]),)):
+            slots[f"model.layers.{index}.{parents.get(part, '')}{part}.{leaf}"] = _part(weight, start, rows)
             start += rows
     return slots
+
+
+def _named_weights(model: Decoder) -> dict[str, Tensor | Quantised]:
+    """Parameters by their names, the two of a quantised matrix as one."""
+    matrices = quantised(model)
+    weights: dict[str, Tensor | Quantised] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner in matrices:
+            weights[owner] = matrices[owner]
+        else:
+            weights[name] = parameter.data
+    return weights
+
+
+def _part(weight: Tensor | Quantised, first: int, count: int) -> Tensor | Rows:
+    return weight.narrow(0, first, count) if isinstance(weight, Tensor) else Rows(weight, first, count)
 
 
 def resolve(path_or_name: str | Path) -> Path:
@@ -192,7 +261,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_fit(
-    folder: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+    folder: Path, config: ModelConfig, expected: dict[str, Expected], stored: dict[str, StoredTensor]
 ) -> None:
     """Raise one CheckpointError that lists everything in which the files and config.json disagree."""
     missing = [name for name in expected if name not in stored]
@@ -202,12 +271,22 @@ def _check_fit(
         for tensor in stored.values()
         if tensor.name not in expected
         and not tensor.name.endswith("rotary_emb.inv_freq")  # a buffer that old transformers saved
-        and not (config.tie_embeddings and tensor.name == "lm_head.weight" and tensor.shape == embedding_shape)
+        and not (
+            config.tie_embeddings
+            and config.weights is None
+            and tensor.name == "lm_head.weight"
+            and tensor.shape == embedding_shape
+        )
     ]
-    both = [(stored[name], shape) for name, shape in expected.items() if name in stored]
-    misshapen = [f"{t.name} {list(t.shape)} for {list(shape)}" for t, shape in both if t.shape != shape]
-    alien = [f"{t.name} {t.dtype}" for t in stored.values() if t.dtype not in STORED_DTYPES]
+    both = [(stored[name], wanted) for name, wanted in expected.items() if name in stored]
+    misshapen = [f"{t.name} {list(t.shape)} for {list(wanted.shape)}" for t, wanted in both if t.shape != wanted.shape]
+    codes = {name: wanted.dtypes[0] for name, wanted in expected.items() if wanted.dtypes[0] not in STORED_DTYPES}
+    alien = [f"{t.name} {t.dtype}" for t in stored.values() if t.name not in codes and t.dtype not in STORED_DTYPES]
+    other = [
+        f"{stored[n].name} {stored[n].dtype} for {d}" for n, d in codes.items() if n in stored and stored[n].dtype != d
+    ]
     kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen, "not floating point": alien}
+    kinds["other codes"] = other
     problems = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
     if problems:
         raise CheckpointError(f"{folder}: the weights do not fit config.json, {problems}")
@@ -222,7 +301,7 @@ def _wanted_dtype(dtype: str | torch.dtype, config: ModelConfig, stored: dict[st
         return DTYPES[dtype]
     if config.dtype is not None:
         return DTYPES[config.dtype]
-    found = STORED_DTYPES[stored["model.embed_tokens.weight"].dtype]
+    found = STORED_DTYPES[stored["model.norm.weight" if config.weights else "model.embed_tokens.weight"].dtype]
     return torch.float32 if found == torch.float64 else found
 
 
@@ -241,18 +320,52 @@ def _fill(slot: Tensor, tensor: StoredTensor, check: bool, ranks: Ranks) -> bool
     return finite
 
 
+def _fill_rows(slot: Rows, tensor: StoredTensor, scales: StoredTensor | None, check: bool) -> bool:
+    """Quantise a stored matrix into its place, or copy its codes and scales. False if `check` finds NaN or Inf in numbers."""
+    finite = True
+
+    def sound(piece: Tensor) -> bool:
+        return not check or bool(piece.isfinite().all())
+
+    if scales is None:
+        for first, piece in _row_pieces(tensor):
+            finite &= sound(piece)
+            slot.matrix.fill(slot.first + first, piece)
+        return finite
+    for first, piece in _row_pieces(tensor):
+        slot.matrix.refill(slot.first + first, piece, None)
+    for first, piece in _row_pieces(scales):
+        finite &= sound(piece)
+        slot.matrix.refill(slot.first + first, None, piece)
+    return finite
+
+
+def _row_pieces(tensor: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    """Whole rows of a stored tensor, some at a time, and the number of the first; the next ones overwrite their memory."""
+    _, *rest = tensor.shape
+    width = math.prod(rest)
+    item = (STORED_DTYPES | CODES)[tensor.dtype].itemsize
+    for place, piece in read_pieces(tensor, max(1, CHUNK_BYTES // (width * item)) * width * item):
+        yield place.start // width, piece.view(-1, *rest)
+
+
 def _check_tied_head(model: Decoder, head: StoredTensor | None) -> None:
     """A tied model's stored head is ignored because it repeats the embedding; refuse one that does not."""
     if model.lm_head is not None or head is None:
         return
-    flat = model.embed_tokens.weight.view(-1)
-    for place, piece in read_pieces(head, CHUNK_BYTES, cut_of(head.name, head.shape, model.ranks)):
-        embedding = flat[place]
-        if not torch.equal(piece.to(embedding), embedding):  # host sync: once per piece, while loading
-            raise CheckpointError(
-                f"{head.file}: lm_head.weight differs from the embedding though config.json ties them; "
-                "set tie_word_embeddings to false there"
-            )
+    embedding: Tensor | Quantised = model.embed_tokens.weight
+    if isinstance(embedding, Quantised):
+        same = all(embedding.repeats(first, piece) for first, piece in _row_pieces(head))
+    else:
+        flat, pieces = embedding.view(-1), read_pieces(head, CHUNK_BYTES, cut_of(head.name, head.shape, model.ranks))
+        same = all(
+            torch.equal(piece.to(flat), flat[place]) for place, piece in pieces
+        )  # sync: once per piece, while loading
+    if not same:
+        raise CheckpointError(
+            f"{head.file}: lm_head.weight differs from the embedding though config.json ties them; "
+            "set tie_word_embeddings to false there"
+        )
 
 
 def _some(names: list[str], limit: int = 8) -> str:

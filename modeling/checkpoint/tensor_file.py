@@ -23,6 +23,7 @@ from modeling.files import LONGEST_START, MB, reason, shortened, stand_in
 HEADER_LIMIT = 8 * MB  # bytes; a header takes about a hundred for a tensor
 LARGEST = 1 << 63  # no size and no place reaches it
 STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+CODES = {"I8": torch.int8, "U8": torch.uint8}  # of quantised matrices
 BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -78,13 +79,13 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 
 def read_pieces(tensor: StoredTensor, chunk_bytes: int, cut: Cut | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The elements of a floating-point tensor in their order, at most `chunk_bytes` at a time.
+    """The elements of a tensor (of STORED_DTYPES or CODES) in their order, at most `chunk_bytes` at a time.
 
     Yields their place in the flattened tensor and a 1-D tensor of them, whose memory the next piece overwrites. With a cut they
     are those of the cut alone, and so are their places; nothing else is read. Raises CheckpointError when the file has changed
     since its header was read, or cannot be read.
     """
-    dtype = STORED_DTYPES[tensor.dtype]
+    dtype = (STORED_DTYPES | CODES)[tensor.dtype]
     runs = _runs(tensor.shape, cut)
     count = runs.count * runs.length
     step = max(1, chunk_bytes // dtype.itemsize)

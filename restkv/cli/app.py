@@ -30,6 +30,7 @@ from restkv.cli.commands import add_commands
 from restkv.cli.fuzz import fuzz
 from restkv.cli.generate import generate
 from restkv.cli.options import SPINS
+from restkv.cli.quantize import quantize
 from restkv.cli.sizes import inspect, methods, warmup
 from restkv.cli.terminal import announcing, prepare, put_line, say, silence, status, writing
 from restkv.files import described
@@ -192,5 +193,5 @@ def _root(
         )
 
 
-for one in (generate, chat, warmup, methods, inspect, fuzz):
+for one in (generate, chat, warmup, methods, inspect, quantize, fuzz):
     app.command()(one)

@@ -165,15 +165,18 @@ def _option(field: Field[Any]) -> str:
 
 def checkpoint_table(name: str, outline: Decoder, context: int, entries: Sequence[int]) -> Group:
     """Shapes and sizes of a model; so many entries per KV head of each layer against a full cache of `context` tokens."""
-    config = outline.config
-    parameters = sum(parameter.numel() for parameter in outline.parameters())
+    from modeling.checkpoint.expected import parameter_count
+    from modeling.quant import weights_of
+
+    config, held = outline.config, weights_of(outline)
+    size = sum(parameter.nbytes for parameter in outline.parameters())
     per_token = config.kv_bytes_per_token(outline.dtype)
     kept = sum(entries) / len(entries)
     windows = [window for window in config.windows if window is not None]
     rows = {
         "family": config.family,
         "dtype": str(outline.dtype).removeprefix("torch."),
-        "parameters": f"{parameters:,} ({byte_text(parameters * outline.dtype.itemsize)})",
+        "parameters": f"{parameter_count(config):,} ({byte_text(size)}{'' if held is None else f' as {held}'})",
         "layers": str(config.num_layers),
         "width, MLP width": f"{config.hidden_size:,}, {config.intermediate_size:,}",
         "query heads, KV heads": f"{config.num_heads}, {config.num_kv_heads} (groups of {config.group})",

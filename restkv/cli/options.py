@@ -107,6 +107,9 @@ LengthOption = Annotated[
     int, sample_option("--max-new-tokens", "-n", max=MOST_TOKENS, help="Length of the answer, at most.")
 ]
 DtypeOption = Annotated[str, model_option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+WeightsOption = Annotated[
+    str, model_option(help="auto (as the checkpoint holds them), int8 or int4: made while loading.")
+]
 DeviceOption = Annotated[str, model_option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[
     str, model_option(help="flex (FlexAttention, compiled), sdpa, or auto: flex on CUDA, else sdpa.")
@@ -151,6 +154,7 @@ class LoadOptions:
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
+    weights: WeightsOption = "auto"
 
     def load(self, model: str, check_weights: bool = False, parallel: str = "none") -> LM:
         """See restkv.load; on a terminal the weights that are there are counted."""

@@ -25,6 +25,7 @@ from restkv.cli.options import (
     PrefillOption,
     PresetOption,
     SetOption,
+    WeightsOption,
     keep_option,
     make_policy,
     sizing_policy,
@@ -53,6 +54,7 @@ def warmup(
     rows: Annotated[int, keep_option(max=MOST_ROWS, help="Prompts answered at a time.")] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
 ) -> None:
     """Compile ahead: later runs with the same model, method and lengths find their kernels made."""
     policy = make_policy(method, preset, with_fields({} if budget is None else {"budget": budget}, field))
@@ -61,7 +63,7 @@ def warmup(
     from restkv.warmup import warm_up
 
     folder = kernel_folder()
-    lm = LoadOptions(dtype, device, "flex").load(model)
+    lm = LoadOptions(dtype, device, "flex", weights).load(model)
     status.show("compiling, which takes a minute or two")
     warmed = warm_up(lm, policy, prompt_tokens, max_new_tokens, rows, prefill)
     put_line(
@@ -120,6 +122,7 @@ def inspect(
     context: ContextOption = None,
     budget: BudgetOption = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "auto",
     ranks: Annotated[
         bool,
         typer.Option(
@@ -144,7 +147,7 @@ def inspect(
     from restkv.phrases import Phrases
 
     folder = resolve(model)
-    outline = load_outline(folder, dtype)
+    outline = load_outline(folder, dtype, weights=weights)
     context = context or outline.config.max_positions
     policy = sizing_policy("restkv", budget)
     entries = layer_entries(policy, context, outline.config.num_layers)

@@ -153,7 +153,8 @@ def test_every_text_of_the_command_line_is_refused_where_it_is_no_text(words, op
     needed = {"anli", "documents", "longbench", "infinitebench", "ruler-official", "needle-official"} & set(
         words.split()
     )
-    more = ["--data", "nowhere"] if needed else ["snapkv"] if words == " fuzz" else []
+    arguments = {" fuzz": ["snapkv"], " quantize": ["nowhere", "there"]}
+    more = ["--data", "nowhere"] if needed else arguments.get(words, [])
     assert main([*words.split(), *more, option, "a\udcff"]) == 2
     assert capsys.readouterr().err == f"restkv: error: {option}: not UTF-8 text (byte 1); convert it first\n"
 
