@@ -150,9 +150,10 @@ class LM(Answering):
         Args:
             prompts: a string, token ids (a list, a tensor or an array of whole numbers), or a list of either (then a list
                 comes back, in the same order).
-            policy: what to keep of the cache; get_policy("restkv", "draft", budget=1024) when none is given: the prompt's own
-                queries and eight drafted tokens say what an answer will need (docs/probes.md), and the full cache is alive until
-                these are made. With prefill="chunked" its probe is "window".
+            policy: what to keep of the cache; get_policy("restkv", "draft", budget=1024, refit="both") when none is given: the
+                prompt's own queries and eight drafted tokens say what an answer will need (docs/probes.md), what is kept is
+                fitted to them (docs/refit.md), and the full cache is alive until they are made. With prefill="chunked" the last
+                queries are observed, and nothing is fitted.
             options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense", "chunked" or a sparse
                 pattern) and chunk (see Session); progress (called with what is done and what there is in all: layers, or
                 tokens of a chunked prefill).
@@ -239,8 +240,7 @@ class LM(Answering):
             prefill, chunk: see Session.
         """
         if policy is None:
-            refit = "none" if str(prefill) == "chunked" else "both"
-            policy = default_policy("replay", prefill, refit=refit)
+            policy = default_policy("replay", prefill)
         ids = self.encode(context)
         session = Session(self.engine, policy, [len(ids)], chunk, prefill=prefill, chunk=chunk, extends=True, forks=1)
         session.prefill([ids])

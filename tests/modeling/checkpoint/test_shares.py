@@ -118,3 +118,11 @@ def test_heads_that_do_not_divide_are_refused(tiny, size, said):
     with pytest.raises(ParallelError) as caught:
         load_outline(tiny("llama2").folder, ranks=Ranks(0, size))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_are_not_divided(tiny, weights):
+    with pytest.raises(
+        ParallelError, match=rf"^parallel 'tensor': {weights} weights cannot be divided among ranks; load plain"
+    ):
+        load_outline(tiny("llama2").folder, weights=weights, ranks=Ranks(0, 2))
