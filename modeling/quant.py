@@ -22,12 +22,10 @@ from modeling.errors import ConfigError
 WEIGHTS = ("int8", "int4")
 GROUP = 32  # inputs of an int4 row that share a scale and a zero
 HALF = GROUP // 2
-ALIGNED = (
-    64  # rows at a time: torch's operators read beyond the end where there is a part of such a lot, or of GROUP inputs
-)
-UNIT = (
-    2.0**-10
-)  # of sums of codes of 8 bits times numbers: of 4,096 of them, 128 times 100 each, float16 holds the total
+# Rows at a time: torch's operators read beyond the end where there is a part of such a lot, or of GROUP inputs.
+ALIGNED = 64
+# Of sums of codes of 8 bits times numbers: of 4,096 of them, 128 times 100 each, float16 holds the total.
+UNIT = 2.0**-10
 PIECE = 1 << 22  # numbers that are made or packed at a time (16 MiB of int32)
 # Private operators of torch (2.11 to 2.13 have them): the product with int8 codes, that with packed int4 ones, and their packing.
 INT8, INT4, PACK = OPERATORS = (
@@ -392,9 +390,8 @@ def packed_rows() -> int:
 
 def _pack(code_nE: Tensor) -> Tensor:
     """uint8 [n, E / 2] as the product wants them; n a multiple of ALIGNED."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-        code_nE.int(), 1
-    )  # 1: tiles of a GPU, which a CPU passes over
+    tiles = 1  # of a GPU: a CPU passes over it
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_nE.int(), tiles)
 
 
 def _joined(code_nGX: Tensor) -> Tensor:

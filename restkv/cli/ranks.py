@@ -60,9 +60,8 @@ def may_speak() -> bool:
         from torch.distributed import TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(
-            address, port, is_master=False, timeout=STORE_WAIT
-        )  # torchrun's own, which outlives its processes
+        # torchrun's own store, which outlives its processes
+        store = TCPStore(address, port, is_master=False, timeout=STORE_WAIT)
         return store.add(f"restkv/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", 1) == 1
     except Exception:  # by version and by what is wrong: then two lines are better than none
         return True
