@@ -123,27 +123,46 @@ SAMPLED = {"temperature": 1.3, "seed": 7}
 UNSEEDED = {"temperature": 1.3}
 
 
+def asked_of(size: int, folder: Path, families: dict[str, Path]) -> dict[Any, Job]:
+    """What so many ranks are asked in any case."""
+    some = [families[name] for name in FAMILIES[size]]
+    return {
+        ("logits", size): Job(size, "make.shared:logits", (some, prompt_ids(90).tolist(), 80)),
+        ("runs", size): Job(size, "make.shared:runs", (folder, CHOSEN[size], PROMPTS, NEW)),
+        ("greedy", size): Job(size, "make.shared:answers", (folder, PROMPTS, {})),
+        ("crossed", size): Job(size, "make.shared:crossed", (folder, COUNTED[size - 2 :], PROMPTS[0])),
+    }
+
+
 @pytest.fixture(scope="module")
-def found(folder: Path, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
-    """(what, ranks) -> what each rank came to."""
-    jobs: dict[Any, Job] = {}
-    for size in (2, 4):
-        some = [families[name] for name in FAMILIES[size]]
-        jobs["logits", size] = Job(size, "make.shared:logits", (some, prompt_ids(90).tolist(), 80))
-        jobs["runs", size] = Job(size, "make.shared:runs", (folder, CHOSEN[size], PROMPTS, NEW))
-        jobs["greedy", size] = Job(size, "make.shared:answers", (folder, PROMPTS, {}))
-        jobs["crossed", size] = Job(size, "make.shared:crossed", (folder, COUNTED[size - 2 :], PROMPTS[0]))
+def found_by_2(folder: Path, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    jobs = asked_of(2, folder, families)
     jobs["sampled", 2] = Job(2, "make.shared:answers", (folder, PROMPTS, SAMPLED))
     jobs["unseeded", 2] = Job(2, "make.shared:answers", (folder, PROMPTS, UNSEEDED))
     jobs["chunked", 2] = Job(2, "make.shared:chunked", (folder, CHUNKED, PROMPTS, 6))
     jobs["narrow", 2] = Job(2, "make.shared:narrow", (folder, PROMPTS[0]))
     jobs["broken", 2] = Job(2, "make.shared:broken", (folder, PROMPTS[1]))
     jobs["refused", 2] = Job(2, "make.shared:refused", (folder,))
-    results = run_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values()))
-    return dict(zip(jobs, results, strict=True))
+    return dict(zip(jobs, run_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values())), strict=True))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.fixture(scope="module")
+def found_by_4(folder: Path, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    jobs = asked_of(4, folder, families)
+    return dict(zip(jobs, run_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values())), strict=True))
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest) -> dict[Any, list[Any]]:
+    """(what, ranks) -> what each rank came to."""
+    size = getattr(request.node, "callspec", None) and request.node.callspec.params.get("size")
+    return request.getfixturevalue(f"found_by_{size or 2}")
+
+
+each_size = pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+
+
+@each_size
 def test_logits_are_those_of_one_process(found, families, size):
     names = FAMILIES[size]
     want = logits(ALONE, [families[name] for name in names], prompt_ids(90).tolist(), 80)
@@ -159,7 +178,7 @@ def test_logits_are_those_of_one_process(found, families, size):
             )
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@each_size
 def test_kept_sets_and_tokens_are_those_of_one_process(found, folder, size):
     chosen = CHOSEN[size]
     compare(chosen, found["runs", size], runs(ALONE, folder, chosen, PROMPTS, NEW))
@@ -197,7 +216,7 @@ def test_what_no_number_comes_out_of_is_said_alike_on_all_ranks(found, folder):
         assert lines == want
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@each_size
 def test_greedy_answers_and_their_figures_are_those_of_one_process(found, folder, size):
     want = answers(ALONE, folder, PROMPTS, {})
     for one in found["greedy", size]:
@@ -224,7 +243,7 @@ def test_without_a_seed_all_ranks_draw_the_same(found):
     assert all(one["tokens"] == first["tokens"] and one["asked"] == first["asked"] for one in others)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@each_size
 def test_what_crosses_is_what_is_predicted(found, folder, size):
     config, dtype, length = read_config(folder), torch.float32, len(PROMPTS[0])
     for part in found["crossed", size]:

@@ -163,7 +163,7 @@ def test_arguments_quoted_in_an_error_are_escaped(arguments: list[str], capsys: 
 
 
 def test_remarks_of_anybody_are_escaped(on_terminal: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def warn(*_: object) -> None:
+    def warn(*_: object, **__: object) -> None:
         warnings.warn(HOSTILE, RestKVWarning, stacklevel=1)
         warnings.warn(HOSTILE, FutureWarning, stacklevel=1)
         raise RestKVError("that is all")
