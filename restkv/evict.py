@@ -446,5 +446,5 @@ class Evictor:
             budget_B=torch.tensor(budgets, device=pos.device),
             budgets=tuple(budgets),
             rotary=self._rotary(layer) if "rotary" in self.policy.needs else None,
-            ranks=self.ranks,
+            among=self.ranks,
         )

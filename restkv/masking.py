@@ -173,7 +173,7 @@ def observe(
         budget_B=layer.budget_B,
         budgets=shape.budgets,
         rotary=None if rotary is None else lambda pos_BT: rotary(pos_BT, pos_BT.amax(-1) + 1, torch.float32),
-        ranks=shape.ranks,
+        among=shape.ranks,
     )
     if obs.mass is None:
         return obs

@@ -75,12 +75,19 @@ class Observation:
     # What scores of the same queries over the same entries share, when several policies are asked at once; None: nothing.
     memo: dict[Any, Any] | None = None
     looks: tuple[Look, ...] = ()  # whose queries score the entries in place of q's: a probe's (restkv/probes.py)
-    ranks: Ranks = ALONE  # that have the layer's other heads: H and K are this one's, rank * K heads come before them
+    # Ranks that have the layer's other heads: H and K are this one's, rank * K heads come before them. None: there are no others
+    # (a graph that builds an observation can have None as a default, and no object).
+    among: Ranks | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """What scores are computed in: float64 for float64 queries, else float32."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that have the layer's heads."""
+        return ALONE if self.among is None else self.among
 
     @property
     def group(self) -> int:
