@@ -150,10 +150,9 @@ class LM(Answering):
         Args:
             prompts: a string, token ids (a list, a tensor or an array of whole numbers), or a list of either (then a list
                 comes back, in the same order).
-            policy: what to keep of the cache; get_policy("restkv", "draft", budget=1024, refit="both") when none is given: the
-                prompt's own queries and eight drafted tokens say what an answer will need (docs/probes.md), what is kept is
-                fitted to them (docs/refit.md), and the full cache is alive until they are made. With prefill="chunked" the last
-                queries are observed, and nothing is fitted.
+            policy: what to keep of the cache; get_policy("restkv", "draft", budget=1024) when none is given: the prompt's own
+                queries and eight drafted tokens say what an answer will need (docs/probes.md), and the full cache is alive until
+                these are made. With prefill="chunked" its probe is "window".
             options: the fields of Decoding (max_new_tokens, temperature, stop, ...); prefill ("dense", "chunked" or a sparse
                 pattern) and chunk (see Session); progress (called with what is done and what there is in all: layers, or
                 tokens of a chunked prefill).
@@ -236,11 +235,12 @@ class LM(Answering):
             context: text or token ids.
             policy: get_policy("restkv", "replay", budget=1024, refit="both") when none is given: the text is read twice, and what
                 is kept is fitted to what the second reading looks at, which keeps the answers to questions that are not known yet
-                (docs/refit.md). With prefill="chunked" the last queries are observed, and nothing is fitted.
+                (docs/refit.md). With prefill="chunked" the last queries are observed, and nothing is fitted; nor is it with flex.
             prefill, chunk: see Session.
         """
         if policy is None:
-            policy = default_policy("replay", prefill)
+            refit = "none" if str(prefill) == "chunked" or self.compiled else "both"
+            policy = default_policy("replay", prefill, refit=refit)
         ids = self.encode(context)
         session = Session(self.engine, policy, [len(ids)], chunk, prefill=prefill, chunk=chunk, extends=True, forks=1)
         session.prefill([ids])

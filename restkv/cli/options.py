@@ -88,9 +88,7 @@ ContextOption = Annotated[
     int | None, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of context.", show_default="the model's positions")
 ]
 MethodOption = Annotated[str, keep_option(help=WHAT_STAYS)]
-UNNAMED = (
-    "restkv, preset draft, and a refit: eight tokens are drafted with the full cache alive; --probe window does neither"
-)
+UNNAMED = "restkv, preset draft: eight tokens are drafted with the full cache alive; --probe window drafts none"
 AnswerMethodOption = Annotated[str | None, keep_option(help=WHAT_STAYS, show_default=UNNAMED)]
 PresetOption = Annotated[str | None, keep_option(help="A published setting; other options override it.")]
 SetOption = Annotated[
@@ -330,7 +328,7 @@ def parse_interval(text: str) -> int | None:
 def make_policy(method: str | None, preset: str | None, options: dict[str, Any], prefill: str = "dense") -> Policy:
     """get_policy, with the default budget where the method needs one and none is given.
 
-    Without a method, a preset and options of restkv's own it is the default of answers, the preset `draft` with a refit
+    Without a method, a preset and options of restkv's own it is the default of answers, the preset `draft`
     (policies.default_policy).
     """
     from restkv.policies import Policy, default_policy, get_policy, policy_class

@@ -138,17 +138,10 @@ def get_policy(name: str, /, preset: str | None = None, **options: Any) -> Polic
 def default_policy(preset: str, prefill: object = "dense", **options: Any) -> Policy:
     """What is taken where nobody names a method: a preset of ReST-KV, whichever has measured best for the use (docs/results.md).
 
-    What is kept is fitted to the preset's own queries (docs/refit.md): not to those of another probe, nor where every query head
-    has a set of its own.
-
     Args:
         preset: "draft" for answers to the prompt, "replay" for a text that is compressed before its questions.
         prefill: how the prompt is read; one that is read in chunks is observed by its last queries.
         options: fields of ReSTKV, which override the preset's; the budget is 1,024 entries if none is given.
     """
-    own: dict[str, Any] = {"budget": DEFAULT_BUDGET}
-    if str(prefill) == "chunked":
-        own |= {"probe": "window"}
-    elif "probe" not in options and options.get("granularity", "kv") == "kv":
-        own |= {"refit": "both"}
-    return get_policy("restkv", preset, **own | options)
+    probe = {"probe": "window"} if str(prefill) == "chunked" else {}
+    return get_policy("restkv", preset, **{"budget": DEFAULT_BUDGET, **probe, **options})

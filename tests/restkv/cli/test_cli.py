@@ -34,7 +34,7 @@ def lm(rambler: Path) -> restkv.LM:
 
 def test_text_goes_to_stdout_and_the_summary_to_stderr(run: Callable[..., Ran], lm: restkv.LM) -> None:
     ran = run("generate", "-p", STORY, "-n", 30, "--budget", 20, "--window", 8, "--interval", 4)
-    policy = restkv.get_policy("restkv", "draft", budget=20, window=8, interval=4, refit="both")
+    policy = restkv.get_policy("restkv", "draft", budget=20, window=8, interval=4)
     expected = lm.generate(STORY, policy, max_new_tokens=30)
     assert (ran.code, ran.out) == (0, expected.text + "\n")
     first, second = ran.lines()
