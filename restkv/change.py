@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from restkv.observe import Observation, Rows, nothing
+from restkv.observe import Observation, Rows, first_column, nothing
 
 
 def strongest_change(obs: Observation, relative: bool, also: Callable[[Rows], None] | None = None) -> Tensor:
@@ -75,8 +75,7 @@ def _last_past(obs: Observation) -> int:
     """How many of the first columns there are until the last one that is compared (Observation.past), at least 1."""
     if obs.pos.device.type != "cpu" or torch.compiler.is_compiling():
         return obs.pos.shape[-1]  # asking would wait for the device
-    there_C = obs.past.flatten(0, 1).any(0).numpy()  # no sync: a CPU
-    return max(1, len(there_C) - int(there_C[::-1].argmax())) if there_C.any() else 1
+    return first_column(~obs.past, every=True)
 
 
 def _shrink(obs: Observation, rows: Rows, relative: bool) -> Tensor:

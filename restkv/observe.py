@@ -235,11 +235,11 @@ class Observation:
             return Reach(0, 0, C)
         q_pos_BW = self.q_pos[:, queries]
         first_B11, last_B11 = q_pos_BW.amin(-1)[:, None, None], q_pos_BW.amax(-1)[:, None, None]
-        later = _first(self.pos > last_B11, every=True)
-        near = _first(self.pos >= first_B11 - self.gap, every=False) if self.gap else C
+        later = first_column(self.pos > last_B11, every=True)
+        near = first_column(self.pos >= first_B11 - self.gap, every=False) if self.gap else C
         if self.sliding_window is not None or self.keep is not None:
             return Reach(0, near, later)
-        return Reach(_first((self.pos < 0) | (self.pos > first_B11), every=False), near, later)
+        return Reach(first_column((self.pos < 0) | (self.pos > first_B11), every=False), near, later)
 
     def attention(self, lse_BHW: Tensor, columns: slice | None = None) -> Tensor:
         """Softmax weights [B, H, W, C] of some columns; they sum to 1 over all columns, less those of `near`, which are 0."""
@@ -409,7 +409,7 @@ def _oldest_first(pos_BXC: Tensor) -> Tensor:
     return pos_BXC.masked_fill(pos_BXC < 0, torch.iinfo(pos_BXC.dtype).max).argsort(dim=-1, stable=True)
 
 
-def _first(holds_BKC: Tensor, every: bool) -> int:
+def first_column(holds_BKC: Tensor, every: bool) -> int:
     """With `every` the column from which on it holds for all, at least 1; else the first for which it holds for any; or C."""
     if not every:
         holds_C = holds_BKC.flatten(0, 1).any(0).numpy()  # no sync: a CPU
